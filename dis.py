@@ -1,0 +1,469 @@
+"""DiS: Scalable Diffusion Models with State Space Backbone, in one file.
+
+Zhengcong Fei, Mingyuan Fan, Changqian Yu, Junshi Huang. arXiv 2402.05608 (v3, March 2024).
+
+The idea. Everything is a token: the image patches, the time step, the class. Where a transformer
+would mix the tokens by attention, at a cost of J^2, DiS reads them with a recurrence (Mamba's
+selective scan), once from the left and once from the right, at a cost linear in J. As in U-ViT, long
+skip connections join block i to block depth - i. There is no attention and no MLP: a block is one
+norm and one mixer.
+
+Glossary. B, the batch axis, is also Mamba's input matrix B_t: the functions below say which.
+
+| code         | symbol   | shape                    | meaning, and where it is defined                  |
+|--------------|----------|--------------------------|---------------------------------------------------|
+| `width`      | D        |                          | channels of a token                               |
+| `patch`      | p        |                          | side of a patch; J = H W / p^2 patches; Sec. 3.2  |
+| `J`, `L`     | J, L     |                          | number of patches; of all tokens (J, time, class) |
+| `expand`     | E        |                          | the mixer works on E D channels (2)               |
+| `state`      | N        |                          | state size of each channel (16)                   |
+| `rank`       | R        |                          | rank of the delta projection, ceil(D / 16)        |
+| `delta`      | Delta    | (B, L, E D)              | step size; large: look at this token; Mamba Sec 3 |
+| `A`          | A        | (E D, N), negative       | decay rates, diagonal, input-independent          |
+| `Bt`, `Ct`   | B_t, C_t | (B, L, N)                | what to write, what to read; made from the input  |
+| `Dskip`      | D        | (E D,)                   | direct path u -> y (not the width!)               |
+| `h`          | h_t      | (B, E D, N)              | the state, h_0 = 0                                |
+| `residual`   | r        | (B, L, D) float32        | the running sum; `hidden` is what a mixer adds    |
+| `skip`       |          |                          | Sec. 3.2: concat | add | none (the ablation)      |
+
+Not here: training (train.py), the noise schedule (diffusion.py), the VAE that turns a 256 px image
+into a 32x32x4 latent, the authors' weights (never published).
+
+Where paper and code disagree, and what is done here ("code" = the authors' release)
+ 1. B is discretised as delta B (Euler), in Mamba's and the authors' code, though both papers print
+    the zero-order hold (delta A)^-1 (exp(delta A) - I) delta B. Every published number is Euler's;
+    we follow it. The two agree to first order in delta.
+ 2. A long skip carries the *mixer output* of the shallow block, not the residual stream, and it
+    replaces what the deep block is about to add (code; the paper says only "hidden states").
+ 3. Class-conditional models also modulate the final LayerNorm by time + class (code; the paper
+    speaks of tokens only). Kept: the parameter counts need it.
+ 4. The code leaves the backward direction's dt bias at 0, so that its delta starts at
+    softplus(0) = 0.69, 7 to 700 times the forward one: it forgets everything but its
+    neighbours. Here both directions start alike, as the paper describes them.
+ 5. The code starts the final linear layer at random; here it starts at zero (as ADM, DiT), so that
+    the first loss is that of predicting nothing: exactly 1 for eps. The paper is silent.
+ 6. The code trains with stochastic depth 0.1, which the paper does not mention. Off in `CONFIGS`;
+    `drop_path=0.1` turns it on.
+ 7. The code's GFLOPs count the layers that a profiler's hooks can see, which leaves out the mixers.
+    `python dis.py` prints all of it.
+ 8. The code's guidance touches three of four latent channels and, unconditional, copies half of
+    the batch's noise prediction to the other half; diffusion.py guides every channel.
+
+In a notebook Python's own module `dis` is loaded already, so `from dis import DiS` finds the wrong
+one: write `from sample import load_paper; DiS = load_paper("dis").DiS`.
+"""
+if __name__ == "dis":
+    # This file's name hides Python's own `dis`, which torch needs: whoever imports "dis" from this
+    # folder may be Python. Hand over Python's module, taught to find ours on demand. The import
+    # system then insists on running the rest of this file, so the names it needs become a stand-in
+    # that swallows everything: nothing below may compute with torch at module level.
+    import importlib.util
+    import os
+    import sys
+
+    def _load(name, path):
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    def _find_here(attribute, here=__file__, names=("DiS", "CONFIGS", "build", "selective_scan",
+                                                    "selective_scan_ref", "BiMamba", "Block")):
+        if attribute in names:
+            return getattr(sys.modules.get("dis_paper") or _load("dis_paper", here), attribute)
+        raise AttributeError(f"module 'dis' has no attribute {attribute!r}")
+
+    _load("dis", os.path.join(os.path.dirname(os.__file__), "dis.py")).__getattr__ = _find_here
+
+    class _Anything(type):
+        def __getattr__(cls, name):
+            return cls
+
+        def __call__(cls, *args, **kwargs):
+            return cls
+
+    class torch(metaclass=_Anything):
+        """Stands in for torch, and is what every attribute and call of it returns."""
+    nn = F = torch
+else:
+    import math
+
+    import torch
+    import torch.nn.functional as F
+    from einops import rearrange
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    from diffusion import SCHEDULES, Diffusion
+
+
+# --- the selective scan (Mamba, Gu & Dao 2023, 2312.00752, Algorithm 2) -----------------------
+
+def selective_scan_ref(u, delta, A, B, C, D):
+    """The recurrence as the paper writes it, one token after the other. Slow; the definition.
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t          (Mamba Eq. 2a, B by Euler)
+        y_t = C_t h_t + D u_t                                   (Eq. 2b)
+
+    u, delta (b, L, D); A (D, N); B, C (b, L, N); D (D,) -> y (b, L, D). delta > 0, A < 0.
+    """
+    h = u.new_zeros(u.shape[0], *A.shape)                                          # (b, D, N)
+    ys = []
+    for t in range(u.shape[1]):
+        decay = (delta[:, t, :, None] * A).exp()                                   # (b, D, N)
+        h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]     # (b, D, N)
+        ys.append((h * C[:, t, None, :]).sum(-1))                                  # (b, D)
+    return torch.stack(ys, dim=1) + D * u                                          # (b, L, D)
+
+
+def selective_scan(u, delta, A, B, C, D):
+    """The same map, fast, and with memory for a few (b, L, D) arrays only. Always in float32 (or
+    float64): the products of many decays below have no room for bf16's 8 bits.
+    Equal to `selective_scan_ref`: tests/test_dis.py::test_scan_equals_reference."""
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        u, delta, A, B, C, D = (x.to(dtype) for x in (u, delta, A, B, C, D))
+        return torch.addcmul(_Scan.apply(delta * u, delta, A, B, C), D, u)
+
+
+class _Scan(torch.autograd.Function):
+    """y_t = C_t h_t with h_t = exp(delta_t A) h_{t-1} + B_t x_t, where x = delta u.
+
+    All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut
+    into chunks of T: a chunk's decays and states live in a work array of `ELEMENTS` numbers that
+    fits in the cache. Backward keeps only the state at the start of each chunk, and recomputes the
+    rest of a chunk when it gets there.
+
+    Work arrays are (b, T, N, D), N before D: inner loops then run over D contiguous numbers.
+    """
+    T, ELEMENTS = 16, 2**20      # tokens a chunk; numbers in a work array (4 MB). Neither is delicate
+
+    @staticmethod
+    def blocks(x, A):
+        """Slices of the batch and of time that a work array can hold."""
+        (b, L, D), N, T = x.shape, A.shape[1], _Scan.T
+        rows = max(1, _Scan.ELEMENTS // (T * N * D))
+        return ([slice(i, i + rows) for i in range(0, b, rows)],
+                [slice(t, min(t + T, L)) for t in range(0, L, T)])
+
+    @staticmethod
+    def states(h, x, delta, At, B):
+        """One chunk. h (b, N, D) the state before it -> decays and states after each of its tokens,
+        both (b, T, N, D)."""
+        a = torch.mul(delta[:, :, None, :], At).exp_()                        # (b, T, N, D)
+        hs = torch.mul(x[:, :, None, :], B[:, :, :, None])                    # (b, T, N, D)
+        for t in range(x.shape[1]):
+            h = hs[:, t].addcmul_(a[:, t], h)                                 # (b, N, D)
+        return a, hs
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C):
+        y, At = torch.empty_like(x), A.T.contiguous()                         # At: (N, D)
+        rows, chunks = _Scan.blocks(x, A)
+        starts = x.new_zeros(len(chunks), len(x), *At.shape)                  # (chunks, b, N, D)
+        for r in rows:
+            for c, s in enumerate(chunks):
+                _, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
+                torch.matmul(C[r, s, None, :], hs, out=y[r, s, None, :])      # sum over N
+                if c + 1 < len(chunks):
+                    starts[c + 1, r] = hs[:, -1]
+        ctx.save_for_backward(x, delta, A, B, C, starts)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        """With g_t = dLoss/dh_t, the adjoint recurrence runs from the right:
+
+            g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
+        """
+        x, delta, A, B, C, starts = ctx.saved_tensors
+        At, dA = A.T.contiguous(), torch.zeros_like(A.T, memory_format=torch.contiguous_format)
+        dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
+        rows, chunks = _Scan.blocks(x, A)
+        for r in rows:
+            carry = torch.zeros_like(starts[0, r])     # exp(delta A) g of the token to the right
+            for c, s in reversed(list(enumerate(chunks))):
+                a, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
+                torch.matmul(hs, dy[r, s, :, None], out=dC[r, s, :, None])    # sum over D
+                g = torch.mul(dy[r, s, None, :], C[r, s, :, None])            # (b, T, N, D)
+                for t in reversed(range(g.shape[1])):
+                    g[:, t] += carry
+                    carry = a[:, t] * g[:, t]
+                torch.matmul(B[r, s, None, :], g, out=dx[r, s, None, :])
+                torch.matmul(g, x[r, s, :, None], out=dB[r, s, :, None])
+                # d/d(delta A) = g_t exp(delta_t A) h_{t-1}: multiply g by both, in place
+                g.mul_(a)
+                g[:, 1:].mul_(hs[:, :-1])
+                g[:, 0].mul_(starts[c, r])
+                torch.sum(torch.mul(g, At, out=a), dim=2, out=ddelta[r, s])   # (b, T, D)
+                dA += g.mul_(delta[r, s, None, :]).sum((0, 1))                # (N, D)
+        return dx, ddelta, dA.T, dB, dC
+
+
+# --- the mixer: Mamba, read in both directions (Section 3.2; Vision Mamba's "v2") --------------
+
+class Direction(nn.Module):
+    """What one reading direction owns: convolution, projections to (delta, B, C), A and D."""
+
+    def __init__(self, channels, state, rank, conv):
+        super().__init__()
+        self.rank, self.state = rank, state
+        self.conv = nn.Conv1d(channels, channels, conv, groups=channels, padding=conv - 1)
+        self.x_proj = nn.Linear(channels, rank + 2 * state, bias=False)
+        self.dt_proj = nn.Linear(rank, channels)
+        # S4D-real: state n of every channel decays at rate n. A = -exp(A_log) stays negative.
+        self.A_log = nn.Parameter(torch.arange(1, state + 1).float().log().repeat(channels, 1))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.init_dt()
+
+    def init_dt(self, low=1e-3, high=0.1):
+        """Bias such that delta = softplus(bias) is log-uniform in [low, high] (Mamba Sec. 3.6):
+        the channels start with memories of about 1/high to 1/low tokens."""
+        delta = torch.empty(self.D.shape).uniform_(math.log(low), math.log(high)).exp()
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(delta.expm1().log())                # inverse of softplus
+
+    def forward(self, x, z):
+        """x, z (B, L, ED), already in this direction's order -> (B, L, ED), gated by z."""
+        L = x.shape[1]
+        x = self.conv(rearrange(x, "b l d -> b d l"))[..., :L]          # cut: causal (B, ED, L)
+        x = rearrange(F.silu(x), "b d l -> b l d")                      # (B, L, ED)
+        dt, Bt, Ct = self.x_proj(x).split([self.rank, self.state, self.state], dim=-1)
+        # delta is float32 from here on: under autocast a bf16 softplus could not tell apart the
+        # small steps, which are the long memories
+        with torch.autocast(x.device.type, enabled=False):
+            delta = F.softplus(F.linear(dt.float(), self.dt_proj.weight, self.dt_proj.bias))
+            y = selective_scan(x, delta, -self.A_log.float().exp(), Bt, Ct, self.D)  # (B, L, ED)
+        return y * F.silu(z)
+
+
+class BiMamba(nn.Module):
+    """(B, L, D) -> (B, L, D). Both directions share the projections in and out; their gated outputs
+    are summed. Time and class tokens come first for one direction and last for the other."""
+
+    def __init__(self, width, expand=2, state=16, conv=4):
+        super().__init__()
+        channels, rank = expand * width, math.ceil(width / 16)
+        self.in_proj = nn.Linear(width, 2 * channels, bias=False)
+        self.forwards = Direction(channels, state, rank, conv)
+        self.backwards = Direction(channels, state, rank, conv)
+        self.out_proj = nn.Linear(channels, width, bias=False)
+
+    def forward(self, u):
+        x, z = self.in_proj(u).chunk(2, dim=-1)                         # 2 x (B, L, ED)
+        y = self.forwards(x, z) + self.backwards(x.flip(1), z.flip(1)).flip(1)
+        return self.out_proj(y)                                         # (B, L, D)
+
+
+# --- block ------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """Add, norm, mix. Carries two streams: `residual`, the running sum r, and `hidden`, the output of
+    the mixer before, not yet added (Section 3.2; the order is Mamba's):
+
+        h' = W [h; skip] + b             deep half only, skip = hidden of the shallow partner
+        r  = r + h',   h = Mixer(RMSNorm(r))
+    """
+
+    def __init__(self, width, skip=None, adaln=False, drop_path=0.0, **mixer):
+        super().__init__()
+        self.skip, self.drop_path = skip, drop_path
+        self.skip_linear = nn.Linear(2 * width, width) if skip == "concat" else None
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.adaln = nn.Linear(width, 2 * width) if adaln else None
+        self.mixer = BiMamba(width, **mixer)
+
+    def forward(self, hidden, residual, shallow=None, c=None):
+        """hidden (B, L, D), residual (B, L, D) float32 or None before the first block, shallow
+        (B, L, D) or None, c (B, D) the condition when time="adaln" -> hidden, residual."""
+        if self.skip == "concat":
+            hidden = self.skip_linear(torch.cat([hidden, shallow], dim=-1))    # (B, L, D)
+        elif self.skip == "add":
+            hidden = hidden + shallow
+        residual = add(residual, hidden, self.drop_path if self.training else 0)
+        u = self.norm(residual)
+        if self.adaln is not None:
+            scale, shift = self.adaln(F.silu(c))[:, None].chunk(2, dim=-1)     # 2 x (B, 1, D)
+            u = u * (1 + scale) + shift
+        return self.mixer(u), residual
+
+
+def add(residual, hidden, drop_path=0.0):
+    """residual + hidden in float32: 49 small additions in bf16 would be lost one by one.
+    drop_path is the chance that a sample skips the addition (stochastic depth)."""
+    hidden = hidden.float()
+    if drop_path:
+        keep = torch.rand(len(hidden), 1, 1, device=hidden.device) >= drop_path
+        hidden = hidden * keep / (1 - drop_path)
+    return hidden if residual is None else residual + hidden
+
+
+# --- the model --------------------------------------------------------------------------------
+
+def timestep_embedding(t, width):
+    """(B,) -> (B, width): cosines, then sines, of t at wavelengths from 2 pi to 2 pi 10^4."""
+    half = width // 2
+    freqs = (-math.log(10000) / half * torch.arange(half, device=t.device)).exp()
+    angles = t.float()[:, None] * freqs                                        # (B, width // 2)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
+
+
+class DiS(nn.Module):
+    """(x_t, t, y) -> noise prediction, and with learn_sigma the variance's C channels after it."""
+
+    def __init__(self,
+                 shape,                 # (C, H, W) of the image or latent
+                 width,                 # D
+                 depth,                 # long skips join depth // 2 pairs; depth + 1 blocks if even
+                 patch=2,               # p
+                 num_classes=0,         # 0: unconditional
+                 expand=2,              # E
+                 state=16,              # N
+                 conv=4,                # taps of the causal convolution
+                 skip="concat",         # long skips: "concat" | "add" | "none"
+                 time="token",          # "token": a token for time, one for the class | "adaln": time
+                                        # + class scale and shift every block's norm (ablation)
+                 drop_path=0.0,         # stochastic depth of the last block, rising linearly from 0
+                 learn_sigma=True,
+                 grad_checkpointing=False):  # recompute each block in backward: less memory, +1/3 time
+        super().__init__()
+        C, H, W = shape
+        for value, allowed in ((skip, ("concat", "add", "none")), (time, ("token", "adaln"))):
+            if value not in allowed:
+                raise ValueError(f"unknown DiS option {value!r}: choose {' or '.join(allowed)}")
+        if H % patch or W % patch:
+            fits = [f"{h}x{w}" for h, w in dict.fromkeys(
+                (H // patch * patch + k, W // patch * patch + k) for k in (0, patch)) if h * w]
+            raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch}: "
+                             f"try {' or '.join(fits)}")
+        self.shape, self.patch, self.num_classes = shape, patch, num_classes
+        self.time, self.skip, self.depth = time, skip, depth
+        self.grad_checkpointing = grad_checkpointing
+        self.out_channels = 2 * C if learn_sigma else C
+        J, extras = H * W // patch**2, (1 + (num_classes > 0)) * (time == "token")
+
+        self.patch_embed = nn.Linear(patch**2 * C, width)
+        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(),
+                                        nn.Linear(4 * width, width))
+        # one more row than classes: "no class", for guidance
+        self.label_embed = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, extras + J, width))
+        half = depth // 2
+        self.shallow, self.deep = nn.ModuleList(), nn.ModuleList()
+        rates = [0.0] + [drop_path * i / (2 * half) for i in range(2 * half)]
+        block = dict(width=width, adaln=time == "adaln", expand=expand, state=state, conv=conv)
+        for i in range(half):
+            self.shallow.append(Block(drop_path=rates[i], **block))
+        self.middle = Block(drop_path=rates[half], **block)
+        for i in range(half):
+            self.deep.append(Block(skip=skip, drop_path=rates[half + 1 + i], **block))
+        self.drop_path = drop_path
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.final_adaln = nn.Linear(width, 2 * width) if num_classes else None
+        self.final = nn.Linear(width, patch**2 * self.out_channels)
+        self.init_weights()
+
+    def init_weights(self):
+        """The authors' choices (their code; the paper is silent), but for departures 4 and 5."""
+        for name, module in self.named_modules():
+            # weights keep PyTorch's default, uniform in +-1/sqrt(fan_in); only biases are zeroed,
+            # except delta's, which Direction.init_dt has set, and the convolutions'
+            if isinstance(module, nn.Linear) and module.bias is not None and "dt_proj" not in name:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, BiMamba):
+                # so that the sum of all blocks does not grow with their number
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    module.out_proj.weight /= math.sqrt(max(self.depth, 1))
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.02)
+        nn.init.zeros_(self.final.weight)                        # departure 5
+        for module in self.modules():
+            if isinstance(module, Block) and module.adaln is not None:
+                nn.init.zeros_(module.adaln.weight)              # adaLN blocks start unmodulated
+
+    def forward(self, x, t, y=None):
+        """x (B, C, H, W), t (B,) long, y (B,) long or None; label -1 means "no class".
+        -> (B, C or 2C, H, W)."""
+        p, (_, H, W) = self.patch, self.shape
+        x = rearrange(x, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)  # (B, J, p*p*C)
+        x = self.patch_embed(x)                                                 # (B, J, D)
+        c = self.time_embed(timestep_embedding(t, x.shape[-1]))                 # (B, D)
+        tokens = [c[:, None], x]
+        if self.num_classes:
+            y = torch.full_like(t, -1) if y is None else y
+            label = self.label_embed(torch.where(y < 0, self.num_classes, y))   # (B, D)
+            tokens, c = [label[:, None]] + tokens, c + label
+        if self.time == "token":
+            x = torch.cat([token.to(x.dtype) for token in tokens], dim=1)       # (B, L, D)
+        hidden, residual = x + self.pos_embed, None
+
+        skips = []
+        for block in self.shallow:
+            hidden, residual = self.run(block, hidden, residual, None, c)
+            skips.append(hidden)
+        hidden, residual = self.run(self.middle, hidden, residual, None, c)
+        for block in self.deep:                                  # last in, first out
+            hidden, residual = self.run(block, hidden, residual, skips.pop(), c)
+        x = self.norm(add(residual, hidden, self.drop_path if self.training else 0))
+
+        x = self.final_norm(x[:, -(H * W // p**2):])             # drop time and class (B, J, D)
+        if self.final_adaln is not None:                         # departure 3
+            shift, scale = self.final_adaln(F.silu(c))[:, None].chunk(2, dim=-1)
+            x = x * (1 + scale) + shift
+        return rearrange(self.final(x), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)",
+                         h=H // p, p1=p, p2=p)                   # (B, C or 2C, H, W)
+
+    def run(self, block, *inputs):
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def macs(self):
+        """Multiply-adds of one forward pass for one image, all of it: every matrix, the convolutions,
+        and 4 per state element and token for the scan (decay, input, update, read)."""
+        L, J = self.pos_embed.shape[1], math.prod(self.shape[1:]) // self.patch**2
+        once = ("time_embed", "adaln")      # these see one vector per image, `final` and the
+        total = 0                           # patches J tokens, everything else all L
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                n = 1 if any(o in name for o in once) else J if name in ("patch_embed",
+                                                                         "final") else L
+                total += n * module.weight.numel()
+            elif isinstance(module, Direction):
+                total += L * (module.conv.weight.numel() + 4 * module.A_log.numel())
+        return total
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+# Table 1 of the paper: only width and depth change. `paper` holds its own figures, for the table
+# below: (millions of parameters, GFLOPs).
+_SIZES = {"S": (368, 24, 28.4, 0.43), "B": (768, 24, 119.1, 1.86), "M": (768, 48, 229.4, 3.70),
+          "L": (1024, 48, 404.0, 6.57), "H": (1536, 48, 900.6, 14.79)}
+_PAPER_DIFFUSION = dict(schedule="linear", predict="eps", variance="learned")
+CONFIGS = {f"DiS-{size}/{p}": dict(width=width, depth=depth, patch=p, **_PAPER_DIFFUSION)
+           for size, (width, depth, _, _) in _SIZES.items() for p in (2, 4)}
+# Learns shapes or digits in minutes on two CPU cores. There the number of updates decides, so it is
+# small. Predicting v on a cosine schedule learns faster than the paper's eps at this size.
+CONFIGS["tiny"] = dict(width=128, depth=6, patch=4, state=8, schedule="cosine", predict="v",
+                       variance="small")
+
+
+def build(preset, shape, num_classes=0, **options):
+    """-> (model, diffusion). shape (C, H, W); `options` override the preset: skip="add", patch=8 ...
+
+    Raises ValueError, with the fix, for an unknown preset or option or a size that does not fit.
+    """
+    if preset not in CONFIGS:
+        raise ValueError(f"unknown DiS preset {preset!r}: choose one of {', '.join(CONFIGS)}")
+    known = set(DiS.__init__.__code__.co_varnames[3:]) | {"width", "schedule", "predict",
+                                                          "variance", "min_snr", "T"}
+    config = {**CONFIGS[preset], **options}
+    schedule, T = config.pop("schedule"), config.pop("T", 1000)
+    diffusion = Diffusion(SCHEDULES[schedule](T), config.pop("predict"), config.pop("variance"),
+                          config.pop("min_snr", None))
+    return DiS(shape, num_classes=num_classes, learn_sigma=diffusion.variance == "learned",
+               **config), diffusion

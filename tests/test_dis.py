@@ -1,0 +1,274 @@
+"""dis.py: parameter counts, the scan against its definition, directions, skips, and that it learns."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion import fold, normal
+from sample import load_paper
+
+dis = load_paper("dis")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def count(preset, shape, num_classes=0, **options):
+    with torch.device("meta"):
+        model, _ = dis.build(preset, shape, num_classes, **options)
+    return sum(p.numel() for p in model.parameters()), model.macs()
+
+
+def small(shape=(3, 16, 16), num_classes=5, **options):
+    torch.manual_seed(0)
+    options = dict(width=32, depth=4, patch=4, state=4) | options
+    model, diffusion = dis.build("tiny", shape, num_classes, **options)
+    with torch.no_grad():           # away from zero, where most gradients vanish
+        model.final.weight.normal_(0, 0.05)
+    return model, diffusion
+
+
+def inputs(b, L, D, N, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    delta = torch.empty(b, L, D, dtype=dtype).uniform_(-6.9, 0, generator=g).exp()   # 1e-3 .. 1
+    A = -torch.arange(1, N + 1, dtype=dtype).repeat(D, 1) * (0.1 * randn(D, N)).exp()
+    return [x.requires_grad_() for x in
+            (randn(b, L, D), delta, A, randn(b, L, N), randn(b, L, N), randn(D))]
+
+
+# --- sizes ---
+
+@pytest.mark.parametrize("size, pixels, latents, gmacs", [
+    ("S", 28_457_168, 29_132_752, 1.9), ("B", 119_139_168, 121_163_552, 7.7),
+    ("M", 229_390_176, 231_414_560, 15.0), ("L", 404_026_464, 407_249_952, 26.3),
+    ("H", 900_558_432, 906_966_560, 58.2)])
+def test_parameter_counts_are_the_papers(size, pixels, latents, gmacs):
+    parameters, macs = count(f"DiS-{size}/4", (3, 32, 32))
+    assert parameters == pixels and macs / 1e9 == pytest.approx(gmacs, abs=0.06)
+    assert count(f"DiS-{size}/2", (4, 32, 32), 1000)[0] == latents
+
+
+def test_multiply_adds_agree_with_pytorchs_counter():
+    """All but the scan, which is elementwise and invisible to it."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for options in ({}, dict(time="adaln")):
+        model, _ = small(**options)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, 16, 16), torch.zeros(1).long())
+        counts = counter.get_flop_counts()["Global"]
+        scans = [m for m in model.modules() if isinstance(m, dis.Direction)]
+        L = model.pos_embed.shape[1]
+        scan = sum(L * 4 * m.A_log.numel() for m in scans)
+        # the scan's own matmuls and the causal convolution's cut-off padding are not in macs()
+        bmm = counts.get(torch.ops.aten.bmm, 0)
+        extra = sum(3 * m.conv.weight.numel() for m in scans)
+        assert (counter.get_total_flops() - bmm) / 2 == model.macs() - scan + extra
+
+
+# --- the scan ---
+
+@pytest.mark.parametrize("N", [1, 16])
+@pytest.mark.parametrize("L", [1, 2, 37, 256])
+def test_scan_equals_reference(L, N, monkeypatch):
+    """Outputs and all gradients, several batch blocks and chunks, the last ones ragged."""
+    monkeypatch.setattr(dis._Scan, "ELEMENTS", 2 * dis._Scan.T * N * 24)
+    x = inputs(3, L, 24, N, torch.float32)
+    y, expected = dis.selective_scan(*x), dis.selective_scan_ref(*[v.double() for v in x])
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(y, x, dy)
+    for got, want in zip((y, *grads), (expected, *torch.autograd.grad(expected, x, dy.double()))):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("L, N, fast", [(1, 2, False), (2, 1, False), (37, 2, False),
+                                        (256, 1, True), (256, 3, True)])
+def test_scan_gradcheck(L, N, fast):
+    assert torch.autograd.gradcheck(dis.selective_scan, inputs(2, L, 2, N, torch.float64),
+                                    fast_mode=fast)
+
+
+def test_scan_of_one_token_and_of_no_time():
+    u, delta, A, B, C, D = inputs(2, 1, 4, 3, torch.float64)
+    by_hand = D * u + ((delta * u)[..., None] * B[:, :, None] * C[:, :, None]).sum(-1)
+    torch.testing.assert_close(dis.selective_scan(u, delta, A, B, C, D), by_hand)
+    torch.testing.assert_close(dis.selective_scan(u, 0 * delta, A, B, C, D), D * u)
+
+
+MEMORY = """
+import re, sys, torch
+from sample import load_paper
+dis = load_paper("dis")
+def kb(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+def tensors(b, L, D, N):
+    x = [torch.randn(b, L, D), torch.rand(b, L, D), -torch.rand(D, N), torch.randn(b, L, N),
+         torch.randn(b, L, N), torch.randn(D)]
+    return [v.requires_grad_() for v in x], torch.randn(b, L, D)
+def run(x, dy): return torch.autograd.grad(dis.selective_scan(*x), x, dy)
+run(*tensors(2, 40, 8, 16))             # load the libraries before measuring
+x, dy = tensors(64, 256, 512, 16)
+open("/proc/self/clear_refs", "w").write("5")           # reset the high-water mark
+before = kb("VmRSS")
+run(x, dy)
+print((kb("VmHWM") - before) * 1024 / (4 * 64 * 256 * 512))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_scan_memory_is_a_few_inputs():
+    """Forward and backward at N = 16: the (B, L, D, N) tensor alone would be 16 of them."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 3 < float(done.stdout) < 10
+
+
+# --- the mixer ---
+
+def test_flipped_sequence_and_swapped_directions_give_the_flipped_output():
+    torch.manual_seed(0)
+    mixer, u = dis.BiMamba(16, state=4), torch.randn(2, 21, 16)
+    y = mixer(u)
+    mixer.forwards, mixer.backwards = mixer.backwards, mixer.forwards
+    torch.testing.assert_close(mixer(u.flip(1)), y.flip(1))
+
+
+def test_each_direction_is_causal_and_both_together_see_everything():
+    torch.manual_seed(0)
+    mixer, u = dis.BiMamba(16, state=4), torch.randn(1, 9, 16)
+    changed = u.clone()
+    changed[:, 4] += 1
+    moved = lambda m: (m(changed) - m(u)).abs().amax((0, 2)) > 1e-7
+    assert moved(mixer).all()
+    silent = lambda x, z: torch.zeros_like(x)
+    forwards, backwards = mixer.forwards.forward, mixer.backwards.forward
+    mixer.backwards.forward = silent
+    assert moved(mixer).tolist() == [False] * 4 + [True] * 5
+    mixer.forwards.forward, mixer.backwards.forward = silent, backwards
+    assert moved(mixer).tolist() == [True] * 5 + [False] * 4
+
+
+def test_both_directions_start_with_the_same_memories():
+    """Departure 4: delta between 0.001 and 0.1, backwards too."""
+    model, _ = small()
+    for module in model.modules():
+        if isinstance(module, dis.Direction):
+            delta = torch.nn.functional.softplus(module.dt_proj.bias)
+            assert delta.min() > 0.9e-3 and delta.max() < 0.11 and delta.max() / delta.min() > 10
+
+
+# --- the model ---
+
+def test_long_skips_join_first_to_last():
+    model, _ = small()
+    given, made = [], []
+    for block in model.shallow:
+        block.register_forward_hook(lambda m, args, out: made.append(out[0]))
+    for block in model.deep:
+        block.register_forward_hook(lambda m, args, out: given.append(args[2]))
+    model(torch.randn(1, 3, 16, 16), torch.tensor([5]))
+    assert len(given) == 2 and all(a is b for a, b in zip(given, reversed(made)))
+
+
+@pytest.mark.parametrize("options", [{}, dict(skip="add"), dict(skip="none"), dict(time="adaln"),
+                                     dict(variance="learned"), dict(num_classes=0),
+                                     dict(shape=(1, 8, 24)), dict(depth=3), dict(expand=1)],
+                         ids=lambda o: str(o) or "default")
+def test_gradient_reaches_every_parameter(options):
+    model, diffusion = small(**options)
+    for module in model.modules():
+        if isinstance(module, dis.Block) and module.adaln is not None:
+            torch.nn.init.normal_(module.adaln.weight, std=0.02)
+    x0, t = torch.randn(6, *model.shape), torch.arange(6) * 150
+    cond = {"y": torch.tensor([0, 1, 2, 3, 4, -1])} if model.num_classes else {}
+    diffusion.loss(model, x0, t, torch.randn_like(x0), **cond)["loss"].sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+def test_options_change_the_model():
+    concat, add, none = (count("tiny", (3, 32, 32), skip=s)[0] for s in ("concat", "add", "none"))
+    assert concat - add == 3 * (2 * 128 * 128 + 128) and add == none
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    outs = [small(skip=s)[0](x, t) for s in ("add", "none")]
+    assert not torch.allclose(*outs)
+    assert small(time="adaln")[0].pos_embed.shape[1] == 16          # no tokens but the patches
+    assert small()[0].pos_embed.shape[1] == 18
+    assert small(num_classes=0)[0].pos_embed.shape[1] == 17
+
+
+def test_first_prediction_is_zero():
+    model, _ = dis.build("tiny", (3, 16, 16), 5)
+    assert not model(torch.randn(2, 3, 16, 16), torch.tensor([1, 2])).any()
+
+
+def test_patches_come_back_in_place():
+    """Pixel (i, j) of channel k in every patch is entry (i p + j) C + k of the token's vector."""
+    model, _ = small(num_classes=0)
+    with torch.no_grad():
+        model.final.weight.zero_()
+        model.final.bias.copy_(torch.arange(48.))
+    out = model(torch.zeros(1, 3, 16, 16), torch.tensor([0]))
+    assert out[0, 2, 4 + 1, 8 + 3] == (1 * 4 + 3) * 3 + 2
+    # and the way in is the same: only the touched patch's token changes
+    x = torch.zeros(1, 3, 16, 16)
+    tokens = []
+    model.patch_embed.register_forward_hook(lambda m, args, o: tokens.append(args[0]))
+    x[0, 2, 4 + 1, 8 + 3] = 1
+    model(x, torch.tensor([0]))
+    assert tokens[0].nonzero().tolist() == [[0, 1 * 4 + 2, (1 * 4 + 3) * 3 + 2]]
+
+
+def test_no_class_is_label_minus_one():
+    model, _ = small()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    assert torch.equal(model(x, t), model(x, t, torch.tensor([-1, -1])))
+    assert not torch.allclose(model(x, t), model(x, t, torch.tensor([0, 1])))
+
+
+def test_stays_close_under_bf16_and_keeps_the_residual_in_float32():
+    model, _ = small()
+    seen = []
+    model.middle.register_forward_hook(lambda m, args, out: seen.append(out[1].dtype))
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    exact = model(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(x, t)
+    assert seen == [torch.float32] * 2
+    assert (exact - rough).norm() < 0.03 * exact.norm()
+
+
+def test_checkpointing_and_drop_path():
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    grads = []
+    for on in (False, True):
+        model, _ = small()
+        model.grad_checkpointing = on
+        model(x, t).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+    model, _ = small(drop_path=0.5)
+    assert not torch.equal(model(x, t), model(x, t))
+    model.eval()
+    assert torch.equal(model(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("call, fix", [
+    (dict(shape=(3, 30, 30)), "try 28x28 or 32x32"), (dict(skip="residual"), "choose concat or add"),
+    (dict(time="film"), "token or adaln"), (dict(colour=3), "unknown option"),
+    (dict(schedule="sigmoid"), "linear")])
+def test_wrong_options_are_refused_with_the_fix(call, fix):
+    with pytest.raises(ValueError, match=fix):
+        small(**call)
+
+
+def test_overfits_one_batch():
+    model, diffusion = small(num_classes=2, shape=(1, 8, 8), patch=2)
+    x0 = torch.sign(normal(fold(0, torch.arange(8)), (1, 8, 8)))
+    t, noise = torch.arange(8) * 120, normal(fold(1, torch.arange(8)), (1, 8, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = diffusion.loss(model, x0, t, noise, y=torch.arange(8) % 2)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02                                              # it starts above 1

@@ -1,0 +1,497 @@
+"""Train a diffusion model of one of the papers. Reads top to bottom; `main` is the whole story.
+
+    python train.py                                            DiS tiny on drawn shapes, minutes
+    python train.py --data mnist                               digits (downloaded once, 11 MB)
+    python train.py --data path/to/images --image-size 64      your own pictures
+    torchrun --standalone --nproc_per_node=8 train.py --preset DiS-S/2 --data cifar10 ...
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
+
+Run the same command again and it continues, bit for bit, from results/<model>-<data>/latest.pt.
+"""
+import argparse
+import ast
+import csv
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import sample
+from diffusion import fold, normal, uniform
+from sample import fail, told_plainly
+
+BINS = 5                                     # the loss is also logged in this many bands of t
+FREE_TO_CHANGE = {                           # between a run and its continuation
+    "max_steps", "device", "num_workers", "log_every", "sample_every", "ckpt_every", "keep_ckpts",
+    "results_dir", "name", "resume", "grad_checkpointing", "compile", "data_dir", "smoke", "dry_run"}
+
+
+# --- command line ---------------------------------------------------------------------------
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+    g = p.add_argument_group("what")
+    g.add_argument("--model", default="dis", help="a paper's file, or a path to your own .py")
+    g.add_argument("--preset", default="tiny", help="a name in the file's CONFIGS, e.g. DiS-S/2")
+    g.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
+                   help="change options of the preset: --set skip=add patch=8 (see build)")
+    g.add_argument("--data", default="shapes",
+                   help="shapes, mnist, fashion, cifar10, or a folder of images")
+    g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
+    g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
+    g.add_argument("--num-classes", type=int, default=-1,
+                   help="-1: as the data has; 0: unconditional")
+    g.add_argument("--hflip", action=flag, default=False, help="mirror half of the images")
+    g = p.add_argument_group("length")
+    g.add_argument("--max-steps", type=int, default=2000, help="optimizer steps")
+    g.add_argument("--global-batch-size", type=int, default=32,
+                   help="images per step, over all processes")
+    g.add_argument("--grad-accum", type=int, default=1, help="split each step's share into this many")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    g.add_argument("--lr-schedule", choices=["cosine", "constant"], default="cosine",
+                   help="after the warm-up: to zero at --max-steps, or no change")
+    g.add_argument("--warmup-steps", type=int, default=100, help="the rate rises linearly over these")
+    g.add_argument("--beta2", type=float, default=0.99, help="AdamW's second-moment decay")
+    g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
+    g.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
+    g.add_argument("--ema-decay", type=float, default=0.9999,
+                   help="of the averaged weights; lower in early steps: (1 + step) / (10 + step)")
+    g.add_argument("--cond-dropout", type=float, default=0.1,
+                   help="chance to hide an image's class, so that guidance can ask for none")
+    g = p.add_argument_group("system")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="auto: bf16 autocast on GPUs that have it")
+    g.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
+    g.add_argument("--grad-checkpointing", action=flag, default=False,
+                   help="recompute activations in backward: less memory, a third more time")
+    g.add_argument("--num-workers", type=int, default=0, help="processes that read large folders")
+    g.add_argument("--seed", type=int, default=0, help="of everything random")
+    g = p.add_argument_group("output")
+    g.add_argument("--results-dir", default="results", help="runs are folders in here")
+    g.add_argument("--name", help="the run's folder (default: <model>-<data>)")
+    g.add_argument("--resume", default="auto", metavar="auto|none|PATH",
+                   help="auto: continue the run if it exists; none: begin anew, the old folder is "
+                        "renamed; or begin from a checkpoint")
+    g.add_argument("--log-every", type=int, default=50, help="steps between lines of log.csv")
+    g.add_argument("--sample-every", type=int, default=500, help="steps between sample grids; 0: none")
+    g.add_argument("--ckpt-every", type=int, default=500, help="steps between checkpoints")
+    g.add_argument("--keep-ckpts", type=int, default=1, help="how many numbered checkpoints to keep")
+    g = p.add_argument_group("checking")
+    g.add_argument("--overfit-one-batch", action=flag, default=False,
+                   help="the same images and noise at every step: the loss must fall towards 0")
+    g.add_argument("--smoke", action="store_true",
+                   help="one step, save, resume, one more, sample; leaves nothing behind")
+    g.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    args = p.parse_args(argv)
+    at_least = dict(max_steps=1, global_batch_size=1, grad_accum=1, lr=0, warmup_steps=0, beta2=0,
+                    weight_decay=0, grad_clip=0, ema_decay=0, cond_dropout=0, num_workers=0, seed=0,
+                    log_every=1, sample_every=0, ckpt_every=1, keep_ckpts=1, num_classes=-1)
+    for name, low in at_least.items():
+        if not getattr(args, name) >= low:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    for name in ("beta2", "ema_decay", "cond_dropout"):
+        if getattr(args, name) >= 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
+    options = {}
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            fail(f"--set {item}: write KEY=VALUE, for example --set patch=8")
+        try:
+            options[key] = ast.literal_eval(value)          # a number, True ...
+        except (ValueError, SyntaxError):
+            options[key] = value                            # ... or a word
+    args.set = options
+    return args
+
+
+# --- pieces of the loop ----------------------------------------------------------------------
+
+def learning_rate(step, args):
+    """Warm-up, then a half cosine to zero. A function of the step: nothing to save."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    if args.lr_schedule == "constant":
+        return args.lr
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model. d is small at first, else the average would keep the random
+    initial weights for 1 / (1 - decay) steps, and early samples would be noise."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+def make_batch(batch, step_seeds, diffusion, args, num_classes, device):
+    """One micro-batch on its device with its random draws, each a function of (seed, step, slot):
+    x0 (B, C, H, W) in [-1, 1], t (B,), noise (B, C, H, W), cond."""
+    seeds = step_seeds.to(device, non_blocking=True)                                       # (B,)
+    x0 = batch["x"].to(device, non_blocking=True).float() / 127.5 - 1
+    if args.hflip:
+        flip = uniform(fold(seeds, 2)) < 0.5
+        x0 = torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
+    t = (uniform(fold(seeds, 0)) * diffusion.T).long()
+    noise = normal(fold(seeds, 1), x0.shape[1:])
+    cond = {}
+    if num_classes:
+        hide = uniform(fold(seeds, 3)) < args.cond_dropout
+        cond["y"] = torch.where(hide, -1, batch["y"].to(device, non_blocking=True))
+    return x0, t, noise, cond
+
+
+def save(checkpoint, folder, keep):
+    """Write checkpoints/<step>.pt and point latest.pt at it. The old file stays until the new one is
+    whole: a kill at any moment leaves a good latest.pt."""
+    numbered = folder / "checkpoints"
+    numbered.mkdir(exist_ok=True)
+    path = numbered / f"{checkpoint['step']:07d}.pt"
+    torch.save(checkpoint, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+    latest = folder / "latest.pt.tmp"
+    latest.unlink(missing_ok=True)
+    try:
+        os.link(path, latest)               # a second name for the same bytes
+    except OSError:                         # not every file system can
+        shutil.copyfile(path, latest)
+    os.replace(latest, folder / "latest.pt")
+    for old in sorted(numbered.glob("*.pt"))[:-keep]:
+        old.unlink()
+
+
+def open_log(path, fields, step):
+    """log.csv, without the lines after `step`: those steps will be taken again."""
+    rows = []
+    if path.exists() and step:
+        with open(path, newline="") as f:
+            rows = [r for r in csv.DictReader(f) if int(r["step"]) <= step]
+    with open(f"{path}.tmp", "w", newline="") as f:
+        csv.DictWriter(f, fields).writeheader()
+        csv.DictWriter(f, fields, extrasaction="ignore").writerows(rows)
+    os.replace(f"{path}.tmp", path)
+    return open(path, "a", newline="")
+
+
+def memory_mb(device):
+    """Peak so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:                     # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)      # bytes there, KB elsewhere
+
+
+def differences(args, saved):
+    """Flags of a continued run that would change what it computes, as "--lr 0.001 (was 0.002)"."""
+    return [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})" for k, v in vars(args).items()
+            if k not in FREE_TO_CHANGE and v != saved.get(k)]
+
+
+def smoke(argv):
+    """One step of everything, in a temporary folder."""
+    argv = [a for a in argv if a != "--smoke"]
+    with tempfile.TemporaryDirectory() as folder:
+        common = argv + ["--results-dir", folder, "--name", "smoke", "--resume", "auto",
+                         "--sample-every", "1", "--log-every", "1", "--ckpt-every", "1"]
+        main(common + ["--max-steps", "1"])
+        main(common + ["--max-steps", "2"])
+        sample.main(["--ckpt", f"{folder}/smoke", "--steps", "2", "--num-samples", "4",
+                     "--out", f"{folder}/samples.png"])
+    print("smoke: one step, save, resume, one step and sampling all worked")
+
+
+# --- the story -----------------------------------------------------------------------------
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.smoke:
+        return smoke(argv)
+
+    # Processes. torchrun starts one per GPU and tells each its rank; without it there is just one.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    share = world * args.grad_accum
+    if args.global_batch_size % share:
+        fail(f"--global-batch-size {args.global_batch_size} cannot be split over {world} processes x "
+             f"--grad-accum {args.grad_accum}: try {max(1, args.global_batch_size // share) * share}")
+    with told_plainly():
+        device = sample.pick_device(args.device)
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            fail(f"process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
+                 f"pass torchrun --nproc_per_node={torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank) if world > 1 else device
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"
+                                        and torch.cuda.is_bf16_supported())
+    main_process = rank == 0
+    say = print if main_process else lambda *a, **k: None
+
+    # Data: `share` slices of each global batch, this process takes grad_accum of them.
+    with told_plainly():
+        size = data.parse_size(args.image_size) if args.image_size else None
+        dataset = data.load(args.data, args.data_dir, size)
+        K = dataset.num_classes if args.num_classes < 0 else args.num_classes
+        if K > 0 and K < dataset.num_classes or K and not dataset.num_classes:
+            fail(f"--num-classes {K}, but {args.data} has {dataset.num_classes}: drop the flag")
+    args.shape, args.num_classes = list(dataset.shape), K
+    args.class_names = list(dataset.class_names) if K else []
+    micro = args.global_batch_size // share
+
+    # Model. Built from the same seed everywhere, so that all processes start alike.
+    torch.manual_seed(args.seed)
+    with told_plainly():
+        paper = sample.load_paper(args.model)
+        with torch.device("meta") if args.dry_run else nullcontext():
+            model, diffusion = paper.build(args.preset, dataset.shape, K, **args.set)
+    parameters = sum(p.numel() for p in model.parameters())
+    macs = f"{model.macs() / 1e6:,.1f}M" if hasattr(model, "macs") else "unknown"
+    folder = Path(args.results_dir) / (args.name or re.sub(
+        r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.data).name}"))
+    say(f"device      {device} ({'--device' if args.device != 'auto' else 'the best found'}), "
+        f"{world} process{'es' if world > 1 else ''}, {'bf16 autocast' if bf16 else 'float32'}\n"
+        f"data        {args.data}: {len(dataset):,} images of {'x'.join(map(str, dataset.shape))}, "
+        f"{f'{K} classes' if K else 'no classes'}\n"
+        f"model       {args.model} {args.preset}: {parameters:,} parameters, {macs} multiply-adds "
+        f"per image and forward pass\n"
+        f"training    {args.max_steps:,} steps of {args.global_batch_size} images "
+        f"({world} x {args.grad_accum} x {micro}), peak learning rate {args.lr:g}\n"
+        f"folder      {folder}\n"
+        f"pictures    python sample.py --ckpt {folder}")
+    if args.grad_checkpointing:
+        if not hasattr(model, "grad_checkpointing"):
+            fail(f"{args.model} has no activation checkpointing: drop --grad-checkpointing")
+        model.grad_checkpointing = True
+    if args.dry_run:
+        return
+
+    # Resume: what a run needs beside its arguments is weights, optimizer and step.
+    with told_plainly():
+        latest, checkpoint = folder / "latest.pt", None
+        if args.resume == "none" and folder.exists() and main_process:
+            n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
+            folder.rename(f"{folder}.old{n}")
+            say(f"renamed     the earlier run is now {folder}.old{n}")
+        if args.resume not in ("auto", "none"):
+            if latest.exists():
+                raise ValueError(f"{folder} already holds a run: pass another --name, or drop "
+                                 f"--resume to continue it")
+            checkpoint = sample.read_checkpoint(args.resume)
+        elif args.resume == "auto" and latest.exists():
+            checkpoint = sample.read_checkpoint(latest)
+        if checkpoint:
+            changed = differences(args, checkpoint["args"])
+            if changed:
+                raise ValueError(f"{args.resume if args.resume != 'auto' else folder} was trained "
+                                 f"differently: {', '.join(changed)}. Use its flags, or pass --name "
+                                 f"for a run of its own")
+            if args.max_steps < checkpoint["step"]:
+                raise ValueError(f"{folder} is at step {checkpoint['step']} already: pass a larger "
+                                 f"--max-steps, or --name for a run of its own")
+        if main_process:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"cannot write into {folder}: pass another --results-dir")
+
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
+                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+    ema, _ = paper.build(args.preset, dataset.shape, K, **args.set)
+    ema.load_state_dict(model.state_dict())
+    ema.to(device).eval().requires_grad_(False)
+    first = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["opt"])
+        first = checkpoint["step"]
+        say(f"resumed     at step {first}")
+        del checkpoint
+    net = torch.compile(model) if args.compile else model
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=10))
+        net = torch.nn.parallel.DistributedDataParallel(
+            net, device_ids=[local_rank] if device.type == "cuda" else None)
+
+    def checkpoint_now(step):
+        if main_process:
+            save({"version": sample.VERSION, "model": model.state_dict(), "ema": ema.state_dict(),
+                  "opt": optimizer.state_dict(), "step": step,
+                  "images": step * args.global_batch_size, "args": vars(args)},
+                 folder, args.keep_ckpts)
+
+    def draw(step):
+        """A small grid from the same noise every time, of the averaged weights. Rank 0 only: it calls
+        no collective, the others wait for it at the next step."""
+        rows = min(K, 10) or 4
+        seeds = torch.arange(4 * rows)
+        labels = sample.choose_labels("all", K, seeds) if K else None
+        if K > rows:
+            labels = torch.arange(rows).repeat(4)
+        images = sample.generate(ema, diffusion, tuple(dataset.shape), seeds, labels, 4 * rows,
+                                 device, progress=False, steps="25", cfg_scale=2.0 if K else 1.0)
+        path = folder / "samples" / f"step_{step:07d}.png"
+        sample.grid_image(sample.to_uint8(images), rows, args.class_names[:rows] or None).save(path)
+        return path
+
+    # Ctrl-C or a preempting SIGTERM: finish the step, save, leave. A second one kills.
+    stop, handlers = [], {}
+
+    def ask_to_stop(number, _):
+        stop.append(number)
+        signal.signal(number, handlers[number])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, ask_to_stop)
+
+    if main_process:
+        git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
+                             capture_output=True, text=True).stdout.strip() or "not a git checkout"
+        (folder / "args.json").write_text(json.dumps(
+            {**vars(args), "command": " ".join(["train.py", *argv]), "git": git,
+             "torch": torch.__version__, "processes": world}, indent=1))
+        fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BINS)), "grad_norm", "lr",
+                  "images_per_s", "memory_mb"]
+        log = open_log(folder / "log.csv", fields, first)
+
+    # The loop.
+    order = data.batch_order(len(dataset), args.seed, args.global_batch_size, first, args.max_steps,
+                             rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro)
+    if args.overfit_one_batch:
+        order = [next(iter(data.batch_order(
+            len(dataset), args.seed, args.global_batch_size, 0, 1,
+            rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro)))
+        ] * (args.max_steps - first)
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
+                        pin_memory=device.type == "cuda")
+    slots = torch.arange(rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro)
+    losses, norms, since, began = [], [], first, time.perf_counter()
+    bins = torch.zeros(2, BINS, device=device)                      # sums, counts
+    bar = tqdm(total=args.max_steps, initial=first, unit="step", disable=not main_process,
+               mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    model.train()
+    step = first
+    for step, batch in enumerate(loader, start=first + 1):          # steps are counted from 1
+        seeds = fold(args.seed, 0 if args.overfit_one_batch else step, slots)              # (B,)
+        torch.manual_seed(int(fold(args.seed, step, rank)))         # for dropout, if a model has any
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, args)
+        total = torch.zeros((), device=device)
+        for a in range(args.grad_accum):
+            part = slice(a * micro, (a + 1) * micro)
+            x0, t, noise, cond = make_batch({k: v[part] for k, v in batch.items()}, seeds[part],
+                                            diffusion, args, K, device)
+            # gradients SUM over micro-batches, and we want the mean: hence the division. Processes
+            # need to exchange them only once, after the last.
+            last = a == args.grad_accum - 1
+            with nullcontext() if last or world == 1 else net.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = diffusion.loss(net, x0, t, noise, **cond)["loss"]               # (B,)
+                (loss.mean() / args.grad_accum).backward()
+            total += loss.detach().mean() / args.grad_accum
+            band = t * BINS // diffusion.T
+            bins[0].index_add_(0, band, loss.detach())
+            bins[1].index_add_(0, band, torch.ones_like(loss))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(),
+                                                    args.grad_clip or math.inf))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step, args.ema_decay)
+        losses.append(total)
+        bar.update()
+
+        # Stop together: each process has its own signal, and none may wait for one that left. Agreed
+        # on every 10 steps where there are several, since asking costs a synchronisation.
+        stopping = bool(stop)
+        if world > 1:
+            stopping = False
+            if step % 10 == 0:
+                votes = torch.tensor(float(len(stop)), device=device)
+                dist.all_reduce(votes)
+                stopping = votes.item() > 0
+        at_end = stopping or step == args.max_steps
+
+        # Once in a while, all processes: look at the numbers (this waits for the GPU).
+        if step % args.log_every == 0 or step % args.ckpt_every == 0 or at_end:
+            stats = torch.cat([torch.stack(losses) / world, bins.flatten()])
+            if world > 1:
+                dist.all_reduce(stats)
+            loss_list, (sums, counts) = stats[:len(losses)].tolist(), stats[len(losses):].view(
+                2, BINS).tolist()
+            bad = [s for s, value in enumerate(loss_list, step - len(losses) + 1)
+                   if not math.isfinite(value)]
+            if bad:             # every process sees the same sum, so every process stops here
+                bar.close()
+                if main_process:
+                    fail(f"the loss is not finite at step {bad[0]}: try --lr {args.lr / 2:g} or "
+                         f"--precision fp32. {folder}/latest.pt is from before")
+                raise SystemExit(2)
+            rate = (step - since) * args.global_batch_size / (time.perf_counter() - began)
+            mean = sum(loss_list) / len(loss_list)
+            if main_process:
+                row = [step, step * args.global_batch_size, f"{mean:.6g}",
+                       *(f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)),
+                       f"{torch.stack(norms).mean():.4g}", f"{learning_rate(step - 1, args):.4g}",
+                       f"{rate:.4g}", f"{memory_mb(device):.0f}"]
+                csv.writer(log).writerow(row)
+                log.flush()
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s")
+            losses, norms, since, began = [], [], step, time.perf_counter()
+            bins.zero_()
+
+        # Once in a while, the first process: save, and show what it can do.
+        if step % args.ckpt_every == 0 or at_end:
+            checkpoint_now(step)
+        if main_process and args.sample_every and not stopping and (
+                step % args.sample_every == 0 or step == min(100, args.sample_every)):
+            pause = time.perf_counter()
+            bar.write(f"step {step}: {draw(step)}")
+            began += time.perf_counter() - pause                     # images/s is of training alone
+        if stopping:
+            break
+
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if main_process:
+        log.close()
+        if step < args.max_steps:
+            say(f"stopped     at step {step}, saved. The same command continues.")
+        else:
+            say(f"trained     {step} of {args.max_steps} steps; --max-steps goes further")
+            if args.sample_every:
+                sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"),
+                             "--device", args.device])
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
