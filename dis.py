@@ -52,14 +52,21 @@ Where paper and code disagree, and what is done here ("code" = the authors' rele
 In a notebook Python's own module `dis` is loaded already, so `from dis import DiS` finds the wrong
 one: write `from sample import load_paper; DiS = load_paper("dis").DiS`.
 """
-if __name__ == "dis":
-    # This file's name hides Python's own `dis`, which torch needs: whoever imports "dis" from this
-    # folder may be Python. Hand over Python's module, taught to find ours on demand. The import
-    # system then insists on running the rest of this file, so the names it needs become a stand-in
-    # that swallows everything: nothing below may compute with torch at module level.
+if __name__ == "dis" or __name__ == "__main__" and __spec__:
+    # This file's name hides Python's own `dis`, which torch needs (through `inspect`): whoever asks
+    # this folder for the module "dis" may be Python. So it gets Python's, taught to find the names
+    # of this file on demand. The import system then insists on running the rest of this file too;
+    # the names used at module level become a stand-in that swallows everything. The price: nothing
+    # below may compute with torch outside a function.
     import importlib.util
     import os
+    import runpy
     import sys
+
+    _PYTHONS = os.path.join(os.path.dirname(os.__file__), "dis.py")
+    if __name__ == "__main__":                      # `python -m dis` means the disassembler
+        runpy.run_path(_PYTHONS, run_name="__main__")
+        sys.exit()
 
     def _load(name, path):
         spec = importlib.util.spec_from_file_location(name, path)
@@ -67,13 +74,12 @@ if __name__ == "dis":
         spec.loader.exec_module(sys.modules[name])
         return sys.modules[name]
 
-    def _find_here(attribute, here=__file__, names=("DiS", "CONFIGS", "build", "selective_scan",
-                                                    "selective_scan_ref", "BiMamba", "Block")):
-        if attribute in names:
-            return getattr(sys.modules.get("dis_paper") or _load("dis_paper", here), attribute)
-        raise AttributeError(f"module 'dis' has no attribute {attribute!r}")
+    def _find_here(attribute, here=__file__):
+        if attribute not in ("DiS", "CONFIGS", "build", "selective_scan", "selective_scan_ref"):
+            raise AttributeError(f"module 'dis' has no attribute {attribute!r}")
+        return getattr(sys.modules.get("dis_paper") or _load("dis_paper", here), attribute)
 
-    _load("dis", os.path.join(os.path.dirname(os.__file__), "dis.py")).__getattr__ = _find_here
+    _load("dis", _PYTHONS).__getattr__ = _find_here
 
     class _Anything(type):
         def __getattr__(cls, name):
@@ -83,9 +89,10 @@ if __name__ == "dis":
             return cls
 
     class torch(metaclass=_Anything):
-        """Stands in for torch, and is what every attribute and call of it returns."""
-    nn = F = torch
+        """Stands in for torch; it is also what each of its attributes and calls returns."""
+    nn = torch
 else:
+    import inspect
     import math
 
     import torch
@@ -187,9 +194,10 @@ class _Scan(torch.autograd.Function):
                 a, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
                 torch.matmul(hs, dy[r, s, :, None], out=dC[r, s, :, None])    # sum over D
                 g = torch.mul(dy[r, s, None, :], C[r, s, :, None])            # (b, T, N, D)
-                for t in reversed(range(g.shape[1])):
-                    g[:, t] += carry
-                    carry = a[:, t] * g[:, t]
+                g[:, -1] += carry
+                for t in reversed(range(1, g.shape[1])):
+                    g[:, t - 1].addcmul_(a[:, t], g[:, t])                    # (b, N, D)
+                carry = a[:, 0] * g[:, 0]
                 torch.matmul(B[r, s, None, :], g, out=dx[r, s, None, :])
                 torch.matmul(g, x[r, s, :, None], out=dB[r, s, :, None])
                 # d/d(delta A) = g_t exp(delta_t A) h_{t-1}: multiply g by both, in place
@@ -324,12 +332,15 @@ class DiS(nn.Module):
                  skip="concat",         # long skips: "concat" | "add" | "none"
                  time="token",          # "token": a token for time, one for the class | "adaln": time
                                         # + class scale and shift every block's norm (ablation)
+                 pos_init="zero",       # learned positions start at "zero" (the authors') | "sincos"
+                 label_std=0.02,        # of the class vectors at the start (0.02: the authors')
                  drop_path=0.0,         # stochastic depth of the last block, rising linearly from 0
                  learn_sigma=True,
                  grad_checkpointing=False):  # recompute each block in backward: less memory, +1/3 time
         super().__init__()
         C, H, W = shape
-        for value, allowed in ((skip, ("concat", "add", "none")), (time, ("token", "adaln"))):
+        for value, allowed in ((skip, ("concat", "add", "none")), (time, ("token", "adaln")),
+                               (pos_init, ("zero", "sincos"))):
             if value not in allowed:
                 raise ValueError(f"unknown DiS option {value!r}: choose {' or '.join(allowed)}")
         if H % patch or W % patch:
@@ -339,6 +350,7 @@ class DiS(nn.Module):
                              f"try {' or '.join(fits)}")
         self.shape, self.patch, self.num_classes = shape, patch, num_classes
         self.time, self.skip, self.depth = time, skip, depth
+        self.pos_init, self.label_std = pos_init, label_std
         self.grad_checkpointing = grad_checkpointing
         self.out_channels = 2 * C if learn_sigma else C
         J, extras = H * W // patch**2, (1 + (num_classes > 0)) * (time == "token")
@@ -378,7 +390,14 @@ class DiS(nn.Module):
                 with torch.no_grad():
                     module.out_proj.weight /= math.sqrt(max(self.depth, 1))
         if self.label_embed is not None:
-            nn.init.normal_(self.label_embed.weight, std=0.02)
+            nn.init.normal_(self.label_embed.weight, std=self.label_std)
+        if self.pos_init == "sincos":
+            row, col = (torch.arange(n // self.patch) for n in self.shape[1:])
+            D = self.pos_embed.shape[-1]
+            table = torch.cat([timestep_embedding(row, D // 2)[:, None].expand(-1, len(col), -1),
+                               timestep_embedding(col, D - D // 2).expand(len(row), -1, -1)], -1)
+            with torch.no_grad():       # time and class tokens, before the patches, keep 0
+                self.pos_embed[0, -len(row) * len(col):] = rearrange(table, "h w d -> (h w) d")
         nn.init.zeros_(self.final.weight)                        # departure 5
         for module in self.modules():
             if isinstance(module, Block) and module.adaln is not None:
@@ -422,19 +441,22 @@ class DiS(nn.Module):
         return block(*inputs)
 
     def macs(self):
-        """Multiply-adds of one forward pass for one image, all of it: every matrix, the convolutions,
-        and 4 per state element and token for the scan (decay, input, update, read)."""
+        """Multiply-adds of one forward pass for one image, the scans included."""
         L, J = self.pos_embed.shape[1], math.prod(self.shape[1:]) // self.patch**2
-        once = ("time_embed", "adaln")      # these see one vector per image, `final` and the
-        total = 0                           # patches J tokens, everything else all L
+        total = sum(mixer_macs(m, L) for m in self.modules() if isinstance(m, BiMamba))
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                n = 1 if any(o in name for o in once) else J if name in ("patch_embed",
-                                                                         "final") else L
-                total += n * module.weight.numel()
-            elif isinstance(module, Direction):
-                total += L * (module.conv.weight.numel() + 4 * module.A_log.numel())
+            if isinstance(module, nn.Linear) and "mixer" not in name:
+                tokens = (J if name in ("patch_embed", "final") else
+                          L if "skip_linear" in name else 1)       # 1: time and its modulations
+                total += tokens * module.weight.numel()
         return total
+
+
+def mixer_macs(mixer, L):
+    """Multiply-adds of a BiMamba over L tokens: matrices, convolutions, and 4 per state element for
+    the scan (decay, input, update, read)."""
+    matrices = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
+    return L * (matrices + 4 * sum(d.A_log.numel() for d in (mixer.forwards, mixer.backwards)))
 
 
 # --- presets ------------------------------------------------------------------------------------
@@ -448,8 +470,8 @@ CONFIGS = {f"DiS-{size}/{p}": dict(width=width, depth=depth, patch=p, **_PAPER_D
            for size, (width, depth, _, _) in _SIZES.items() for p in (2, 4)}
 # Learns shapes or digits in minutes on two CPU cores. There the number of updates decides, so it is
 # small. Predicting v on a cosine schedule learns faster than the paper's eps at this size.
-CONFIGS["tiny"] = dict(width=128, depth=6, patch=4, state=8, schedule="cosine", predict="v",
-                       variance="small")
+CONFIGS["tiny"] = dict(width=128, depth=6, patch=4, expand=1, state=8, time="adaln", pos_init="sincos",
+                       label_std=1.0, schedule="cosine", predict="v", variance="small")
 
 
 def build(preset, shape, num_classes=0, **options):
@@ -458,12 +480,49 @@ def build(preset, shape, num_classes=0, **options):
     Raises ValueError, with the fix, for an unknown preset or option or a size that does not fit.
     """
     if preset not in CONFIGS:
-        raise ValueError(f"unknown DiS preset {preset!r}: choose one of {', '.join(CONFIGS)}")
-    known = set(DiS.__init__.__code__.co_varnames[3:]) | {"width", "schedule", "predict",
-                                                          "variance", "min_snr", "T"}
+        raise ValueError(f"unknown preset {preset!r}: dis has {', '.join(CONFIGS)}")
     config = {**CONFIGS[preset], **options}
-    schedule, T = config.pop("schedule"), config.pop("T", 1000)
-    diffusion = Diffusion(SCHEDULES[schedule](T), config.pop("predict"), config.pop("variance"),
-                          config.pop("min_snr", None))
+    of_diffusion = {k: config.pop(k) for k in ("schedule", "predict", "variance", "T", "min_snr")
+                    if k in config}
+    own = [k for k in inspect.signature(DiS).parameters
+           if k not in ("shape", "num_classes", "learn_sigma")]
+    for key in config:
+        if key not in own:
+            raise ValueError(f"unknown option {key!r}: dis has {', '.join(own)}, schedule, predict, "
+                             f"variance, T, min_snr")
+    schedule = of_diffusion.pop("schedule")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
+    diffusion = Diffusion(SCHEDULES[schedule](of_diffusion.pop("T", 1000)), **of_diffusion)
     return DiS(shape, num_classes=num_classes, learn_sigma=diffusion.variance == "learned",
                **config), diffusion
+
+
+def table():
+    """Parameters and multiply-adds of the presets beside the paper's figures."""
+    print("32x32 RGB, patch 4, unconditional: the setting that reproduces the paper's parameters\n"
+          "          parameters    paper*  multiply-adds   outside the mixers, x2   paper's GFLOPs*")
+    for size, (_, _, millions, gflops) in _SIZES.items():
+        with torch.device("meta"):
+            model, _ = build(f"DiS-{size}/4", (3, 32, 32))
+        mixers = sum(mixer_macs(m, model.pos_embed.shape[1])
+                     for m in model.modules() if isinstance(m, BiMamba))
+        print(f"DiS-{size}/4 {sum(p.numel() for p in model.parameters()):13,d} {millions:7.1f}M"
+              f" {model.macs() / 1e9:14.2f}G {2 * (model.macs() - mixers) / 1e9:23.2f}G"
+              f" {gflops:16.2f}")
+    print("\n32x32x4 latents of ImageNet 256, patch 2, 1000 classes"
+          "  (DiT-XL/2 at this size: 118.6G)\n          parameters   multiply-adds")
+    for size in _SIZES:
+        with torch.device("meta"):
+            model, _ = build(f"DiS-{size}/2", (4, 32, 32), 1000)
+        print(f"DiS-{size}/2 {sum(p.numel() for p in model.parameters()):13,d}"
+              f" {model.macs() / 1e9:14.2f}G")
+    print("\nWhy the paper's GFLOPs are a fraction of the multiply-adds: they were counted with hooks on\n"
+          "layers, x2 for multiply and add, and Mamba's mixers call a kernel that hooks do not see. What\n"
+          "is left is mostly the linear layers of the long skips (third column). Counting everything,\n"
+          "DiS-H/2 costs about twice DiT-XL/2, not a fraction of it.\n"
+          "* Table 1, quoted second-hand; the authors' counting script, re-created, prints the same.")
+
+
+if __name__ == "__main__":
+    table()

@@ -36,8 +36,20 @@ VERSION = 1     # of the checkpoint's layout
 # --- errors: one sentence that tells the fix, exit code 2, no traceback ------------------------
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":          # under torchrun once is enough
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in --help, and says what is wrong in one line instead of a page of usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        fail(f"{message} (--help lists every flag)")
 
 
 @contextlib.contextmanager
@@ -242,8 +254,7 @@ def fid_samples(args, generate_part, num_classes, settings):
 # --- command line -----------------------------------------------------------------------------
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__.splitlines()[0])
     what = p.add_argument_group("what")
     what.add_argument("--ckpt", default="latest", metavar="PATH",
                       help="a checkpoint, a run's folder, or latest: the newest results/*/latest.pt")

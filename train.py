@@ -12,6 +12,7 @@ import argparse
 import ast
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -44,8 +45,7 @@ FREE_TO_CHANGE = {                           # between a run and its continuatio
 # --- command line ---------------------------------------------------------------------------
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = sample.Parser(__doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("what")
     g.add_argument("--model", default="dis", help="a paper's file, or a path to your own .py")
@@ -211,6 +211,14 @@ def differences(args, saved):
             if k not in FREE_TO_CHANGE and v != saved.get(k)]
 
 
+def batches(loader):
+    """What the loader gives; an image that cannot be read is told plainly."""
+    try:
+        yield from loader
+    except data.DataError as e:             # a worker's message begins with its traceback
+        fail(str(e).splitlines()[-1].removeprefix("data.DataError: "))
+
+
 def smoke(argv):
     """One step of everything, in a temporary folder."""
     argv = [a for a in argv if a != "--smoke"]
@@ -251,7 +259,7 @@ def main(argv=None):
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"
                                         and torch.cuda.is_bf16_supported())
     main_process = rank == 0
-    say = print if main_process else lambda *a, **k: None
+    say = functools.partial(print, flush=True) if main_process else lambda *a: None
 
     # Data: `share` slices of each global batch, this process takes grad_accum of them.
     with told_plainly():
@@ -352,9 +360,7 @@ def main(argv=None):
         no collective, the others wait for it at the next step."""
         rows = min(K, 10) or 4
         seeds = torch.arange(4 * rows)
-        labels = sample.choose_labels("all", K, seeds) if K else None
-        if K > rows:
-            labels = torch.arange(rows).repeat(4)
+        labels = torch.arange(rows).repeat(4) if K else None
         images = sample.generate(ema, diffusion, tuple(dataset.shape), seeds, labels, 4 * rows,
                                  device, progress=False, steps="25", cfg_scale=2.0 if K else 1.0)
         path = folder / "samples" / f"step_{step:07d}.png"
@@ -397,7 +403,7 @@ def main(argv=None):
                mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
     model.train()
     step = first
-    for step, batch in enumerate(loader, start=first + 1):          # steps are counted from 1
+    for step, batch in enumerate(batches(loader), start=first + 1):          # steps are counted from 1
         seeds = fold(args.seed, 0 if args.overfit_one_batch else step, slots)              # (B,)
         torch.manual_seed(int(fold(args.seed, step, rank)))         # for dropout, if a model has any
         for group in optimizer.param_groups:

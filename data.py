@@ -1,0 +1,478 @@
+"""Images for training: drawn, downloaded, or your own.
+
+    name       native size   images    test  labels          comes from
+    shapes     3x32x32 *     65,536   4,096  8 shapes        drawn on the fly, with captions
+    mnist      1x28x28       60,000  10,000  10 digits       download, 11 MB
+    fashion    1x28x28       60,000  10,000  10 garments     download, 29 MB
+    cifar10    3x32x32       50,000  10,000  10 things       download, 162 MB
+    a/folder   its images'      all       -  its subfolders  png, jpg, webp, bmp, gif; captions from
+                                                             metadata.csv (columns file_name,text)
+    * or any other, drawn sharply
+
+`load` returns a Dataset. Indexed with a list it gives a whole batch, so that a worker process
+prepares batches and nothing is left to collate:
+
+    dataset = load("mnist")
+    dataset[[3, 5]] -> {"x": uint8 (2, 1, 28, 28), "y": long (2,)}      and "caption": list of str
+    DataLoader(dataset, batch_size=None, sampler=batch_order(...))
+
+Your own images need no code: pass the folder. For anything else write a function that returns a
+Dataset, as `shapes` does below, and give it a line in `load`.
+"""
+import csv
+import difflib
+import functools
+import glob
+import gzip
+import hashlib
+import http.client
+import math
+import os
+import secrets
+import shutil
+import tarfile
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+IN_MEMORY = 2**30                                       # bytes; more is decoded batch by batch
+QUIET = os.environ.get("RANK", "0") != "0"              # one of torchrun's processes shows progress
+
+
+class DataError(ValueError):
+    """Something the user can put right. The message is one sentence that says how."""
+
+
+class Dataset:
+    """name, shape = (C, H, W), num_classes (0: no labels), class_names, has_captions, len(), and
+    batches: dataset[indices], see above."""
+
+    def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None):
+        """images: uint8 array (N, C, H, W), or a function: B indices -> (B, C, H, W), which
+        must survive pickling to reach workers; labels: N integers; captions: N strings."""
+        self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
+        self.class_names, self.num_classes = list(class_names), len(class_names)
+        self.labels = torch.tensor(labels).long() if self.num_classes else None
+        self.captions, self.has_captions = captions, captions is not None
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, indices):
+        indices = np.asarray(indices)                                               # (B,)
+        # in numpy: torch would use threads, which for so few bytes wait longer than they work
+        x = self.images(indices) if callable(self.images) else self.images[indices]
+        batch = {"x": torch.from_numpy(x)}                                          # (B, C, H, W)
+        if self.num_classes:
+            batch["y"] = self.labels[indices]                                       # (B,)
+        if self.has_captions:
+            batch["caption"] = [self.captions[i] for i in indices]
+        return batch
+
+
+def load(name, data_dir=None, image_size=None, split="train"):
+    """A Dataset by name or folder.
+
+    data_dir    where the files lie or are downloaded to; None: ~/.cache/four-denoisers
+    image_size  in pixels, as `parse_size` takes it; None: native. Digits and garments are padded
+                to larger sizes, other pictures scaled to cover the size and cropped in the middle
+    split       "train" or "test"
+
+    Raises DataError for all that can be wrong with names, files and sizes.
+    """
+    size = None if image_size is None else parse_size(image_size)
+    root = Path(data_dir or "~/.cache/four-denoisers").expanduser()
+    if split not in ("train", "test"):
+        raise DataError(f"no split {split!r}: choose train or test")
+    if name == "shapes":
+        return shapes(size or (32, 32), split)
+    if name in ("mnist", "fashion"):
+        return digits(name, root, size, split)
+    if name == "cifar10":
+        return cifar10(root, size, split)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        names = ["shapes", "mnist", "fashion", "cifar10"]
+        close = difflib.get_close_matches(str(name).lower(), names, n=1)
+        guess = f", did you mean {close[0]}" if close else ""
+        raise DataError(f"no data set or folder {str(name)!r}{guess}: choose {', '.join(names)}, "
+                        f"or a path to a folder of images")
+    if split == "test":
+        raise DataError(f"folder {name} has no test split: pass the folder of your test images")
+    return image_folder(str(name), folder, size)
+
+
+def parse_size(size):
+    """32, "32", "24x40" or (24, 40) -> (H, W) in pixels. DataError if unparsable or below 8."""
+    parts = size.lower().split("x") if isinstance(size, str) else np.atleast_1d(size).tolist()
+    try:
+        H, W = [int(n) for n in (parts * 2 if len(parts) == 1 else parts)]
+    except ValueError:
+        raise DataError(f"image size {size!r} not understood: write 32, or 24x40 for height x "
+                        f"width") from None
+    if min(H, W) < 8:
+        raise DataError(f"image size {H}x{W} is too small: use at least 8 pixels a side")
+    return H, W
+
+
+# --- the order of training examples -----------------------------------------------------------
+
+@functools.lru_cache(maxsize=2)         # a batch rarely touches more than two epochs
+def permutation(seed, epoch, n):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class batch_order:                      # lower case like range, which it resembles
+    """The indices (hi - lo,) of each training step: slots lo to hi - 1 of its global batch.
+
+    Slot s of step k is number k * global_batch_size + s of an endless sequence: one shuffled pass
+    over all examples after another. There is no state: to resume is to pass another first_step, and
+    processes split a batch by lo and hi, whatever their number.
+    """
+
+    def __init__(self, num_examples, seed, global_batch_size, first_step, last_step, lo, hi):
+        self.n, self.seed, self.batch = num_examples, seed, global_batch_size
+        self.steps, self.slots = range(first_step, last_step), np.arange(lo, hi)
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        for step in self.steps:
+            epoch, place = np.divmod(step * self.batch + self.slots, self.n)
+            indices = np.empty_like(place)
+            for e in np.unique(epoch):
+                now = epoch == e
+                indices[now] = permutation(self.seed, int(e), self.n)[place[now]]
+            yield indices                                                          # (hi - lo,)
+
+
+# --- shapes ------------------------------------------------------------------------------------
+# A shape is its signed distance: negative inside, in units of its radius, x to the right and y up.
+# Each fits the square from -1 to 1. Distances need be right only near the outline, where they
+# become the coverage of a pixel, that is, anti-aliasing.
+
+def star(x, y, points, inner):
+    """Tips at radius 1, one of them up, notches at `inner`."""
+    half = math.pi / points                                 # the angle from a tip to a notch
+    angle = np.abs((np.arctan2(x, y) + half) % (2 * half) - half)       # fold: one edge remains
+    r = np.hypot(x, y)
+    dx, dy = inner * math.cos(half) - 1, inner * math.sin(half)         # from tip (1, 0) to notch
+    return ((r * np.cos(angle) - 1) * dy - r * np.sin(angle) * dx) / math.hypot(dx, dy)
+
+
+def heart(x, y):
+    """A square standing on a corner, half its diagonal h, and a disc on each of its upper sides."""
+    h = 2 / (1 + math.sqrt(2))
+    x, y = np.abs(x), y + 0.086                             # centred in height
+    return np.minimum((x + np.abs(y) - h) * math.sqrt(0.5),
+                      np.hypot(x - h / 2, y - h / 2) - h * math.sqrt(0.5))
+
+
+SHAPES = {
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
+    "triangle": lambda x, y: star(x, y + 0.2, 3, 0.5) - 0.04,
+    "cross": lambda x, y: np.minimum(np.maximum(np.abs(x) - 1, np.abs(y) - 0.3),
+                                     np.maximum(np.abs(y) - 1, np.abs(x) - 0.3)),
+    "star": lambda x, y: star(x, y, 5, 0.42),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.76) - 0.24,
+    "heart": heart,
+    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.82 - np.hypot(x - 0.5, y - 0.15)),
+}
+COLOURS = {"red": (214, 39, 40), "orange": (250, 135, 20), "yellow": (238, 210, 20),
+           "green": (34, 150, 60), "blue": (40, 90, 220), "purple": (140, 50, 190)}
+SIZES = {"small": 0.24, "big": 0.36}                        # radius / the picture's shorter side
+BACKGROUND = (245, 244, 240)
+
+
+def draw_shapes(kind, centre, radius, colour, H, W):
+    """One shape a picture, uint8 (B, 3, H, W). The frames of a video are just a batch here.
+
+    kind (B,) places in SHAPES; centre (B, 2) as y, x from the top left corner and radius (B,), both
+    in pixels; colour (B, 3) from 0 to 255.
+    """
+    scale = radius.astype(np.float32)[:, None, None]
+    y = (centre[:, :1, None] - 0.5 - np.arange(H)[:, None]) / scale                 # (B, H, 1)
+    x = (np.arange(W) + 0.5 - centre[:, 1:, None]) / scale                          # (B, 1, W)
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    distance = np.empty((len(kind), H, W), np.float32)
+    for k, signed_distance in enumerate(SHAPES.values()):
+        these = kind == k
+        distance[these] = signed_distance(x[these], y[these])
+    cover = np.clip(0.5 - distance * scale, 0, 1)[:, None]                          # (B, 1, H, W)
+    paper = np.array(BACKGROUND, np.float32)[:, None, None]                         # (3, 1, 1)
+    ink = np.asarray(colour, np.float32)[:, :, None, None]                          # (B, 3, 1, 1)
+    return (paper + cover * (ink - paper) + 0.5).astype(np.uint8)                   # (B, 3, H, W)
+
+
+def shapes(size, split):
+    """Image i is a function of i alone; the test split goes on where the training images end."""
+    H, W = size
+    i = np.arange(65536) if split == "train" else np.arange(65536, 65536 + 4096)
+    kind, colour, big = i % 8, i // 8 % 6, i // 48 % 2      # all combinations, equally often
+    kinds, colours, sizes = list(SHAPES), list(COLOURS), list(SIZES)
+    captions = [f"a {sizes[b]} {colours[c]} {kinds[k]}" for k, c, b in zip(kind, colour, big)]
+    # Multiples of two irrational numbers, modulo 1, fill a square more evenly than random points.
+    where = i[:, None] * np.array([0.7548776662466927, 0.5698402909980532]) % 1     # (N, 2)
+    radius = np.array(list(SIZES.values()))[big] * min(H, W)                        # (N,)
+    margin = radius[:, None] + 0.5                          # half a pixel for the soft outline
+    centre = margin + where * (np.array([H, W]) - 2 * margin)                       # (N, 2)
+    ink = np.array(list(COLOURS.values()))[colour]                                  # (N, 3)
+    images = functools.partial(shapes_batch, kind, centre, radius, ink, H, W)
+    return Dataset("shapes", (3, H, W), images, len(i), kind, kinds, captions)
+
+
+def shapes_batch(kind, centre, radius, ink, H, W, rows):
+    return draw_shapes(kind[rows], centre[rows], radius[rows], ink[rows], H, W)     # (B, 3, H, W)
+
+
+# --- arrays: MNIST, Fashion-MNIST, CIFAR-10 ----------------------------------------------------
+
+CLASSES = {
+    "mnist": "0 1 2 3 4 5 6 7 8 9".split(),
+    "fashion": "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split(),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
+MIRRORS = {
+    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/"],
+    "fashion": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
+    "cifar10": ["https://www.cs.toronto.edu/~kriz/"]}
+MD5 = {
+    "mnist": {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"},
+    "fashion": {"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+                "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+                "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"},
+    "cifar10": {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}}
+AGAIN = "put a good copy in its place, or move it away to have it downloaded"
+
+
+def digits(name, root, size, split):
+    part = "train" if split == "train" else "t10k"
+    x_path = locate(name, f"{part}-images-idx3-ubyte.gz", root)
+    y_path = locate(name, f"{part}-labels-idx1-ubyte.gz", root)
+    x, y = read_idx(x_path, 3)[:, None], read_idx(y_path, 1)              # (N, 1, 28, 28), (N,)
+    if len(x) != len(y) or not len(x):
+        raise DataError(f"{x_path} has {len(x)} images and {y_path} {len(y)} labels: put the two "
+                        f"files of one download there")
+    return array_dataset(name, x, y, y_path, size, pad=True)
+
+
+def read_idx(path, ndim):
+    """Gzipped idx file of bytes -> uint8 array of `ndim` axes."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path} cannot be read or is damaged ({e}): {AGAIN}") from None
+    start = 4 + 4 * ndim
+    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, start, 4)]
+    if raw[:4] != bytes([0, 0, 8, ndim]) or len(raw) != start + math.prod(shape):
+        raise DataError(f"{path} is not an idx file of {ndim} axes, or not all of one: {AGAIN}")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def cifar10(root, size, split):
+    """From unpacked .bin files if there are any, else out of the archive itself: that takes a
+    second or two, and nothing an archive contains can end up on the disk."""
+    files = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
+    inside = "cifar-10-batches-bin"
+    folders = [f for f in (root / inside, root / "cifar10" / inside, root)
+               if (f / files[0]).is_file()]
+    source = folders[0] if folders else locate("cifar10", "cifar-10-binary.tar.gz", root)
+    try:
+        if folders:
+            parts = [(source / file).read_bytes() for file in files]
+        else:
+            with tarfile.open(source) as tar:
+                found = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+            parts = [found[f"{inside}/{file}"] for file in files]
+    except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as e:
+        raise DataError(f"{source} is incomplete or damaged ({e}): {AGAIN}") from None
+    for file, part in zip(files, parts):
+        if not part or len(part) % 3073:                    # a label and 3 x 32 x 32 pixels each
+            raise DataError(f"{file} of {source} has {len(part)} bytes, not a multiple of 3073: "
+                            f"{AGAIN}")
+    rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+    return array_dataset("cifar10", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], source, size)
+
+
+def array_dataset(name, x, y, y_path, size, pad=False):
+    """x uint8 (N, C, h, w), y (N,) -> Dataset of images of `size` = (H, W), or (h, w) if None."""
+    if y.max() >= len(CLASSES[name]):
+        raise DataError(f"{y_path} has a label {y.max()}, but {name} has classes 0 to "
+                        f"{len(CLASSES[name]) - 1}: {AGAIN}")
+    shape = (x.shape[1], *(size or x.shape[2:]))
+    if shape != x.shape[1:]:
+        x = preload(functools.partial(resized, x, shape, pad), len(y), shape)
+    return Dataset(name, shape, x, len(y), y, CLASSES[name])
+
+
+def resized(x, shape, pad, indices):
+    """Images `indices` of x (N, C, h, w) as (B, C, H, W), shape = (C, H, W)."""
+    down, right = shape[1] - x.shape[2], shape[2] - x.shape[3]
+    if pad and down >= 0 and right >= 0:                    # the background of digits is black
+        return np.pad(x[indices], ((0, 0), (0, 0), (down // 2, down - down // 2),
+                                   (right // 2, right - right // 2)))
+    pictures = [Image.fromarray(np.squeeze(x[i].transpose(1, 2, 0))) for i in indices]
+    return np.stack([to_array(resize_and_crop(picture, *shape[1:])) for picture in pictures])
+
+
+def preload(read, n, shape):
+    """What `read` (indices -> images) gives for all n images if they fit in memory, else `read`."""
+    if n * math.prod(shape) > IN_MEMORY:
+        return read
+    x = np.empty((n, *shape), np.uint8)
+    for i in tqdm(range(0, n, 64), desc="reading images", unit="batch", delay=2, disable=QUIET):
+        x[i:i + 64] = read(range(i, min(i + 64, n)))
+    return x                                                                        # (n, C, H, W)
+
+
+# --- download ----------------------------------------------------------------------------------
+
+def md5_of(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def locate(name, file, root):
+    """Path of a data set's file: root/name/file or root/file, else downloaded to the first."""
+    path, beside = root / name / file, root / file
+    if path.is_file():
+        return path
+    # Fashion-MNIST took over MNIST's file names: do not load one as the other
+    others = [sums.get(file) for other, sums in MD5.items() if other != name]
+    if beside.is_file() and md5_of(beside) not in others:
+        return beside
+    download([mirror + file for mirror in MIRRORS[name]], path, MD5[name][file])
+    return path
+
+
+def download(urls, path, md5):
+    """Fetch `path` from the first URL that gives the file with this md5. Raises DataError.
+
+    It is renamed to `path` when whole, so several processes may do this at once, or be killed.
+    """
+    part, problems = path.with_name(f".{path.name}.{secrets.token_hex(4)}"), []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as e:
+        raise DataError(f"cannot write into {path.parent} ({e.strerror}): pass --data-dir with a "
+                        f"folder of yours") from None
+    try:
+        for url in urls:
+            try:
+                fetch(url, part, md5)
+                os.replace(part, path)
+                return
+            except (OSError, http.client.HTTPException) as e:
+                problems.append(f"{url}: {e}")
+    finally:
+        part.unlink(missing_ok=True)
+    raise DataError(f"cannot download {path.name} ({'; '.join(problems)}): get the file elsewhere "
+                    f"and put it into {path.parent} under this name")
+
+
+def fetch(url, path, md5):
+    request = urllib.request.Request(url, headers={"User-Agent": "four-denoisers"})
+    with urllib.request.urlopen(request, timeout=30) as response, open(path, "wb") as f:
+        size = int(response.headers.get("Content-Length", 0))
+        with tqdm.wrapattr(f, "write", total=size, desc=url.split("/")[-1], disable=QUIET) as out:
+            shutil.copyfileobj(response, out)
+    if md5_of(path) != md5:
+        raise OSError("the checksum is wrong")
+
+
+# --- folders of images -------------------------------------------------------------------------
+
+def image_folder(name, folder, size):
+    """All images below a folder, sorted by name; its immediate subfolders, if any, are classes."""
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+    found = glob.glob("**/*", root_dir=folder, recursive=True)          # without hidden files
+    files = sorted(f.replace(os.sep, "/") for f in found if f.lower().endswith(endings))
+    if not files:
+        raise DataError(f"no images in {folder}: pass a folder with {' '.join(endings)} files")
+    top = [f.split("/")[0] if "/" in f else None for f in files]
+    class_names = sorted(set(top) - {None})
+    if class_names and None in top:
+        raise DataError(f"{folder} has images in subfolders, which are classes, and others such as "
+                        f"{files[top.index(None)]} beside them: move those into a subfolder too")
+    place = {c: i for i, c in enumerate(class_names)}
+    captions = read_captions(folder, files)
+    mode = "L" if all(is_gray(folder / f) for f in files) else "RGB"
+    shape = read_image(folder / files[0], mode, size).shape
+    read = functools.partial(folder_batch, folder, files, mode, size, shape)
+    return Dataset(name, shape, preload(read, len(files), shape), len(files),
+                   [place.get(c) for c in top], class_names, captions)
+
+
+def read_captions(folder, files):
+    """The text of each file in folder/metadata.csv, or None if there is no such table."""
+    table = folder / "metadata.csv"
+    if not table.is_file():
+        return None
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as f:        # -sig: Excel writes a BOM
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{table} cannot be read ({e}): save it as CSV in UTF-8") from None
+    if not rows or not {"file_name", "text"} <= set(rows[0]):
+        raise DataError(f"{table} lacks lines or columns: its first line must be file_name,text")
+    texts = {row["file_name"]: row["text"] or "" for row in rows}
+    for file in sorted(set(texts) ^ set(files)):
+        raise DataError(f"{table} has no line for {file}: add one or move the image away"
+                        if file in files else
+                        f"{table} names {file}, which does not exist: add it or delete the line")
+    return [texts[f] for f in files]
+
+
+def folder_batch(folder, files, mode, size, shape, indices):
+    batch = [read_image(folder / files[i], mode, size) for i in indices]
+    for i, image in zip(indices, batch):
+        if image.shape != shape:
+            raise DataError(f"{folder / files[i]} is {image.shape[1]}x{image.shape[2]}, but "
+                            f"{files[0]} {shape[1]}x{shape[2]}: pass --image-size, for example 64")
+    return np.stack(batch)                                                          # (B, C, H, W)
+
+
+def is_gray(path):
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("1", "L", "LA")
+    except Exception:       # read_image will say what is wrong with it
+        return True
+
+
+def read_image(path, mode, size=None):
+    """-> uint8 (C, H, W) of mode "L" or "RGB", upright, transparency on white."""
+    try:
+        with Image.open(path) as image:
+            deep = image.mode[0] in "IF"
+            image = ImageOps.exif_transpose(image)          # phones store pictures sideways
+            if image.has_transparency_data:
+                paper = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(paper, image.convert("RGBA"))
+            image = image.convert(mode)
+    except Exception as e:  # decoders meet damage with all kinds of exceptions
+        raise DataError(f"{path} is no readable image ({e}): replace it or move it away") from None
+    if deep:                # converting has spoiled it
+        raise DataError(f"{path} has more than 8 bits per channel: save it with 8")
+    return to_array(resize_and_crop(image, *size) if size else image)
+
+
+def resize_and_crop(image, H, W):
+    """Scaled so that it just covers H x W, what sticks out cut off on both sides."""
+    return ImageOps.fit(image, (W, H), Image.Resampling.BICUBIC)
+
+
+def to_array(image):
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)                      # (C, H, W)

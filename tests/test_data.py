@@ -1,0 +1,533 @@
+"""data.py on tiny files made here. No network: mirrors are file:// addresses."""
+import gzip
+import hashlib
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from data import DataError, batch_order, draw_shapes, load, parse_size
+
+RNG = np.random.default_rng(0)
+
+
+# --- files to read ---
+
+def write_idx(path, array, magic=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes([0, 0, 8, array.ndim if magic is None else magic])
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(gzip.compress(head + sizes + array.tobytes()))
+
+
+def write_digits(folder, n=6, part="train", labels=None):
+    """-> x (n, 28, 28), y (n,), written as MNIST would be."""
+    x = RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+    y = np.arange(n, dtype=np.uint8) % 10 if labels is None else np.array(labels, np.uint8)
+    write_idx(folder / f"{part}-images-idx3-ubyte.gz", x)
+    write_idx(folder / f"{part}-labels-idx1-ubyte.gz", y)
+    return x, y
+
+
+def write_cifar(folder, n=4):
+    """-> training x (5n, 3, 32, 32), y (5n,), and the same for the test file, of n images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        rows = RNG.integers(0, 256, (n, 3073), dtype=np.uint8)
+        rows[:, 0] %= 10
+        (folder / name).write_bytes(rows.tobytes())
+        parts.append(rows)
+    train = np.concatenate(parts[:5])
+    return [(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]) for rows in (train, parts[5])]
+
+
+def write_image(path, colour=(10, 20, 30), size=(16, 16), mode="RGB", **options):
+    """size is (width, height), as PIL has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def whole(dataset):
+    return dataset[range(len(dataset))]
+
+
+# --- shapes ---
+
+def test_an_image_depends_on_its_index_alone():
+    one, two = load("shapes"), load("shapes")
+    together = one[[70, 3, 65535, 3]]
+    for row, i in enumerate([70, 3, 65535, 3]):
+        alone = two[[i]]
+        assert torch.equal(together["x"][row], alone["x"][0])
+        assert together["y"][row] == alone["y"][0]
+        assert together["caption"][row] == alone["caption"][0]
+    assert not torch.equal(together["x"][0], together["x"][1])
+    assert together["x"].dtype == torch.uint8 and together["y"].dtype == torch.long
+
+
+def test_shapes_are_balanced_and_the_test_split_is_another():
+    train, test = load("shapes"), load("shapes", split="test")
+    assert (len(train), len(test), train.shape, train.num_classes) == (65536, 4096, (3, 32, 32), 8)
+    assert len(set(train.captions)) == 8 * 6 * 2 == len(set(test.captions))
+    counts = [train.captions.count(c) for c in set(train.captions)]
+    assert max(counts) - min(counts) <= 1
+    for i in (0, 1, 4095):
+        caption, x = test.captions[i], test[[i]]["x"]
+        same = train[[j for j, c in enumerate(train.captions) if c == caption]]["x"]
+        assert len(same) > 600 and not (same == x).flatten(1).all(1).any()
+
+
+def ink(x, rgb):
+    """uint8 (B, 3, H, W) and its shapes' colours (B, 3) -> share of ink per pixel (B, H, W)."""
+    towards = rgb - np.array(data.BACKGROUND)                                       # (B, 3)
+    away = x.numpy().astype(float) - np.array(data.BACKGROUND)[:, None, None]
+    return np.einsum("bchw,bc->bhw", away, towards) / (towards**2).sum(1)[:, None, None]
+
+
+def test_pictures_show_what_labels_and_captions_say():
+    dataset = load("shapes")
+    batch = dataset[RNG.integers(0, 65536, 300)]
+    names = list(data.COLOURS)
+    palette = np.array(list(data.COLOURS.values()))                                 # (6, 3)
+    area = {}
+    for x, y, caption in zip(batch["x"], batch["y"].tolist(), batch["caption"]):
+        a, size, colour, shape = caption.split()
+        assert a == "a" and shape == dataset.class_names[y]
+        darkest = (x.float() - torch.tensor(data.BACKGROUND)[:, None, None]).abs().sum(0).flatten()
+        pixels = x.flatten(1)[:, darkest.topk(10).indices].float().mean(1).numpy()   # (3,)
+        assert names[np.abs(palette - pixels).sum(1).argmin()] == colour
+        cover = ink(x[None], palette[[names.index(colour)]])
+        area.setdefault((shape, size), []).append(cover.sum())
+    for shape in dataset.class_names:
+        assert min(area[shape, "big"]) > 1.8 * max(area[shape, "small"])
+    for values in area.values():    # nothing is cut off, and edges are smooth at any position
+        assert max(values) < 1.06 * min(values)
+
+
+@pytest.mark.parametrize("size", ["small", "big"])
+def test_classes_look_different(size):
+    """Nearest mean picture, after moving each shape's centre of mass to the middle."""
+    dataset = load("shapes")
+    indices = [i for i in RNG.permutation(65536)[:2500] if dataset.captions[i].split()[1] == size]
+    batch = dataset[indices]
+    rgb = np.array([data.COLOURS[c.split()[2]] for c in batch["caption"]])
+    masks, y = ink(batch["x"], rgb), batch["y"].numpy()
+    place = np.arange(32)
+    for i, mask in enumerate(masks):
+        row, column = mask.sum(1) @ place / mask.sum(), mask.sum(0) @ place / mask.sum()
+        masks[i] = np.roll(mask, (round(16 - row), round(16 - column)), (0, 1))
+    half = len(y) // 2
+    means = np.stack([masks[:half][y[:half] == k].mean(0) for k in range(8)])
+    distance = ((masks[half:, None] - means) ** 2).sum((2, 3))                      # (B, 8)
+    assert (distance.argmin(1) == y[half:]).mean() > 0.99
+
+
+@pytest.mark.parametrize("size, H, W", [(64, 64, 64), ("24x40", 24, 40), ((8, 16), 8, 16)])
+def test_shapes_of_any_size(size, H, W):
+    dataset = load("shapes", image_size=size)
+    assert dataset.shape == (3, H, W) and dataset[[0, 1]]["x"].shape == (2, 3, H, W)
+    indices = [i for i in range(2000) if dataset.captions[i].endswith("big red square")]
+    mask = ink(dataset[indices]["x"], np.array([data.COLOURS["red"]] * len(indices)))
+    side = 2 * 0.88 * 0.36 * min(H, W)
+    np.testing.assert_allclose(mask.sum((1, 2)), side**2, rtol=0.06)
+
+
+def test_draw_shapes_moves_a_shape_with_its_centre():
+    kind, radius, red = np.full(2, 6), np.full(2, 6.0), np.array([data.COLOURS["red"]] * 2)
+    x = draw_shapes(kind, np.array([[10, 9], [14, 20]]), radius, red, 24, 40)
+    assert np.array_equal(np.roll(x[0], (4, 11), (1, 2)), x[1])
+    assert not np.array_equal(x[0], x[1])
+
+
+# --- batch order ---
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (10, 10), (3, 16), (1, 2), (64, 8)])
+def test_every_epoch_has_each_example_once(n, batch):
+    order = batch_order(n, 5, batch, 0, 3 * n, 0, batch)
+    steps = list(order)
+    assert len(steps) == len(order) == 3 * n and all(s.shape == (batch,) for s in steps)
+    epochs = np.concatenate(steps).reshape(-1, n)
+    assert np.array_equal(np.sort(epochs, 1), np.tile(np.arange(n), (len(epochs), 1)))
+    if n >= 10:
+        assert len({tuple(e) for e in epochs}) == len(epochs)       # each in an order of its own
+
+
+def test_processes_share_a_batch_and_seeds_differ():
+    single = np.stack(list(batch_order(10, 1, 12, 0, 7, 0, 12)))                    # (7, 12)
+    parts = [np.stack(list(batch_order(10, 1, 12, 0, 7, r * 4, r * 4 + 4))) for r in range(3)]
+    assert np.array_equal(np.concatenate(parts, 1), single)
+    assert not np.array_equal(np.stack(list(batch_order(10, 2, 12, 0, 7, 0, 12))), single)
+
+
+def test_resuming_gives_the_tail():
+    order = list(batch_order(10, 1, 4, 0, 9, 1, 3))
+    tail = list(batch_order(10, 1, 4, 5, 9, 1, 3))
+    assert len(tail) == 4 and all(np.array_equal(a, b) for a, b in zip(order[5:], tail))
+
+
+# --- datasets and loaders ---
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_loader_hands_out_whole_batches(workers):
+    dataset = load("shapes")
+    order = batch_order(len(dataset), 0, 8, 2, 5, 4, 8)
+    batches = list(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers))
+    assert len(batches) == 3
+    for batch, indices in zip(batches, order):
+        direct = dataset[indices]
+        assert torch.equal(batch["x"], direct["x"]) and torch.equal(batch["y"], direct["y"])
+        assert batch["caption"] == direct["caption"]
+
+
+def test_datasets_survive_pickling(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    write_image(tmp_path / "images" / "a" / "1.png")
+    write_digits(tmp_path)
+    for dataset in (load("shapes"), load(str(tmp_path / "images")), load("mnist", tmp_path, 32)):
+        assert callable(dataset.images)
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert torch.equal(copy[[0]]["x"], dataset[[0]]["x"])
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_indices_out_of_range_are_refused(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    write_image(tmp_path / "images" / "a.png")
+    write_digits(tmp_path)
+    for dataset in (load("shapes"), load(str(tmp_path / "images")), load("mnist", tmp_path, 20)):
+        with pytest.raises(IndexError):
+            dataset[[len(dataset)]]
+
+
+# --- arrays ---
+
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_digits_round_trip(tmp_path, name, inside):
+    folder = tmp_path / name if inside else tmp_path
+    for split, part in (("train", "train"), ("test", "t10k")):
+        x, y = write_digits(folder, 7, part)
+        dataset = load(name, tmp_path, split=split)
+        batch = dataset[[6, 0]]
+        assert len(dataset) == 7 and dataset.shape == (1, 28, 28) and not dataset.has_captions
+        assert dataset.num_classes == len(dataset.class_names) == 10 and set(batch) == {"x", "y"}
+        assert np.array_equal(batch["x"][:, 0].numpy(), x[[6, 0]]) and batch["y"].tolist() == [6, 0]
+
+
+def test_digits_are_padded_to_larger_sizes_and_resized_to_smaller(tmp_path):
+    x, _ = write_digits(tmp_path, 70)
+    padded = whole(load("mnist", tmp_path, (33, 40)))["x"]
+    assert padded.shape == (70, 1, 33, 40)
+    assert np.array_equal(padded[:, 0, 2:30, 6:34].numpy(), x)
+    assert padded.long().sum() == x.astype(int).sum()               # the rest is black
+    small = whole(load("mnist", tmp_path, 14))["x"]
+    assert small.shape == (70, 1, 14, 14)
+    means = x.reshape(70, 14, 2, 14, 2).mean((2, 4))
+    assert np.corrcoef(small[:, 0].numpy().ravel(), means.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("place", ["cifar-10-batches-bin", ".", "cifar10/cifar-10-batches-bin"])
+def test_cifar_round_trip(tmp_path, place):
+    for split, (x, y) in zip(("train", "test"), write_cifar(tmp_path / place)):
+        dataset = load("cifar10", tmp_path, split=split)
+        batch = whole(dataset)
+        assert dataset.class_names[0] == "airplane" and len(dataset) == len(y)
+        assert np.array_equal(batch["x"].numpy(), x) and np.array_equal(batch["y"].numpy(), y)
+    resized = load("cifar10", tmp_path, (24, 40))
+    assert resized.shape == (3, 24, 40) and resized[[0]]["x"].shape == (1, 3, 24, 40)
+
+
+def test_cifar_out_of_its_archive(tmp_path):
+    train, test = write_cifar(tmp_path / "files")
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for file in sorted((tmp_path / "files").iterdir(), reverse=True):   # order must not matter
+            tar.add(file, f"cifar-10-batches-bin/{file.name}")
+        tar.add(tmp_path / "files" / "test_batch.bin", "../escaped.bin")
+    before = sorted(tmp_path.rglob("*"))
+    for split, (x, y) in (("train", train), ("test", test)):
+        batch = whole(load("cifar10", tmp_path, split=split))
+        assert np.array_equal(batch["x"].numpy(), x) and np.array_equal(batch["y"].numpy(), y)
+    assert sorted(tmp_path.rglob("*")) == before and not (tmp_path.parent / "escaped.bin").exists()
+
+
+# --- download ---
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """MNIST's training files at a file:// address, their true checksums in the table."""
+    folder = tmp_path / "mirror"
+    x, y = write_digits(folder)
+    monkeypatch.setitem(data.MIRRORS, "mnist", [folder.as_uri() + "/"])
+    sums = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    monkeypatch.setitem(data.MD5, "mnist", sums)
+    return x
+
+
+def test_download(tmp_path, mirror, monkeypatch):
+    batch = whole(load("mnist", tmp_path / "new" / "dir"))
+    assert np.array_equal(batch["x"][:, 0].numpy(), mirror)
+    files = sorted(f.name for f in (tmp_path / "new" / "dir" / "mnist").iterdir())
+    assert files == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
+    monkeypatch.setitem(data.MIRRORS, "mnist", [])
+    load("mnist", tmp_path / "new" / "dir")                 # from now on without a mirror
+
+
+def test_download_tries_mirrors_in_turn(tmp_path, mirror, monkeypatch):
+    bad = tmp_path / "bad"
+    write_digits(bad)                                       # readable, but not the right bytes
+    urls = [(tmp_path / "nowhere").as_uri() + "/", bad.as_uri() + "/", *data.MIRRORS["mnist"]]
+    monkeypatch.setitem(data.MIRRORS, "mnist", urls)
+    assert np.array_equal(whole(load("mnist", tmp_path))["x"][:, 0].numpy(), mirror)
+
+
+def test_a_wrong_download_leaves_everything_as_it_was(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "cache" / "file"
+    source.write_text("new")
+    for old in (None, "old"):
+        if old:
+            target.write_text(old)
+        with pytest.raises(DataError) as e:
+            data.download([source.as_uri()], target, "0" * 32)
+        assert "checksum" in str(e.value) and str(target.parent) in str(e.value)
+        assert [f.read_text() for f in target.parent.iterdir()] == ([old] if old else [])
+
+
+def test_many_processes_may_download_at_once(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "cache" / "file"
+    source.write_bytes(bytes(10**6))
+    md5 = hashlib.md5(bytes(10**6)).hexdigest()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: data.download([source.as_uri()], target, md5), range(8)))
+    assert [f.read_bytes() for f in target.parent.iterdir()] == [bytes(10**6)]
+
+
+def test_digits_are_not_taken_for_garments(tmp_path, mirror, monkeypatch):
+    garments, _ = write_digits(tmp_path / "garments")
+    monkeypatch.setitem(data.MIRRORS, "fashion", [(tmp_path / "garments").as_uri() + "/"])
+    monkeypatch.setitem(data.MD5, "fashion", {f.name: hashlib.md5(f.read_bytes()).hexdigest()
+                                              for f in (tmp_path / "garments").iterdir()})
+    here = tmp_path / "mirror"                              # holds MNIST under the same file names
+    assert np.array_equal(whole(load("mnist", here))["x"][:, 0].numpy(), mirror)
+    assert np.array_equal(whole(load("fashion", here))["x"][:, 0].numpy(), garments)
+
+
+# --- folders ---
+
+def test_folder_with_classes(tmp_path):
+    write_image(tmp_path / "dog" / "deep" / "1.png", (1, 2, 3))
+    write_image(tmp_path / "dog" / "2.bmp", (4, 5, 6))
+    write_image(tmp_path / "cat" / "3.gif", (255, 255, 255))
+    write_image(tmp_path / "cat" / ".hidden.png", size=(9, 9))
+    write_image(tmp_path / ".hidden" / "4.png", size=(9, 9))
+    (tmp_path / "notes.txt").write_text("not an image")
+    dataset = load(str(tmp_path))
+    assert dataset.class_names == ["cat", "dog"] and dataset.num_classes == 2
+    batch = whole(dataset)
+    assert batch["y"].tolist() == [0, 1, 1]
+    assert batch["x"][:, :, 5, 5].tolist() == [[255, 255, 255], [4, 5, 6], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_flat_folder(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    for i, name in enumerate(["b.png", "a.PNG", "c.webp"]):
+        write_image(tmp_path / name, (100 * i, 0, 0), size=(10, 12), lossless=True)
+    dataset = load(str(tmp_path))
+    assert callable(dataset.images) == (in_memory == 0)
+    assert (dataset.shape, dataset.num_classes, dataset.class_names) == ((3, 12, 10), 0, [])
+    batch = dataset[np.array([2, 0, 1])]
+    assert set(batch) == {"x"} and batch["x"][:, 0, 0, 0].tolist() == [200, 100, 0]
+
+
+def test_captions(tmp_path):
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
+    (tmp_path / "metadata.csv").write_text('file_name,extra,text\nb.png,1,"é, two"\na.png,2,one\n',
+                                           encoding="utf-8-sig")
+    dataset = load(str(tmp_path))
+    assert dataset.has_captions and dataset[[1, 0]]["caption"] == ["é, two", "one"]
+
+
+def test_gray_folder(tmp_path):
+    write_image(tmp_path / "a.png", 77, mode="L")
+    write_image(tmp_path / "b.png", (0, 0), mode="LA")      # wholly transparent
+    batch = whole(load(str(tmp_path)))
+    assert batch["x"].shape == (2, 1, 16, 16) and batch["x"][:, 0, 3, 3].tolist() == [77, 255]
+    write_image(tmp_path / "c.png", (1, 2, 3))
+    assert whole(load(str(tmp_path)))["x"][:, :, 3, 3].tolist() == [[77] * 3, [255] * 3, [1, 2, 3]]
+
+
+def test_transparency_on_white(tmp_path):
+    write_image(tmp_path / "a.png", (200, 0, 0, 128), mode="RGBA")
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "b.png", transparency=1)
+    pixels = whole(load(str(tmp_path)))["x"][:, :, 8, 8]
+    torch.testing.assert_close(pixels.int(), torch.tensor([[227, 127, 127], [255, 255, 255]]).int(),
+                               atol=1, rtol=0)
+
+
+def test_cover_and_crop(tmp_path):
+    """A wide picture, red | green | blue: to a square only the middle third is left."""
+    x = np.zeros((20, 60, 3), np.uint8)
+    for i in range(3):
+        x[:, 20 * i:20 * i + 20, i] = 255
+    Image.fromarray(x).save(tmp_path / "wide.png")
+    Image.fromarray(x.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    for size in (10, 20, 30):                               # smaller, equal, larger than its height
+        batch = whole(load(str(tmp_path), image_size=size))["x"]
+        assert batch.shape == (2, 3, size, size)
+        inner = batch[:, :, 2:-2, 2:-2].float()
+        assert (inner[:, 1] > 250).all() and (inner[:, [0, 2]] < 5).all()
+    rows = whole(load(str(tmp_path), image_size=(20, 60)))["x"]
+    assert np.array_equal(rows[1].permute(1, 2, 0).numpy(), x)      # the size it has: untouched
+
+
+def test_photos_are_turned_upright(tmp_path):
+    picture = Image.new("RGB", (30, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6                                        # "rotate by 90 degrees to view"
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    assert load(str(tmp_path)).shape == (3, 30, 20)
+
+
+# --- what users get wrong ---
+
+def test_parse_size():
+    assert parse_size("32") == parse_size(32) == parse_size((32, 32)) == (32, 32)
+    assert parse_size("24x40") == parse_size([24, 40]) == (24, 40)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
+
+
+def replace_idx(folder, kind, *args, **kwargs):
+    write_digits(folder)
+    write_idx(folder / f"train-{kind}-ubyte.gz", *args, **kwargs)
+
+
+def noise(path):
+    Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+
+
+def two_images(folder, second="b.png", **options):
+    write_image(folder / "a.png")
+    write_image(folder / second, **options)
+
+
+def table(folder, text):
+    two_images(folder)
+    (folder / "metadata.csv").write_bytes(text.encode("latin-1"))
+
+
+def replace_bin(folder, name, content):
+    write_cifar(folder)
+    (folder / name).write_bytes(content)
+
+
+def archive(folder, files):
+    with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for file in files:
+            (folder / "bytes").write_bytes(bytes(3073))
+            tar.add(folder / "bytes", f"cifar-10-batches-bin/{file}")
+
+
+# Case: what is done to a folder; arguments of load, whose name and data_dir are that folder unless
+# given; what the message must contain, the fix among it.
+ERRORS = {
+    "typo": (None, dict(name="minst"), ["mnist", "shapes", "path to a folder"]),
+    "unknown": (None, dict(name="imagenet"), ["imagenet", "cifar10", "path to a folder"]),
+    "no folder": (None, dict(name="./nowhere/at/all"), ["./nowhere/at/all", "path to a folder"]),
+    "split": (None, dict(name="shapes", split="val"), ["train or test"]),
+    "no test split": (two_images, dict(split="test"), ["folder of your test images"]),
+    "small size": (None, dict(name="shapes", image_size=4), ["at least 8"]),
+    "odd size": (None, dict(name="shapes", image_size="big"), ["'big'", "24x40"]),
+    "three sizes": (None, dict(name="shapes", image_size="1x2x3"), ["24x40"]),
+    "half a size": (None, dict(name="shapes", image_size="24x"), ["24x40"]),
+    "truncated gz": (lambda f: (write_digits(f), cut(f / "train-images-idx3-ubyte.gz")),
+                     dict(name="mnist"), ["train-images-idx3-ubyte.gz", "put a good copy"]),
+    "not gz": (lambda f: (write_digits(f), (f / "train-labels-idx1-ubyte.gz").write_text("<html>")),
+               dict(name="mnist"), ["train-labels-idx1-ubyte.gz", "put a good copy"]),
+    "magic": (lambda f: replace_idx(f, "images-idx3", np.zeros((6, 28, 28), np.uint8), magic=1),
+              dict(name="mnist"), ["train-images-idx3-ubyte.gz", "put a good copy"]),
+    "short idx": (lambda f: replace_idx(f, "labels-idx1", np.zeros((), np.uint8), magic=1),
+                  dict(name="mnist"), ["train-labels-idx1-ubyte.gz", "put a good copy"]),
+    "counts": (lambda f: replace_idx(f, "labels-idx1", np.zeros(5, np.uint8)),
+               dict(name="mnist"), ["6 images", "5 labels", "of one download"]),
+    "nothing": (lambda f: (replace_idx(f, "labels-idx1", np.zeros(0, np.uint8)),
+                           write_idx(f / "train-images-idx3-ubyte.gz", np.zeros((0, 28, 28), "B"))),
+                dict(name="mnist"), ["0 images", "of one download"]),
+    "label": (lambda f: write_digits(f, 2, labels=[3, 10]),
+              dict(name="mnist"), ["label 10", "0 to 9", "put a good copy"]),
+    "short bin": (lambda f: replace_bin(f, "data_batch_3.bin", bytes(3073 + 5)),
+                  dict(name="cifar10"), ["data_batch_3.bin", "3073", "put a good copy"]),
+    "empty bin": (lambda f: replace_bin(f, "test_batch.bin", b""),
+                  dict(name="cifar10", split="test"), ["test_batch.bin", "put a good copy"]),
+    "cifar label": (lambda f: replace_bin(f, "test_batch.bin", bytes([10]) + bytes(3072)),
+                    dict(name="cifar10", split="test"), ["label 10", "put a good copy"]),
+    "missing bin": (lambda f: (write_cifar(f), (f / "data_batch_4.bin").unlink()),
+                    dict(name="cifar10"), ["data_batch_4.bin", "put a good copy"]),
+    "cut tar": (lambda f: (archive(f, ["test_batch.bin"]), cut(f / "cifar-10-binary.tar.gz")),
+                dict(name="cifar10", split="test"), ["cifar-10-binary.tar.gz", "put a good copy"]),
+    "lacking tar": (lambda f: archive(f, ["data_batch_1.bin"]),
+                    dict(name="cifar10"), ["data_batch_2.bin", "put a good copy"]),
+    "no mirror": (None, dict(name="mnist"), ["train-images-idx3-ubyte.gz", "put it into", "mnist"]),
+    "unwritable": (lambda f: (f / "file").write_text(""), dict(name="mnist", data_dir="file"),
+                   ["cannot write", "--data-dir"]),
+    "no images": (lambda f: (f / "a.txt").write_text(""), {}, ["no images", ".png"]),
+    "not an image": (lambda f: (two_images(f), (f / "b.png").write_text("?")), {},
+                     ["b.png", "replace"]),
+    "cut png": (lambda f: (two_images(f), noise(f / "c.png"), cut(f / "c.png")), {},
+                ["c.png", "replace"]),
+    "cut jpg": (lambda f: (two_images(f), noise(f / "c.jpg"), cut(f / "c.jpg")), {},
+                ["c.jpg", "replace"]),
+    "cut gray": (lambda f: (write_image(f / "a.png", 1, mode="L"), cut(f / "a.png")), {},
+                 ["a.png", "replace"]),
+    "deep": (lambda f: two_images(f, colour=1000, mode="I;16"), {}, ["b.png", "save it with 8"]),
+    "sizes": (lambda f: two_images(f, size=(20, 10)), {}, ["b.png", "10x20", "--image-size"]),
+    "loose": (lambda f: two_images(f, "cats/b.png"), {}, ["a.png", "into a subfolder"]),
+    "columns": (lambda f: table(f, "file,caption\na.png,x\n"), {},
+                ["first line", "file_name,text"]),
+    "empty table": (lambda f: table(f, ""), {}, ["first line", "file_name,text"]),
+    "missing file": (lambda f: table(f, "file_name,text\na.png,x\nb.png,y\nc.png,z\n"), {},
+                     ["names c.png", "delete the line"]),
+    "missing line": (lambda f: table(f, "file_name,text\na.png,x\n"), {}, ["for b.png", "add one"]),
+    "encoding": (lambda f: table(f, "file_name,text\na.png,\xe9\n"), {}, ["UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_to_do(case, tmp_path, monkeypatch):
+    prepare, arguments, needed = ERRORS[case]
+    monkeypatch.setitem(data.MIRRORS, "mnist", [(tmp_path / "nowhere").as_uri() + "/"])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if prepare:
+        prepare(folder)
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    arguments = {"name": str(folder), **arguments}
+    arguments["data_dir"] = folder / arguments.get("data_dir", ".")
+    with pytest.raises(DataError) as e:
+        load(**arguments)
+    message = str(e.value)
+    assert "\n" not in message and all(word in message for word in needed), message
+    assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
+
+
+def test_lazy_folders_name_the_bad_image_when_they_reach_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    write_image(tmp_path / "a.png")
+    noise(tmp_path / "b.png")
+    cut(tmp_path / "b.png")
+    dataset = load(str(tmp_path))
+    assert dataset[[0]]["x"].shape == (1, 3, 16, 16)
+    with pytest.raises(DataError, match="b.png"):
+        dataset[[0, 1]]

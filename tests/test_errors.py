@@ -1,0 +1,201 @@
+"""Everything a user can get wrong: one sentence with the fix, exit code 2, no traceback, and no file of
+theirs touched."""
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+import train
+
+SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
+         "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
+TRAIN, SAMPLE = train.main, sample.main
+
+
+def idx(array):
+    """A numpy uint8 array as a gzipped idx file."""
+    return gzip.compress(struct.pack(">HBB", 0, 8, array.ndim)
+                         + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("echo executed > executed",)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with one good run and many bad files; every test runs in it and must leave it as is."""
+    root = tmp_path_factory.mktemp("world")
+    os.chdir(root)
+    train.main([*SMALL, "--results-dir", "results", "--name", "run"])
+    train.main([*SMALL, "--results-dir", "other", "--name", "unconditional", "--num-classes", "0"])
+    good = Path("results/run/latest.pt").read_bytes()
+    checkpoint = torch.load("results/run/latest.pt", weights_only=True)
+
+    def changed(name, **changes):
+        torch.save({**checkpoint, **changes}, name)
+    changed("version.pt", version=99)
+    changed("misfit.pt", args={**checkpoint["args"], "set": {"width": 64, "depth": 2, "state": 4}})
+    changed("stranger.pt", args={**checkpoint["args"], "model": "gone"})
+    torch.save({"weights": torch.ones(2)}, "alien.pt")
+    torch.save({"version": 1, "model": Code(), "ema": {}, "args": {}}, "code.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(Code()))
+    Path("half.pt").write_bytes(good[:len(good) // 2])
+    Path("empty.pt").write_bytes(b"")
+    Path("cut/run").mkdir(parents=True)
+    Path("cut/run/latest.pt").write_bytes(good[:len(good) // 2])
+
+    Path("file").write_text("not a folder")
+    Path("nothing").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 28, 28), dtype=np.uint8)
+    for name, images, labels in (
+            ("empty-mnist", b"", idx(np.zeros(20, np.uint8))),
+            ("cut-mnist", idx(pixels)[:2000], idx(np.zeros(20, np.uint8))),
+            ("swapped-mnist", idx(np.zeros(20, np.uint8)), idx(pixels)),
+            ("short-mnist", idx(pixels), idx(np.zeros(19, np.uint8)))):
+        Path(name).mkdir()
+        Path(name, "train-images-idx3-ubyte.gz").write_bytes(images)
+        Path(name, "train-labels-idx1-ubyte.gz").write_bytes(labels)
+    Path("cut-cifar/cifar-10-batches-bin").mkdir(parents=True)
+    for i in range(1, 6):
+        Path(f"cut-cifar/cifar-10-batches-bin/data_batch_{i}.bin").write_bytes(b"\1" * 5000)
+    for name in ("corrupt", "mixed", "caption", "gap"):
+        Path(name).mkdir()
+        for i in range(3):
+            size = (16 + 4 * i * (name == "mixed"),) * 2
+            Image.new("RGB", size, (9 * i, 0, 0)).save(f"{name}/{i}.png")
+    Path("corrupt/1.png").write_bytes(Path("corrupt/1.png").read_bytes()[:40])
+    Path("caption/metadata.csv").write_text("picture,words\n0.png,red\n")
+    Path("gap/metadata.csv").write_text("file_name,text\n7.png,red\n")
+    Path("paper.py").write_text("WIDTH = 3\n")
+    Path("mirror").mkdir()
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        Path("mirror", name).write_bytes(b"not what was asked for")
+    Path("fid").mkdir()
+    Path("fid/settings.json").write_text('{"ckpt": "another"}')
+    return root
+
+
+def tree():
+    return {str(p): hashlib.md5(p.read_bytes()).hexdigest() for p in Path().rglob("*") if p.is_file()}
+
+
+def new(*flags):
+    return [*SMALL, "--results-dir", "new", *flags]
+
+
+CKPT = ["--ckpt", "results/run"]
+WRONG = [
+    # model and options
+    (TRAIN, new("--model", "nosuch"), "choose .*dis"),
+    (TRAIN, new("--model", "paper.py"), "must define CONFIGS and build"),
+    (TRAIN, new("--model", "train"), "choose .*dis"),
+    (TRAIN, new("--preset", "DiS-Z/2"), "DiS-S/2"),
+    (TRAIN, new("--set", "skip=residual"), "concat or add or none"),
+    (TRAIN, new("--set", "colour=3"), "dis has .*width"),
+    (TRAIN, new("--set", "skip"), "KEY=VALUE"),
+    (TRAIN, new("--image-size", "30"), "try 28x28 or 32x32"),
+    (TRAIN, new("--image-size", "big"), "--image-size|image size"),
+    (TRAIN, new("--image-size", "2"), "at least|8"),
+    # numbers
+    (TRAIN, new("--max-steps", "0"), "at least 1"),
+    (TRAIN, new("--max-steps", "many"), "--help"),
+    (TRAIN, new("--global-batch-size", "0"), "at least 1"),
+    (TRAIN, new("--grad-accum", "3"), "try 6"),
+    (TRAIN, new("--lr", "-1"), "at least 0"),
+    (TRAIN, new("--lr", "nan"), "at least 0"),
+    (TRAIN, new("--cond-dropout", "1.5"), "below 1"),
+    (TRAIN, new("--ema-decay", "1"), "below 1"),
+    (TRAIN, new("--num-classes", "3"), "drop the flag"),
+    (TRAIN, new("--no-such-flag"), "--help"),
+    (TRAIN, new("--device", "warp"), "choose .*cpu"),
+    # data
+    (TRAIN, new("--data", "mnits"), "mnist"),
+    (TRAIN, new("--data", "nowhere/at/all"), "shapes"),
+    (TRAIN, new("--data", "nothing"), "no images|images"),
+    (TRAIN, new("--data", "mnist", "--data-dir", "empty-mnist"), "train-images"),
+    (TRAIN, new("--data", "mnist", "--data-dir", "cut-mnist"), "train-images"),
+    (TRAIN, new("--data", "mnist", "--data-dir", "swapped-mnist"), "train-images"),
+    (TRAIN, new("--data", "mnist", "--data-dir", "short-mnist"), "train-labels|labels"),
+    (TRAIN, new("--data", "mnist", "--data-dir", "checksum"), "md5|checksum"),
+    (TRAIN, new("--data", "cifar10", "--data-dir", "cut-cifar"), "data_batch_1"),
+    (TRAIN, new("--data", "corrupt"), "1.png"),
+    (TRAIN, [f for f in new("--data", "mixed") if f not in ("--image-size", "16")], "--image-size"),
+    (TRAIN, new("--data", "caption"), "file_name"),
+    (TRAIN, new("--data", "gap"), "7.png"),
+    # folders and checkpoints
+    (TRAIN, new("--results-dir", "file/results"), "file"),
+    (TRAIN, new("--results-dir", "results", "--name", "run", "--lr", "0.5"), "--name"),
+    (TRAIN, new("--results-dir", "results", "--name", "run", "--max-steps", "1"), "--max-steps"),
+    (TRAIN, new("--results-dir", "results", "--name", "run", "--set", "width=64"), "--name"),
+    (TRAIN, new("--results-dir", "results", "--name", "run", "--resume", "half.pt"), "--name"),
+    (TRAIN, new("--results-dir", "cut", "--name", "run"), "damaged or cut short"),
+    (TRAIN, new("--resume", "missing.pt"), "no checkpoint"),
+    (TRAIN, new("--resume", "code.pt"), "perhaps code"),
+    (TRAIN, new("--resume", "other/unconditional/latest.pt"), "trained differently"),
+    (SAMPLE, ["--results-dir", "nothing"], "train.py"),
+    (SAMPLE, ["--ckpt", "missing.pt"], "no checkpoint"),
+    (SAMPLE, ["--ckpt", "half.pt"], "damaged or cut short"),
+    (SAMPLE, ["--ckpt", "empty.pt"], "damaged or cut short"),
+    (SAMPLE, ["--ckpt", "code.pt"], "perhaps code"),
+    (SAMPLE, ["--ckpt", "plain.pt"], "perhaps code"),
+    (SAMPLE, ["--ckpt", "alien.pt"], "not a checkpoint of this project"),
+    (SAMPLE, ["--ckpt", "version.pt"], "version 99"),
+    (SAMPLE, ["--ckpt", "misfit.pt"], "do not fit"),
+    (SAMPLE, ["--ckpt", "stranger.pt"], "no model 'gone'"),
+    # sampling
+    (SAMPLE, [*CKPT, "--class-labels", "8"], "0 to 7"),
+    (SAMPLE, [*CKPT, "--class-labels", "-1"], "--help|0 to 7"),
+    (SAMPLE, [*CKPT, "--class-labels", "star"], "all, random, or numbers"),
+    (SAMPLE, ["--ckpt", "other/unconditional", "--class-labels", "1"], "drop --class-labels"),
+    (SAMPLE, [*CKPT, "--steps", "0"], "ask for 1 to 1000"),
+    (SAMPLE, [*CKPT, "--steps", "ddim300"], "divides 1000"),
+    (SAMPLE, [*CKPT, "--num-samples", "0"], "at least 1"),
+    (SAMPLE, [*CKPT, "--sampler", "euler"], "ddim"),
+    (SAMPLE, [*CKPT, "--out", "file/x.png"], "file"),
+    (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--save-images", "fid"], "choose another"),
+]
+
+
+def is_told(call, argv, fix, capsys):
+    before = tree()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call([str(a) for a in argv])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert said.startswith("error: ") and "\n" not in said, said
+    import re
+    assert re.search(fix, said), said
+    after = tree()
+    assert {k: after.get(k) for k in before} == before
+    assert "executed" not in after
+
+
+@pytest.mark.parametrize("call, argv, fix", WRONG,
+                         ids=[f"{c.__module__}-{i}" for i, (c, _, _) in enumerate(WRONG)])
+def test_wrong_input_gets_one_sentence(world, monkeypatch, capsys, call, argv, fix):
+    monkeypatch.chdir(world)
+    mirror = (world / "mirror").as_uri() + "/"
+    monkeypatch.setattr(data, "MIRRORS", {k: [mirror] for k in data.MIRRORS})
+    is_told(call, argv, fix, capsys)
+
+
+@pytest.mark.parametrize("env, fix", [
+    (dict(RANK="0", WORLD_SIZE="3", LOCAL_RANK="0"), "cannot be split over 3 processes.*try 6"),
+    (dict(RANK="0", WORLD_SIZE="16", LOCAL_RANK="0"), "try 16")])
+def test_bad_world_size_gets_one_sentence(world, monkeypatch, capsys, env, fix):
+    monkeypatch.chdir(world)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    is_told(TRAIN, new(), fix, capsys)

@@ -1,0 +1,254 @@
+"""train.py and sample.py as a user runs them: exact resume, processes, seeds, stopping, launching."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+# A DiS that takes 15 ms a step.
+SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
+         "--warmup-steps", "4", "--sample-every", "0", "--device", "cpu"]
+
+
+def run(folder, *flags):
+    train.main([*SMALL, "--results-dir", str(folder), "--name", "run", *map(str, flags)])
+    return torch.load(folder / "run" / "latest.pt", weights_only=True)
+
+
+def shell(*command, cwd=ROOT, **kwargs):
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True,
+                          timeout=200, **kwargs)
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def losses(folder):
+    with open(folder / "run" / "log.csv", newline="") as f:
+        return {int(r["step"]): float(r["loss"]) for r in csv.DictReader(f)}
+
+
+# --- resume ---
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """SIGKILL in mid-run; then weights, EMA, optimizer and log are those of the run never killed."""
+    whole = run(tmp_path / "whole", "--max-steps", 60, "--ckpt-every", 10, "--log-every", 5)
+    flags = [*SMALL, "--results-dir", tmp_path / "cut", "--name", "run", "--max-steps", 60,
+             "--ckpt-every", 10, "--log-every", 5]
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    latest = tmp_path / "cut" / "run" / "checkpoints" / "0000020.pt"
+    while not latest.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = torch.load(tmp_path / "cut" / "run" / "latest.pt", weights_only=True)["step"]
+    assert 20 <= killed < 60
+    resumed = run(tmp_path / "cut", "--max-steps", 60, "--ckpt-every", 10, "--log-every", 5)
+    for part in ("model", "ema", "opt", "step", "images"):
+        assert same(whole[part], resumed[part]), part
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    flags = [*SMALL, "--results-dir", tmp_path, "--name", "run", "--max-steps", 5000,
+             "--log-every", 1]
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags)], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "run" / "log.csv"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "The same command continues" in out
+    step = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)["step"]
+    assert step == max(losses(tmp_path)) >= 4
+
+
+def test_finished_run_says_so_and_goes_on_with_more_steps(tmp_path, capsys):
+    run(tmp_path, "--max-steps", 4)
+    before = (tmp_path / "run" / "latest.pt").read_bytes()
+    run(tmp_path, "--max-steps", 4)
+    assert "trained     4 of 4" in capsys.readouterr().out
+    assert (tmp_path / "run" / "latest.pt").read_bytes() == before
+    assert run(tmp_path, "--max-steps", 6)["step"] == 6
+
+
+def test_resume_none_keeps_the_old_run(tmp_path):
+    old = run(tmp_path, "--max-steps", 3)
+    run(tmp_path, "--max-steps", 2, "--resume", "none")
+    kept = torch.load(tmp_path / "run.old1" / "latest.pt", weights_only=True)
+    assert same(old, kept)
+
+
+def test_resume_from_a_file_starts_a_new_folder(tmp_path):
+    run(tmp_path, "--max-steps", 4, "--ckpt-every", 2, "--keep-ckpts", 5)
+    whole = run(tmp_path, "--max-steps", 8)
+    again = run(tmp_path / "other", "--max-steps", 8, "--resume",
+                tmp_path / "run" / "checkpoints" / "0000004.pt")
+    assert same(whole["model"], again["model"])
+
+
+def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
+    good = run(tmp_path, "--max-steps", 2, "--lr-schedule", "constant")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "bad", "--max-steps", 50, "--lr", "1e30", "--ckpt-every", 5)
+    assert stopped.value.code == 2
+    assert "not finite at step" in capsys.readouterr().err
+    assert not (tmp_path / "bad" / "run" / "latest.pt").exists()
+    assert good["step"] == 2
+
+
+# --- processes, accumulation, batches ---
+
+def test_two_processes_and_accumulation_equal_one(tmp_path):
+    flags = ["--max-steps", 6, "--log-every", 1]
+    one = run(tmp_path / "one", *flags)
+    run(tmp_path / "accumulated", *flags, "--grad-accum", 4)
+    done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 "train.py", *SMALL, "--results-dir", tmp_path / "two", "--name", "run", *flags)
+    assert done.returncode == 0, done.stderr
+    for other in ("accumulated", "two"):
+        for step, loss in losses(tmp_path / "one").items():
+            assert losses(tmp_path / other)[step] == pytest.approx(loss, abs=1e-5), (other, step)
+    two = torch.load(tmp_path / "two" / "run" / "latest.pt", weights_only=True)
+    assert all(torch.allclose(one["model"][k], two["model"][k], atol=1e-4) for k in one["model"])
+
+
+def test_same_seed_same_image_at_any_batch_size(tmp_path):
+    run(tmp_path, "--max-steps", 30, "--lr", "1e-2")
+    model, diffusion, args = sample.load_run(tmp_path / "run" / "latest.pt")
+    seeds, labels = 5 + torch.arange(8), torch.arange(8)
+    images = [sample.generate(model, diffusion, tuple(args["shape"]), seeds, labels, size, "cpu",
+                              progress=False, steps="5", cfg_scale=2.0) for size in (1, 3, 8)]
+    assert images[0].std() > 0.05
+    for other in images[1:]:
+        torch.testing.assert_close(other, images[0], atol=1e-4, rtol=0)
+
+
+def test_fid_samples_are_complete_whatever_the_number_of_processes(tmp_path):
+    run(tmp_path, "--max-steps", 2)
+    flags = ["--ckpt", tmp_path / "run", "--num-fid-samples", 7, "--steps", 2, "--batch-size", 2]
+    here = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 ROOT / "sample.py", *flags, "--save-images", "two", **here)
+    assert done.returncode == 0, done.stderr
+    two = np.load(tmp_path / "samples_7x16x16x3.npz")["arr_0"]
+    assert two.dtype == np.uint8 and two.shape == (7, 16, 16, 3)
+    assert len(list((tmp_path / "two").glob("*.png"))) == 7
+    (tmp_path / "two" / "000003.png").unlink()                   # goes on where it stopped
+    kept = (tmp_path / "two" / "000002.png").stat().st_mtime_ns
+    done = shell(sys.executable, ROOT / "sample.py", *flags, "--save-images", "two", **here)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "000002.png").stat().st_mtime_ns == kept
+    one = np.load(tmp_path / "samples_7x16x16x3.npz")["arr_0"]
+    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+
+
+def test_overfit_one_batch(tmp_path):
+    run(tmp_path, "--overfit-one-batch", "--max-steps", 250, "--log-every", 10, "--lr", "5e-3",
+        "--global-batch-size", 4, "--image-size", "8")
+    curve = losses(tmp_path)
+    assert curve[10] > 0.3 and curve[250] < 0.05
+
+
+# --- what is written ---
+
+def test_run_folder_describes_itself(tmp_path):
+    run(tmp_path, "--max-steps", 4, "--log-every", 2, "--sample-every", 2, "--ckpt-every", 2)
+    folder = tmp_path / "run"
+    with open(folder / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [int(r["step"]) for r in rows] == [2, 4] and [int(r["images"]) for r in rows] == [16, 32]
+    assert all(float(r["grad_norm"]) > 0 and float(r["images_per_s"]) > 0 for r in rows)
+    assert any(r["loss_t0"] for r in rows) and any(r["loss_t4"] for r in rows)
+    assert '"command"' in (folder / "args.json").read_text()
+    assert {p.name for p in (folder / "samples").iterdir()} == {"step_0000002.png",
+                                                                 "step_0000004.png"}
+    assert Image.open(folder / "samples.png").size[0] > 100
+    assert len(list((folder / "checkpoints").iterdir())) == 1       # --keep-ckpts 1
+
+
+def test_grid_puts_each_class_in_its_row():
+    images = np.zeros((6, 8, 8, 1), np.uint8)
+    images[[1, 4]] = 200                                            # class 1 of 3
+    sheet = np.asarray(sample.grid_image(images, 3, zoom=1))
+    assert sheet.shape == (30, 20)
+    assert (sheet[11:19, [1, 8, 11, 18]] == 200).all() and not (sheet[1:9, 1:9]).any()
+
+
+def test_gif_and_single_images(tmp_path):
+    run(tmp_path, "--max-steps", 2)
+    sample.main(["--ckpt", str(tmp_path / "run"), "--num-samples", "3", "--steps", "4", "--gif",
+                 "--class-labels", "2", "--out", str(tmp_path / "a.png"),
+                 "--save-images", str(tmp_path / "each")])
+    assert Image.open(tmp_path / "a.gif").n_frames >= 4
+    assert sorted(p.name for p in (tmp_path / "each").iterdir()) == [f"00000{i}.png" for i in range(3)]
+
+
+# --- launching: a file called dis.py must get in nobody's way ---
+
+USERS_SCRIPT = """
+from dis import DiS, dis as disassemble
+import torch, inspect
+assert DiS.__name__ == "DiS" and inspect.isfunction(disassemble)
+print(sum(p.numel() for p in DiS((1, 8, 8), width=32, depth=2).parameters()))
+"""
+SPAWN = """
+import torch, data
+from torch.utils.data import DataLoader
+if __name__ == "__main__":
+    loader = DataLoader(data.load("shapes", image_size=16), batch_size=None, sampler=[[0, 1], [2]],
+                        num_workers=1, multiprocessing_context="spawn")
+    print([len(b["x"]) for b in loader])
+"""
+STEPS = [*SMALL, "--max-steps", "2"]
+
+
+@pytest.mark.parametrize("command, says", [
+    (["python", "train.py", *STEPS], "trained     2 of 2"),
+    (["python", "dis.py"], "900,558,432"),
+    (["python", "-c", "import torch; print(torch.ones(2).sum())"], "tensor(2.)"),
+    (["python", "-c", USERS_SCRIPT], "\n"),
+    (["python", "-m", "pytest", "--version"], "pytest"),
+    (["pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan_gradcheck"),
+    (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of 2"),
+    (["python", "users_script.py"], "\n"),
+    (["python", "spawn.py"], "[2, 1]"),
+    (["python", "-m", "dis", "users_script.py"], "LOAD_"),
+    (["python", "train.py", "--smoke", *SMALL], "all worked"),
+], ids=["train", "dis", "import torch", "import DiS", "python -m pytest", "pytest", "torchrun",
+        "script beside it", "spawned worker", "python -m dis", "smoke"])
+def test_launch_matrix(tmp_path, command, says):
+    """From a copy of the repository's root. `python -m torch.distributed.run` has its own test."""
+    for file in ROOT.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_dis.py").write_bytes((ROOT / "tests" / "test_dis.py").read_bytes())
+    (tmp_path / "users_script.py").write_text(USERS_SCRIPT)
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    binaries = Path(sys.executable).parent
+    done = shell(binaries / command[0], *command[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout + done.stderr
