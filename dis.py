@@ -5,54 +5,67 @@ Zhengcong Fei, Mingyuan Fan, Changqian Yu, Junshi Huang. arXiv 2402.05608 (v3, M
 The idea. Everything is a token: the image patches, the time step, the class. Where a transformer
 would mix the tokens by attention, at a cost of J^2, DiS reads them with a recurrence (Mamba's
 selective scan), once from the left and once from the right, at a cost linear in J. As in U-ViT, long
-skip connections join block i to block depth - i. There is no attention and no MLP: a block is one
-norm and one mixer.
+skip connections join the first block to the last, the second to the last but one, and so on. There
+is no attention and no MLP: a block is one norm and one mixer.
 
-Glossary. B, the batch axis, is also Mamba's input matrix B_t: the functions below say which.
+Glossary. Two letters are overloaded, as in the papers: B is the batch axis in shapes and Mamba's
+input matrix in formulas; D is the width in shapes and the direct path in formulas.
 
-| code         | symbol   | shape                    | meaning, and where it is defined                  |
-|--------------|----------|--------------------------|---------------------------------------------------|
-| `width`      | D        |                          | channels of a token                               |
-| `patch`      | p        |                          | side of a patch; J = H W / p^2 patches; Sec. 3.2  |
-| `J`, `L`     | J, L     |                          | number of patches; of all tokens (J, time, class) |
-| `expand`     | E        |                          | the mixer works on E D channels (2)               |
-| `state`      | N        |                          | state size of each channel (16)                   |
-| `rank`       | R        |                          | rank of the delta projection, ceil(D / 16)        |
-| `delta`      | Delta    | (B, L, E D)              | step size; large: look at this token; Mamba Sec 3 |
-| `A`          | A        | (E D, N), negative       | decay rates, diagonal, input-independent          |
-| `Bt`, `Ct`   | B_t, C_t | (B, L, N)                | what to write, what to read; made from the input  |
-| `Dskip`      | D        | (E D,)                   | direct path u -> y (not the width!)               |
-| `h`          | h_t      | (B, E D, N)              | the state, h_0 = 0                                |
-| `residual`   | r        | (B, L, D) float32        | the running sum; `hidden` is what a mixer adds    |
-| `skip`       |          |                          | Sec. 3.2: concat | add | none (the ablation)      |
+| code         | symbol   | shape              | meaning, and the part of the paper (or of Mamba)        |
+|--------------|----------|--------------------|---------------------------------------------------------|
+| `width`      | D        |                    | channels of a token                                     |
+| `patch`      | p        |                    | side of a patch; "image patchify"                       |
+|              | J, L     |                    | number of patches, H W / p^2; of all tokens             |
+| `expand`     | E        |                    | the mixer works on E D channels (2)                     |
+| `state`      | N        |                    | state size of each channel (16)                         |
+| `rank`       | R        |                    | of the projection that makes delta, ceil(D / 16)        |
+| `conv`       |          |                    | taps of the causal convolution before the scan (4)      |
+| `x, z`       | x, z     | (B, L, E D)        | the mixer's two halves: to be scanned, and the gate     |
+| `u`          | u_t      | (B, L, E D)        | what the scan reads: x after convolution and SiLU       |
+| `dt`         |          | (B, L, R)          | delta before its projection                             |
+| `delta`      | Delta_t  | (B, L, E D), > 0   | step size; large: look at this token (Mamba Sec. 3)     |
+| `A`          | A        | (E D, N), < 0      | decay rates, independent of the input                   |
+| `Bt`, `Ct`   | B_t, C_t | (B, L, N)          | what to write into the state, what to read from it      |
+| `D`          | D        | (E D,)             | the direct path from u to y                             |
+| `h`          | h_t      | (B, E D, N)        | the state, before the first token 0                     |
+| `residual`   | r        | (B, L, D) float32  | the running sum                                         |
+| `hidden`     | m        | (B, L, D)          | what a mixer has made and the next block will add       |
+| `c`          | c        | (B, D)             | time, plus class if there is one                        |
+| `skip`       |          |                    | "long skip": concat (paper), add, none (ablations)      |
+| `time`       |          |                    | "condition": token (paper), adaln (ablation)            |
 
 Not here: training (train.py), the noise schedule (diffusion.py), the VAE that turns a 256 px image
 into a 32x32x4 latent, the authors' weights (never published).
 
-Where paper and code disagree, and what is done here ("code" = the authors' release)
- 1. B is discretised as delta B (Euler), in Mamba's and the authors' code, though both papers print
-    the zero-order hold (delta A)^-1 (exp(delta A) - I) delta B. Every published number is Euler's;
-    we follow it. The two agree to first order in delta.
+Where the paper, the authors' code and this file differ. ("Code" is the authors' release; "paper" is
+what could be read of it here, the abstract and summaries, hence no section numbers.)
+ 1. B is discretised as delta B (Euler), in Mamba's and in the authors' code, though both papers
+    print the zero-order hold, (delta A)^-1 (exp(delta A) - I) delta B. We follow the code, which
+    made the results. The two agree to first order in delta.
  2. A long skip carries the *mixer output* of the shallow block, not the residual stream, and it
-    replaces what the deep block is about to add (code; the paper says only "hidden states").
- 3. Class-conditional models also modulate the final LayerNorm by time + class (code; the paper
-    speaks of tokens only). Kept: the parameter counts need it.
- 4. The code leaves the backward direction's dt bias at 0, so that its delta starts at
-    softplus(0) = 0.69, 7 to 700 times the forward one: it forgets everything but its
-    neighbours. Here both directions start alike, as the paper describes them.
- 5. The code starts the final linear layer at random; here it starts at zero (as ADM, DiT), so that
-    the first loss is that of predicting nothing: exactly 1 for eps. The paper is silent.
- 6. The code trains with stochastic depth 0.1, which the paper does not mention. Off in `CONFIGS`;
-    `drop_path=0.1` turns it on.
+    changes only what the deep block is about to add (code; paper: "hidden states").
+ 3. Class-conditional models also modulate the final LayerNorm by time + class (code; in the paper
+    tokens are the default and adaptive norms an ablation). Kept, so that conditional models have
+    the code's parameter counts.
+ 4. The code leaves the backward direction's dt bias at 0: its delta starts near softplus(0) = 0.69,
+    7 to 700 times the forward one, and forgets all but its neighbours. Here both directions
+    start alike.
+ 5. The code starts the final linear layer at random; here it starts at zero (as in ADM and DiT), so
+    that the first squared error is that of predicting nothing: 1 on average for eps.
+ 6. The code trains with stochastic depth 0.1, which the paper, as far as read, does not mention. Off
+    in `CONFIGS`; `drop_path=0.1` turns it on.
  7. The code's GFLOPs count the layers that a profiler's hooks can see, which leaves out the mixers.
     `python dis.py` prints all of it.
  8. The code's guidance touches three of four latent channels and, unconditional, copies half of
     the batch's noise prediction to the other half; diffusion.py guides every channel.
+ 9. skip="add" and time="adaln" are ablations of the paper that the code lacks. Ours writes the
+    adaptive norm y_s LayerNorm(h) + y_b as (1 + scale) RMSNorm(r) + shift, both zero at the start.
+10. `pos_init` and `label_std` are ours; their defaults are the code's. See `CONFIGS["tiny"]`.
 
 In a notebook Python's own module `dis` is loaded already, so `from dis import DiS` finds the wrong
 one: write `from sample import load_paper; DiS = load_paper("dis").DiS`.
 """
-if __name__ == "dis" or __name__ == "__main__" and __spec__:
+if __spec__ and __spec__.name == "dis":
     # This file's name hides Python's own `dis`, which torch needs (through `inspect`): whoever asks
     # this folder for the module "dis" may be Python. So it gets Python's, taught to find the names
     # of this file on demand. The import system then insists on running the rest of this file too;
@@ -107,12 +120,13 @@ else:
 # --- the selective scan (Mamba, Gu & Dao 2023, 2312.00752, Algorithm 2) -----------------------
 
 def selective_scan_ref(u, delta, A, B, C, D):
-    """The recurrence as the paper writes it, one token after the other. Slow; the definition.
+    """The definition, one token after the other. Slow.
 
-        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t          (Mamba Eq. 2a, B by Euler)
-        y_t = C_t h_t + D u_t                                   (Eq. 2b)
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t          (Mamba Eq. 2a; departure 1)
+        y_t = C_t h_t + D u_t                                   (Eq. 2b; D u is in the code only)
 
-    u, delta (b, L, D); A (D, N); B, C (b, L, N); D (D,) -> y (b, L, D). delta > 0, A < 0.
+    u, delta (b, L, D); A (D, N); B, C (b, L, N); D (D,) -> y (b, L, D). delta > 0, A < 0. In these
+    shapes, and down to `_Scan`, D counts the channels of the scan: E times the model's width.
     """
     h = u.new_zeros(u.shape[0], *A.shape)                                          # (b, D, N)
     ys = []
@@ -123,6 +137,7 @@ def selective_scan_ref(u, delta, A, B, C, D):
     return torch.stack(ys, dim=1) + D * u                                          # (b, L, D)
 
 
+@torch.compiler.disable         # traced, the loops over time would become thousands of nodes
 def selective_scan(u, delta, A, B, C, D):
     """The same map, fast, and with memory for a few (b, L, D) arrays only. Always in float32 (or
     float64): the products of many decays below have no room for bf16's 8 bits.
@@ -137,19 +152,21 @@ class _Scan(torch.autograd.Function):
     """y_t = C_t h_t with h_t = exp(delta_t A) h_{t-1} + B_t x_t, where x = delta u.
 
     All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut
-    into chunks of T: a chunk's decays and states live in a work array of `ELEMENTS` numbers that
-    fits in the cache. Backward keeps only the state at the start of each chunk, and recomputes the
-    rest of a chunk when it gets there.
+    into chunks of T tokens and the batch into blocks, such that a work array of one chunk and block
+    has about `elements` numbers. Kept for backward is only the state before each chunk; backward
+    recomputes the rest of a chunk when it gets there.
 
     Work arrays are (b, T, N, D), N before D: inner loops then run over D contiguous numbers.
     """
-    T, ELEMENTS = 16, 2**20      # tokens a chunk; numbers in a work array (4 MB). Neither is delicate
+    CHUNK, ELEMENTS = 16, {"cpu": 2**20}    # 4 MB stay in the cache of a CPU; a GPU, where each of the
+    # many small operations is a launch, wants few and large ones. Neither number is delicate.
 
     @staticmethod
     def blocks(x, A):
         """Slices of the batch and of time that a work array can hold."""
-        (b, L, D), N, T = x.shape, A.shape[1], _Scan.T
-        rows = max(1, _Scan.ELEMENTS // (T * N * D))
+        (b, L, D), N, T = x.shape, A.shape[1], _Scan.CHUNK
+        elements = _Scan.ELEMENTS.get(x.device.type, 2**28)
+        rows = max(1, elements // (T * N * D))
         return ([slice(i, i + rows) for i in range(0, b, rows)],
                 [slice(t, min(t + T, L)) for t in range(0, L, T)])
 
@@ -171,7 +188,7 @@ class _Scan(torch.autograd.Function):
         for r in rows:
             for c, s in enumerate(chunks):
                 _, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
-                torch.matmul(C[r, s, None, :], hs, out=y[r, s, None, :])      # sum over N
+                y[r, s] = (C[r, s, None, :] @ hs)[:, :, 0]                    # (b, T, D)
                 if c + 1 < len(chunks):
                     starts[c + 1, r] = hs[:, -1]
         ctx.save_for_backward(x, delta, A, B, C, starts)
@@ -185,21 +202,22 @@ class _Scan(torch.autograd.Function):
             g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
         """
         x, delta, A, B, C, starts = ctx.saved_tensors
-        At, dA = A.T.contiguous(), torch.zeros_like(A.T, memory_format=torch.contiguous_format)
+        At = A.T.contiguous()                                                 # (N, D)
+        dA = torch.zeros_like(At)
         dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
         rows, chunks = _Scan.blocks(x, A)
         for r in rows:
             carry = torch.zeros_like(starts[0, r])     # exp(delta A) g of the token to the right
             for c, s in reversed(list(enumerate(chunks))):
                 a, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
-                torch.matmul(hs, dy[r, s, :, None], out=dC[r, s, :, None])    # sum over D
+                dC[r, s] = (hs @ dy[r, s, :, None])[..., 0]                   # (b, T, N)
                 g = torch.mul(dy[r, s, None, :], C[r, s, :, None])            # (b, T, N, D)
                 g[:, -1] += carry
                 for t in reversed(range(1, g.shape[1])):
                     g[:, t - 1].addcmul_(a[:, t], g[:, t])                    # (b, N, D)
                 carry = a[:, 0] * g[:, 0]
-                torch.matmul(B[r, s, None, :], g, out=dx[r, s, None, :])
-                torch.matmul(g, x[r, s, :, None], out=dB[r, s, :, None])
+                dx[r, s] = (B[r, s, None, :] @ g)[:, :, 0]                    # (b, T, D)
+                dB[r, s] = (g @ x[r, s, :, None])[..., 0]                     # (b, T, N)
                 # d/d(delta A) = g_t exp(delta_t A) h_{t-1}: multiply g by both, in place
                 g.mul_(a)
                 g[:, 1:].mul_(hs[:, :-1])
@@ -209,7 +227,7 @@ class _Scan(torch.autograd.Function):
         return dx, ddelta, dA.T, dB, dC
 
 
-# --- the mixer: Mamba, read in both directions (Section 3.2; Vision Mamba's "v2") --------------
+# --- the mixer: Mamba, read in both directions (in Vision Mamba's code: "v2") -----------------
 
 class Direction(nn.Module):
     """What one reading direction owns: convolution, projections to (delta, B, C), A and D."""
@@ -226,29 +244,28 @@ class Direction(nn.Module):
         self.init_dt()
 
     def init_dt(self, low=1e-3, high=0.1):
-        """Bias such that delta = softplus(bias) is log-uniform in [low, high] (Mamba Sec. 3.6):
-        the channels start with memories of about 1/high to 1/low tokens."""
+        """Bias such that delta = softplus(bias) is log-uniform in [low, high] (Mamba's code): the
+        slowest states start with memories of 1/high to 1/low tokens."""
         delta = torch.empty(self.D.shape).uniform_(math.log(low), math.log(high)).exp()
         with torch.no_grad():
             self.dt_proj.bias.copy_(delta.expm1().log())                # inverse of softplus
 
-    def forward(self, x, z):
-        """x, z (B, L, ED), already in this direction's order -> (B, L, ED), gated by z."""
+    def forward(self, x):
+        """(B, L, ED) -> (B, L, ED), tokens in this direction's order."""
         L = x.shape[1]
-        x = self.conv(rearrange(x, "b l d -> b d l"))[..., :L]          # cut: causal (B, ED, L)
-        x = rearrange(F.silu(x), "b d l -> b l d")                      # (B, L, ED)
-        dt, Bt, Ct = self.x_proj(x).split([self.rank, self.state, self.state], dim=-1)
+        u = self.conv(rearrange(x, "b l d -> b d l"))[..., :L]          # cut: causal (B, ED, L)
+        u = rearrange(F.silu(u), "b d l -> b l d")                      # (B, L, ED)
+        dt, Bt, Ct = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)
         # delta is float32 from here on: under autocast a bf16 softplus could not tell apart the
         # small steps, which are the long memories
         with torch.autocast(x.device.type, enabled=False):
-            delta = F.softplus(F.linear(dt.float(), self.dt_proj.weight, self.dt_proj.bias))
-            y = selective_scan(x, delta, -self.A_log.float().exp(), Bt, Ct, self.D)  # (B, L, ED)
-        return y * F.silu(z)
+            delta = F.softplus(self.dt_proj(dt.to(self.dt_proj.weight.dtype)))   # (B, L, ED)
+        return selective_scan(u, delta, -self.A_log.exp(), Bt, Ct, self.D)       # (B, L, ED)
 
 
 class BiMamba(nn.Module):
-    """(B, L, D) -> (B, L, D). Both directions share the projections in and out; their gated outputs
-    are summed. Time and class tokens come first for one direction and last for the other."""
+    """(B, L, D) -> (B, L, D). Both directions share the projections in and out and the gate z; their
+    outputs are summed. Time and class tokens come first for one direction, last for the other."""
 
     def __init__(self, width, expand=2, state=16, conv=4):
         super().__init__()
@@ -258,20 +275,21 @@ class BiMamba(nn.Module):
         self.backwards = Direction(channels, state, rank, conv)
         self.out_proj = nn.Linear(channels, width, bias=False)
 
-    def forward(self, u):
-        x, z = self.in_proj(u).chunk(2, dim=-1)                         # 2 x (B, L, ED)
-        y = self.forwards(x, z) + self.backwards(x.flip(1), z.flip(1)).flip(1)
-        return self.out_proj(y)                                         # (B, L, D)
+    def forward(self, x):
+        x, z = self.in_proj(x).chunk(2, dim=-1)                         # 2 x (B, L, ED)
+        y = self.forwards(x) + self.backwards(x.flip(1)).flip(1)        # (B, L, ED)
+        return self.out_proj(y * F.silu(z))                             # (B, L, D)
 
 
 # --- block ------------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """Add, norm, mix. Carries two streams: `residual`, the running sum r, and `hidden`, the output of
-    the mixer before, not yet added (Section 3.2; the order is Mamba's):
+    """Add, norm, mix: Mamba's order. Two streams run through the blocks, `residual` r, the running
+    sum, and `hidden` m, what the mixer before has made and this block adds:
 
-        h' = W [h; skip] + b             deep half only, skip = hidden of the shallow partner
-        r  = r + h',   h = Mixer(RMSNorm(r))
+        m' = W [m; m_shallow] + b        deep half; elsewhere m' = m       ("long skip", departure 2)
+        r  = r + m'                      first block: r = m'
+        m  = Mixer(RMSNorm(r))
     """
 
     def __init__(self, width, skip=None, adaln=False, drop_path=0.0, **mixer):
@@ -290,15 +308,15 @@ class Block(nn.Module):
         elif self.skip == "add":
             hidden = hidden + shallow
         residual = add(residual, hidden, self.drop_path if self.training else 0)
-        u = self.norm(residual)
+        x = self.norm(residual)
         if self.adaln is not None:
-            scale, shift = self.adaln(F.silu(c))[:, None].chunk(2, dim=-1)     # 2 x (B, 1, D)
-            u = u * (1 + scale) + shift
-        return self.mixer(u), residual
+            shift, scale = self.adaln(F.silu(c))[:, None].chunk(2, dim=-1)     # 2 x (B, 1, D)
+            x = x * (1 + scale) + shift
+        return self.mixer(x), residual
 
 
 def add(residual, hidden, drop_path=0.0):
-    """residual + hidden in float32: 49 small additions in bf16 would be lost one by one.
+    """residual + hidden in float32: dozens of small additions would drown in bf16.
     drop_path is the chance that a sample skips the addition (stochastic depth)."""
     hidden = hidden.float()
     if drop_path:
@@ -318,13 +336,14 @@ def timestep_embedding(t, width):
 
 
 class DiS(nn.Module):
-    """(x_t, t, y) -> noise prediction, and with learn_sigma the variance's C channels after it."""
+    """(x_t, t, y) -> prediction (eps, or what the Diffusion says), and with learn_sigma the C channels of
+    the variance after it."""
 
     def __init__(self,
                  shape,                 # (C, H, W) of the image or latent
                  width,                 # D
-                 depth,                 # long skips join depth // 2 pairs; depth + 1 blocks if even
-                 patch=2,               # p
+                 depth,                 # depth // 2 shallow blocks, 1, depth // 2 deep: 24 gives 25
+                 patch=2,               # p; None: the largest that fits 4 x 4 times or more
                  num_classes=0,         # 0: unconditional
                  expand=2,              # E
                  state=16,              # N
@@ -343,13 +362,17 @@ class DiS(nn.Module):
                                (pos_init, ("zero", "sincos"))):
             if value not in allowed:
                 raise ValueError(f"unknown DiS option {value!r}: choose {' or '.join(allowed)}")
+        if patch is None:
+            patch = next(p for p in range(max(1, min(H, W) // 4), 0, -1) if H % p == W % p == 0)
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path} is not a probability below 1: try 0.1")
         if H % patch or W % patch:
             fits = [f"{h}x{w}" for h, w in dict.fromkeys(
                 (H // patch * patch + k, W // patch * patch + k) for k in (0, patch)) if h * w]
             raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch}: "
                              f"try {' or '.join(fits)}")
         self.shape, self.patch, self.num_classes = shape, patch, num_classes
-        self.time, self.skip, self.depth = time, skip, depth
+        self.time, self.depth = time, depth
         self.pos_init, self.label_std = pos_init, label_std
         self.grad_checkpointing = grad_checkpointing
         self.out_channels = 2 * C if learn_sigma else C
@@ -363,7 +386,7 @@ class DiS(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, extras + J, width))
         half = depth // 2
         self.shallow, self.deep = nn.ModuleList(), nn.ModuleList()
-        rates = [0.0] + [drop_path * i / (2 * half) for i in range(2 * half)]
+        rates = [0.0] + [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         block = dict(width=width, adaln=time == "adaln", expand=expand, state=state, conv=conv)
         for i in range(half):
             self.shallow.append(Block(drop_path=rates[i], **block))
@@ -378,16 +401,16 @@ class DiS(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """The authors' choices (their code; the paper is silent), but for departures 4 and 5."""
+        """The authors' code, but for departures 4, 5 and 10."""
         for name, module in self.named_modules():
             # weights keep PyTorch's default, uniform in +-1/sqrt(fan_in); only biases are zeroed,
-            # except delta's, which Direction.init_dt has set, and the convolutions'
-            if isinstance(module, nn.Linear) and module.bias is not None and "dt_proj" not in name:
+            # except delta's, which Direction.init_dt has set, and those of convolutions, of which
+            # patch_embed is one in their code
+            if (isinstance(module, nn.Linear) and module.bias is not None
+                    and "dt_proj" not in name and name != "patch_embed"):
                 nn.init.zeros_(module.bias)
             if isinstance(module, BiMamba):
-                # so that the sum of all blocks does not grow with their number
-                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
-                with torch.no_grad():
+                with torch.no_grad():       # the sum of all blocks must not grow with their number
                     module.out_proj.weight /= math.sqrt(max(self.depth, 1))
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=self.label_std)
@@ -410,13 +433,13 @@ class DiS(nn.Module):
         x = rearrange(x, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)  # (B, J, p*p*C)
         x = self.patch_embed(x)                                                 # (B, J, D)
         c = self.time_embed(timestep_embedding(t, x.shape[-1]))                 # (B, D)
-        tokens = [c[:, None], x]
+        tokens = [c]
         if self.num_classes:
             y = torch.full_like(t, -1) if y is None else y
             label = self.label_embed(torch.where(y < 0, self.num_classes, y))   # (B, D)
-            tokens, c = [label[:, None]] + tokens, c + label
-        if self.time == "token":
-            x = torch.cat([token.to(x.dtype) for token in tokens], dim=1)       # (B, L, D)
+            tokens, c = [label, c], c + label
+        if self.time == "token":                                    # order: class, time, patches
+            x = torch.cat([*(token[:, None] for token in tokens), x], dim=1)    # (B, L, D)
         hidden, residual = x + self.pos_embed, None
 
         skips = []
@@ -461,17 +484,19 @@ def mixer_macs(mixer, L):
 
 # --- presets ------------------------------------------------------------------------------------
 
-# Table 1 of the paper: only width and depth change. `paper` holds its own figures, for the table
-# below: (millions of parameters, GFLOPs).
+# Only width and depth change: (D, depth, then for the table below the paper's millions of parameters
+# and GFLOPs).
 _SIZES = {"S": (368, 24, 28.4, 0.43), "B": (768, 24, 119.1, 1.86), "M": (768, 48, 229.4, 3.70),
           "L": (1024, 48, 404.0, 6.57), "H": (1536, 48, 900.6, 14.79)}
 _PAPER_DIFFUSION = dict(schedule="linear", predict="eps", variance="learned")
 CONFIGS = {f"DiS-{size}/{p}": dict(width=width, depth=depth, patch=p, **_PAPER_DIFFUSION)
            for size, (width, depth, _, _) in _SIZES.items() for p in (2, 4)}
-# Learns shapes or digits in minutes on two CPU cores. There the number of updates decides, so it is
-# small. Predicting v on a cosine schedule learns faster than the paper's eps at this size.
-CONFIGS["tiny"] = dict(width=128, depth=6, patch=4, expand=1, state=8, time="adaln", pos_init="sincos",
-                       label_std=1.0, schedule="cosine", predict="v", variance="small")
+# Learns shapes or digits in minutes on two CPU cores. There the number of updates decides, so it cuts
+# an image into 4 x 4 patches and halves E and N; and it predicts x0, since 128 channels cannot carry
+# the noise of a large patch, which predicting eps or v would ask for. Positions start as sines and
+# cosines, and classes loud: both are learned late from zero.
+CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, pos_init="sincos",
+                       label_std=1.0, schedule="cosine", predict="x0", variance="small")
 
 
 def build(preset, shape, num_classes=0, **options):
@@ -521,7 +546,8 @@ def table():
           "layers, x2 for multiply and add, and Mamba's mixers call a kernel that hooks do not see. What\n"
           "is left is mostly the linear layers of the long skips (third column). Counting everything,\n"
           "DiS-H/2 costs about twice DiT-XL/2, not a fraction of it.\n"
-          "* Table 1, quoted second-hand; the authors' counting script, re-created, prints the same.")
+          "* from memory of the paper's table; the authors' counting script, re-created, gives the same up\n"
+          "  to the last digit.")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -94,7 +95,9 @@ def read_checkpoint(path):
     """-> the checkpoint's dict, tensors on the CPU. Raises ValueError. Never runs code in it:
     weights_only=True admits tensors, numbers, strings, lists and dicts."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # the errors below say it better
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
     except pickle.UnpicklingError:

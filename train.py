@@ -60,7 +60,7 @@ def parse(argv):
                    help="-1: as the data has; 0: unconditional")
     g.add_argument("--hflip", action=flag, default=False, help="mirror half of the images")
     g = p.add_argument_group("length")
-    g.add_argument("--max-steps", type=int, default=2000, help="optimizer steps")
+    g.add_argument("--max-steps", type=int, default=3500, help="optimizer steps")
     g.add_argument("--global-batch-size", type=int, default=32,
                    help="images per step, over all processes")
     g.add_argument("--grad-accum", type=int, default=1, help="split each step's share into this many")
@@ -496,6 +496,9 @@ def main(argv=None):
                              "--device", args.device])
     if world > 1:
         dist.barrier()
+        # Both hold on to the process group. Freed after it, they would take Python's lock into its
+        # destructor, which waits for threads that may want the lock: seen to hang in 1 of 10 runs.
+        net = loss = None
         dist.destroy_process_group()
 
 

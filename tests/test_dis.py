@@ -21,7 +21,7 @@ def count(preset, shape, num_classes=0, **options):
 
 def small(shape=(3, 16, 16), num_classes=5, **options):
     torch.manual_seed(0)
-    options = dict(width=32, depth=4, patch=4, state=4) | options
+    options = dict(width=32, depth=4, patch=4, expand=2, state=4, time="token") | options
     model, diffusion = dis.build("tiny", shape, num_classes, **options)
     with torch.no_grad():           # away from zero, where most gradients vanish
         model.final.weight.normal_(0, 0.05)
@@ -72,7 +72,7 @@ def test_multiply_adds_agree_with_pytorchs_counter():
 @pytest.mark.parametrize("L", [1, 2, 37, 256])
 def test_scan_equals_reference(L, N, monkeypatch):
     """Outputs and all gradients, several batch blocks and chunks, the last ones ragged."""
-    monkeypatch.setattr(dis._Scan, "ELEMENTS", 2 * dis._Scan.T * N * 24)
+    monkeypatch.setattr(dis._Scan, "ELEMENTS", {"cpu": 2 * dis._Scan.CHUNK * N * 24})
     x = inputs(3, L, 24, N, torch.float32)
     y, expected = dis.selective_scan(*x), dis.selective_scan_ref(*[v.double() for v in x])
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
@@ -139,7 +139,7 @@ def test_each_direction_is_causal_and_both_together_see_everything():
     changed[:, 4] += 1
     moved = lambda m: (m(changed) - m(u)).abs().amax((0, 2)) > 1e-7
     assert moved(mixer).all()
-    silent = lambda x, z: torch.zeros_like(x)
+    silent = torch.zeros_like
     forwards, backwards = mixer.forwards.forward, mixer.backwards.forward
     mixer.backwards.forward = silent
     assert moved(mixer).tolist() == [False] * 4 + [True] * 5
@@ -255,7 +255,7 @@ def test_checkpointing_and_drop_path():
 @pytest.mark.parametrize("call, fix", [
     (dict(shape=(3, 30, 30)), "try 28x28 or 32x32"), (dict(skip="residual"), "choose concat or add"),
     (dict(time="film"), "token or adaln"), (dict(colour=3), "unknown option"),
-    (dict(schedule="sigmoid"), "linear")])
+    (dict(schedule="sigmoid"), "linear"), (dict(drop_path=1.0), "try 0.1")])
 def test_wrong_options_are_refused_with_the_fix(call, fix):
     with pytest.raises(ValueError, match=fix):
         small(**call)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def world(tmp_path_factory):
             Image.new("RGB", size, (9 * i, 0, 0)).save(f"{name}/{i}.png")
     Path("corrupt/1.png").write_bytes(Path("corrupt/1.png").read_bytes()[:40])
     Path("caption/metadata.csv").write_text("picture,words\n0.png,red\n")
-    Path("gap/metadata.csv").write_text("file_name,text\n7.png,red\n")
+    Path("gap/metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n2.png,c\n7.png,d\n")
     Path("paper.py").write_text("WIDTH = 3\n")
     Path("mirror").mkdir()
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
@@ -104,7 +105,7 @@ WRONG = [
     (TRAIN, new("--set", "skip=residual"), "concat or add or none"),
     (TRAIN, new("--set", "colour=3"), "dis has .*width"),
     (TRAIN, new("--set", "skip"), "KEY=VALUE"),
-    (TRAIN, new("--image-size", "30"), "try 28x28 or 32x32"),
+    (TRAIN, new("--preset", "DiS-S/4", "--image-size", "30"), "try 28x28 or 32x32"),
     (TRAIN, new("--image-size", "big"), "--image-size|image size"),
     (TRAIN, new("--image-size", "2"), "at least|8"),
     # numbers
@@ -175,7 +176,6 @@ def is_told(call, argv, fix, capsys):
     said = capsys.readouterr().err.strip()
     assert stopped.value.code == 2
     assert said.startswith("error: ") and "\n" not in said, said
-    import re
     assert re.search(fix, said), said
     after = tree()
     assert {k: after.get(k) for k in before} == before
@@ -187,6 +187,7 @@ def is_told(call, argv, fix, capsys):
 def test_wrong_input_gets_one_sentence(world, monkeypatch, capsys, call, argv, fix):
     monkeypatch.chdir(world)
     mirror = (world / "mirror").as_uri() + "/"
+    monkeypatch.setattr(data, "QUIET", True)
     monkeypatch.setattr(data, "MIRRORS", {k: [mirror] for k in data.MIRRORS})
     is_told(call, argv, fix, capsys)
 

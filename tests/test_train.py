@@ -103,7 +103,7 @@ def test_resume_none_keeps_the_old_run(tmp_path):
 
 def test_resume_from_a_file_starts_a_new_folder(tmp_path):
     run(tmp_path, "--max-steps", 4, "--ckpt-every", 2, "--keep-ckpts", 5)
-    whole = run(tmp_path, "--max-steps", 8)
+    whole = run(tmp_path, "--max-steps", 8, "--keep-ckpts", 5)
     again = run(tmp_path / "other", "--max-steps", 8, "--resume",
                 tmp_path / "run" / "checkpoints" / "0000004.pt")
     assert same(whole["model"], again["model"])
