@@ -187,7 +187,7 @@ SHAPES = {
 }
 COLOURS = {"red": (214, 39, 40), "orange": (250, 135, 20), "yellow": (238, 210, 20),
            "green": (34, 150, 60), "blue": (40, 90, 220), "purple": (140, 50, 190)}
-SIZES = {"small": 0.24, "big": 0.36}                        # radius / the picture's shorter side
+SIZES = {"small": 0.30, "big": 0.42}                        # radius / the picture's shorter side
 BACKGROUND = (245, 244, 240)
 
 

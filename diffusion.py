@@ -114,6 +114,8 @@ def spaced_timesteps(T, spec):
     spec = str(spec)
     try:
         counts = [int(c) for c in spec.removeprefix("ddim").split(",")]
+        if spec.startswith("ddim") and len(counts) > 1:
+            raise ValueError
     except ValueError:
         raise ValueError(f"steps {spec!r} not understood: write 50, ddim50 or 10,15,20") from None
     if min(counts) < 1 or any(c > T // len(counts) for c in counts):
@@ -216,7 +218,7 @@ class Diffusion:
 
     # --- reading the network's output ---
 
-    def split(self, out, x_t):
+    def split(self, out):
         """(prediction (B, C, ..), variance channels (B, C, ..) or None), float32."""
         out = out.float()       # under autocast bf16 would lose the small-t terms below
         if self.variance == "learned":
@@ -226,7 +228,7 @@ class Diffusion:
     def predict_x0_eps(self, out, x_t, t, clip=False):
         """The network's belief about (x_0, eps). `clip` keeps x_0 in [-1, 1]: right for pixels,
         wrong for latents."""
-        pred, _ = self.split(out, x_t)
+        pred, _ = self.split(out)
         signal, noise = self._at("signal", t, x_t), self._at("noise", t, x_t)
         if self.predict == "eps":
             x0 = (x_t - noise * pred) / signal
@@ -236,8 +238,10 @@ class Diffusion:
             x0 = signal * x_t - noise * pred
         if clip:
             x0 = x0.clamp(-1, 1)
-        elif self.predict == "eps":
+        elif self.predict == "eps":             # the general form below would only add rounding
             return x0, pred
+        elif self.predict == "v":
+            return x0, noise * x_t + signal * pred
         return x0, (x_t - signal * x0) / noise
 
     def p_mean_logvar(self, out, x_t, t, clip=False):
@@ -248,7 +252,7 @@ class Diffusion:
             return mean, log_small
         if self.variance == "large":
             return mean, self._at("log_large", t, x_t)
-        frac = (self.split(out, x_t)[1] + 1) / 2                               # IDDPM Eq. 15
+        frac = (self.split(out)[1] + 1) / 2                               # IDDPM Eq. 15
         return mean, frac * self._at("log_beta", t, x_t) + (1 - frac) * log_small
 
     # --- training ---
@@ -261,8 +265,8 @@ class Diffusion:
     def loss_terms(self, out, x0, x_t, t, noise):
         """The hybrid loss of IDDPM: squared error, plus (learned variance only) the variational
         term of step t in bits per dimension, with the mean detached so that it trains only the
-        variance. Its weight 1 per step is IDDPM's 0.001 L_vlb at T = 1000."""
-        pred, var = self.split(out, x_t)
+        variance. Its weight 1 per step is, at T = 1000, IDDPM's 0.001 L_vlb."""
+        pred, var = self.split(out)
         mse = (pred - self.target(x0, t, noise)).square().flatten(1).mean(1)              # (B,)
         terms = {"mse": mse, "loss": mse}
         if self.min_snr is not None:
@@ -329,7 +333,8 @@ def discretized_log_likelihood(x, mean, log_scale):
     """Log-probability of the 8-bit value x (scaled to [-1, 1]) under a Gaussian. DDPM Eq. 13.
 
     A bin is 2/255 wide and the outermost two are open. On latents "8-bit" is false; the term then
-    only trains the variance of the very last step, as in DiT.
+    only trains the variance of the very last step, as in DiT. (ADM approximates the normal
+    distribution function by a tanh; here it is exact.)
     """
     inv = (-log_scale).exp()
     upper = (0.5 * torch.erfc((mean - x - 1 / 255) * inv * 0.5**0.5))

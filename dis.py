@@ -493,10 +493,12 @@ CONFIGS = {f"DiS-{size}/{p}": dict(width=width, depth=depth, patch=p, **_PAPER_D
            for size, (width, depth, _, _) in _SIZES.items() for p in (2, 4)}
 # Learns shapes or digits in minutes on two CPU cores. There the number of updates decides, so it cuts
 # an image into 4 x 4 patches and halves E and N; and it predicts x0, since 128 channels cannot carry
-# the noise of a large patch, which predicting eps or v would ask for. Positions start as sines and
-# cosines, and classes loud: both are learned late from zero.
-CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, pos_init="sincos",
-                       label_std=1.0, schedule="cosine", predict="x0", variance="small")
+# the noise of a large patch, which predicting eps or v would ask for. Class tokens are learned late
+# (after 2,000 steps on shapes a classifier recognised 80% of the classes asked for, with adaptive norms
+# 97%), hence time="adaln", the paper's ablation; for the same reason positions start as sines and
+# cosines and class vectors at full size.
+CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="adaln",
+                       pos_init="sincos", label_std=1.0, schedule="cosine", predict="x0", variance="small")
 
 
 def build(preset, shape, num_classes=0, **options):
@@ -515,6 +517,13 @@ def build(preset, shape, num_classes=0, **options):
         if key not in own:
             raise ValueError(f"unknown option {key!r}: dis has {', '.join(own)}, schedule, predict, "
                              f"variance, T, min_snr")
+    for key, value in {**config, **of_diffusion}.items():
+        if key in ("width", "depth", "patch", "expand", "state", "conv", "T"):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{key}={value!r}: must be a whole number, at least 1")
+        elif key in ("drop_path", "label_std", "min_snr"):
+            if value is not None and (type(value) not in (int, float) or not value >= 0):
+                raise ValueError(f"{key}={value!r}: must be a number, at least 0")
     schedule = of_diffusion.pop("schedule")
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")

@@ -14,13 +14,14 @@ In a notebook: `from sample import load_paper, load_run; model, diffusion, args 
 """
 import argparse
 import contextlib
+import datetime
 import importlib.util
 import json
 import os
 import pickle
+import re
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,22 @@ VERSION = 1     # of the checkpoint's layout
 
 # --- errors: one sentence that tells the fix, exit code 2, no traceback ------------------------
 
-def fail(message):
-    if os.environ.get("RANK", "0") == "0":          # under torchrun once is enough
-        print(f"error: {message}", file=sys.stderr)
+def fail(message, every_process=False):
+    """Under torchrun what all processes find wrong is said once."""
+    if every_process or os.environ.get("RANK", "0") == "0":
+        print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+def run(main):
+    """What both scripts start with."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None             # the shell's code for Ctrl-C
+    except torch.OutOfMemoryError:
+        fail("the GPU's memory is full: train with --grad-accum 2, --grad-checkpointing or a smaller "
+             "--global-batch-size, sample with a smaller --batch-size", every_process=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +85,8 @@ def load_paper(name):
     """
     here = Path(__file__).resolve().parent
     path = Path(name) if name.endswith(".py") else here / f"{name}.py"
-    papers = sorted(p.stem for p in here.glob("*.py") if "CONFIGS = {" in p.read_text("utf8"))
+    papers = sorted(p.stem for p in here.glob("*.py")
+                    if re.search(r"^CONFIGS = ", p.read_text("utf8", "replace"), re.M))
     if not path.is_file() or (path.parent == here and path.stem not in papers):
         raise ValueError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file "
                          f"with CONFIGS and build()")
@@ -100,10 +114,12 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError:  # before the next: told apart from damage
         raise ValueError(f"{path} contains more than numbers and text (perhaps code), or is not a "
                          f"checkpoint: use one that train.py wrote") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, IsADirectoryError):
+    except PermissionError:
+        raise
+    except Exception:               # damage makes the unpickler stumble in all kinds of ways
         raise ValueError(f"{path} is damaged or cut short: use an earlier file of its "
                          f"checkpoints folder") from None
     if not isinstance(checkpoint, dict) or not {"version", "model", "ema", "args"} <= set(checkpoint):
@@ -115,9 +131,10 @@ def read_checkpoint(path):
 
 
 def load_run(path, weights="ema", device="cpu"):
-    """Checkpoint path -> (model in eval mode, diffusion, args of the training). Raises ValueError."""
+    """Checkpoint path -> (model in eval mode, diffusion, args of the training, with its "step").
+    Raises ValueError."""
     checkpoint = read_checkpoint(path)
-    args = checkpoint["args"]
+    args = {**checkpoint["args"], "step": checkpoint.get("step")}
     model, diffusion = load_paper(args["model"]).build(
         args["preset"], tuple(args["shape"]), args["num_classes"], **args["set"])
     try:
@@ -137,15 +154,26 @@ def newest_run(results="results"):
 
 
 def pick_device(name):
-    """"auto" -> CUDA, else Apple's MPS, else CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    """"auto" -> CUDA, else Apple's MPS, else CPU. Of torchrun's processes each gets its own GPU."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    found = {"cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available() and not several, "cpu": True}
     if name == "auto":
         name = next(d for d in found if found[d])
-    if not found.get(name.split(":")[0], False):
+    kind, _, index = name.partition(":")
+    if not found.get(kind) or index and not (kind == "cuda" and index.isdigit()
+                                             and int(index) < torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not available here: choose "
                          f"{' or '.join(d for d in found if found[d])}")
-    return torch.device(name)
+    if kind == "cuda" and several:
+        index = os.environ["LOCAL_RANK"]
+        if int(index) >= torch.cuda.device_count():
+            fail(f"process {index} has no GPU, this machine has {torch.cuda.device_count()}: pass "
+                 f"torchrun --nproc_per_node={torch.cuda.device_count()}", every_process=True)
+    device = torch.device(f"{kind}:{index}" if index else kind)
+    if kind == "cuda" and index:
+        torch.cuda.set_device(device)
+    return device
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -156,6 +184,11 @@ def to_uint8(x):
     return rearrange(x, "b c h w -> b h w c").numpy()                    # (B, H, W, C)
 
 
+def to_pil(image):
+    """uint8 (H, W, 1 or 3) -> PIL image."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def grid_image(images, rows, names=None, zoom=None):
     """uint8 (B, H, W, C), image i in row i % rows -> PIL image; names are written beside the rows."""
     B, H, W, C = images.shape
@@ -164,7 +197,7 @@ def grid_image(images, rows, names=None, zoom=None):
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     sheet = rearrange(images, "(col row) h w c -> (row h) (col w) c", row=rows)
     sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
-    picture = Image.fromarray(sheet[..., 0] if C == 1 else sheet[..., :3])
+    picture = to_pil(sheet if C == 1 else sheet[..., :3])
     if not names:
         return picture
     margin = 12 + max(int(ImageDraw.Draw(picture).textlength(n)) for n in names)
@@ -213,10 +246,10 @@ def generate(model, diffusion, shape, seeds, labels, batch_size, device,
 
 
 def save_image(image, path):
-    """uint8 (H, W, C) -> PNG, written aside and renamed: a killed run leaves no half a picture."""
+    """PIL image -> file, written aside and renamed: a killed run leaves no half a picture."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(part, format="png")
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    image.save(part)
     os.replace(part, path)
 
 
@@ -226,22 +259,27 @@ def fid_samples(args, generate_part, num_classes, settings):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, N = Path(args.save_images or "fid-samples"), args.num_fid_samples
     about = folder / "settings.json"
+    names = [folder / f"{i:06d}.png" for i in range(N)]
     with told_plainly():
         os.makedirs(folder, exist_ok=True)
-        if about.exists() and json.loads(about.read_text()) != settings:
-            raise ValueError(f"{folder} holds samples made with other settings (see {about}): "
-                             f"choose another --save-images")
-    if world > 1:
-        torch.distributed.init_process_group("gloo")
-    if rank == 0:
+        same = about.exists() and about.read_text() == json.dumps(settings, indent=1)
+        if not same and any(folder.glob("*.png")):
+            raise ValueError(f"{folder} holds images made with other settings than these: choose "
+                             f"another --save-images")
+    missing = [i for i, name in enumerate(names) if not name.exists()]
+    if world > 1:                                   # all have looked before the first one writes
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
+        torch.distributed.barrier()
+    if rank == 0 and not same:
         about.write_text(json.dumps(settings, indent=1))
-    names = [folder / f"{i:06d}.png" for i in range(N)]
-    todo = torch.tensor([i for i in range(rank, N, world) if not names[i].exists()])
-    for part in tqdm(todo.split(args.batch_size), desc="sampling", unit="batch", disable=rank > 0):
+    todo = missing[rank::world]
+    for start in tqdm(range(0, len(todo), args.batch_size), desc="sampling", unit="batch",
+                      disable=rank > 0):
+        part = torch.tensor(todo[start:start + args.batch_size])
         seeds = args.seed + part
         images = to_uint8(generate_part(seeds, choose_labels("random", num_classes, seeds)))
         for i, image in zip(part.tolist(), images):
-            save_image(image, names[i])
+            save_image(to_pil(image), names[i])
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -268,8 +306,9 @@ def parse(argv):
                       help="how many images (default: 10 a class, or 16)")
     what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
     how = p.add_argument_group("how")
-    how.add_argument("--cfg-scale", type=float, default=2.0,
-                     help="guidance: 1 is off; more is clearer and less varied")
+    how.add_argument("--cfg-scale", type=float,
+                     help="guidance: 1 is off; more is clearer and less varied (default: 2 if the "
+                          "model can, that is, was trained with classes and --cond-dropout)")
     how.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="which update")
     how.add_argument("--steps", default="50", help="50: evenly spaced; ddim50; or 10,15,20")
     how.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
@@ -291,10 +330,17 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     with told_plainly():
-        for flag, low in (("num_samples", 1), ("batch_size", 1), ("num_fid_samples", 0), ("eta", 0)):
+        for flag, low in (("num_samples", 1), ("batch_size", 1), ("num_fid_samples", 0), ("eta", 0),
+                          ("seed", 0)):
             value = getattr(args, flag)
-            if value is not None and value < low:
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {low}")
+            if value is not None and not low <= value < 2**62:
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {low} and below 2^62")
+        out, gif = Path(args.out), Path(args.out).with_suffix(".gif")
+        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or out.is_dir():
+            raise ValueError(f"--out {args.out} must be a file that ends in .png, .jpg or .webp")
+        if args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"):
+            raise ValueError("--num-fid-samples draws random classes into a folder: drop "
+                             "--gif, --num-samples and --class-labels")
         path = newest_run(args.results_dir) if args.ckpt == "latest" else Path(args.ckpt)
         path = path / "latest.pt" if path.is_dir() else path
         device = pick_device(args.device)
@@ -302,15 +348,23 @@ def main(argv=None):
         model, diffusion, trained = load_run(path, weights, device)
         diffusion.respaced(args.steps)                 # refuse a bad --steps before any work
         shape, K = tuple(trained["shape"]), trained["num_classes"]
-        for folder in (Path(args.out).resolve().parent, args.save_images):
+        can_guide = K and trained["cond_dropout"] > 0
+        if not can_guide and args.cfg_scale not in (None, 1):
+            raise ValueError("this model never saw images without their class, so it cannot be "
+                             "guided: drop --cfg-scale" if K else
+                             "guidance needs classes, and this model has none: drop --cfg-scale")
+        if args.cfg_scale is None:
+            args.cfg_scale = 2.0 if can_guide else 1.0
+        for folder in (out.resolve().parent, args.save_images):
             if folder:
                 os.makedirs(folder, exist_ok=True)
                 if not os.access(folder, os.W_OK):
                     raise ValueError(f"cannot write into {folder}: choose another --out")
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip,
-                   cfg_scale=args.cfg_scale if K else 1.0)
+                   cfg_scale=args.cfg_scale)
     if args.num_fid_samples:
-        settings = {"ckpt": str(path), "weights": weights, "seed": args.seed, **options}
+        settings = {"ckpt": str(path), "step": trained["step"], "weights": weights,
+                    "seed": args.seed, **options}
         return fid_samples(args, lambda seeds, labels: generate(
             model, diffusion, shape, seeds, labels, len(seeds), device, progress=False, **options),
             K, settings)
@@ -326,19 +380,18 @@ def main(argv=None):
     if labels is not None and args.class_labels != "random":      # a class a row, its name beside
         rows = min(N, K if args.class_labels == "all" else args.class_labels.count(",") + 1)
         names = [trained["class_names"][y] for y in labels[:rows].tolist()]
-    grid_image(images, rows, names).save(args.out)
+    save_image(grid_image(images, rows, names), out)
     print(f"{N} images from {path} -> {args.out}")
     if args.gif:
         frames = [grid_image(to_uint8(x0), rows, names) for x0 in film]
-        gif = Path(args.out).with_suffix(".gif")
         frames[0].save(gif, save_all=True, append_images=frames[1:] + frames[-1:] * 15, duration=60,
                        loop=0)
         print(f"film of the {len(film)} steps -> {gif}")
     if args.save_images:
         for i, image in enumerate(images):
-            save_image(image, Path(args.save_images) / f"{i:06d}.png")
+            save_image(to_pil(image), Path(args.save_images) / f"{i:06d}.png")
         print(f"{N} PNGs -> {args.save_images}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

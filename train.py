@@ -10,6 +10,7 @@ Run the same command again and it continues, bit for bit, from results/<model>-<
 """
 import argparse
 import ast
+import copy
 import csv
 import datetime
 import functools
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,8 +40,10 @@ from sample import fail, told_plainly
 
 BINS = 5                                     # the loss is also logged in this many bands of t
 FREE_TO_CHANGE = {                           # between a run and its continuation
-    "max_steps", "device", "num_workers", "log_every", "sample_every", "ckpt_every", "keep_ckpts",
-    "results_dir", "name", "resume", "grad_checkpointing", "compile", "data_dir", "smoke", "dry_run"}
+    "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
+    "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "data_dir",
+    "smoke", "dry_run", "class_names"}
+MUST_MATCH = {"model", "preset", "set", "shape", "num_classes"}    # to begin from a checkpoint at all
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -90,9 +94,11 @@ def parse(argv):
     g.add_argument("--name", help="the run's folder (default: <model>-<data>)")
     g.add_argument("--resume", default="auto", metavar="auto|none|PATH",
                    help="auto: continue the run if it exists; none: begin anew, the old folder is "
-                        "renamed; or begin from a checkpoint")
-    g.add_argument("--log-every", type=int, default=50, help="steps between lines of log.csv")
-    g.add_argument("--sample-every", type=int, default=500, help="steps between sample grids; 0: none")
+                        "renamed; or a new run that begins from a checkpoint, perhaps with another --lr")
+    g.add_argument("--log-every", type=int, default=50,
+                   help="steps between lines of log.csv; each checkpoint adds one too")
+    g.add_argument("--sample-every", type=int, default=500,
+                   help="steps between sample grids, the first after 100 already; 0: none")
     g.add_argument("--ckpt-every", type=int, default=500, help="steps between checkpoints")
     g.add_argument("--keep-ckpts", type=int, default=1, help="how many numbered checkpoints to keep")
     g = p.add_argument_group("checking")
@@ -106,8 +112,8 @@ def parse(argv):
                     weight_decay=0, grad_clip=0, ema_decay=0, cond_dropout=0, num_workers=0, seed=0,
                     log_every=1, sample_every=0, ckpt_every=1, keep_ckpts=1, num_classes=-1)
     for name, low in at_least.items():
-        if not getattr(args, name) >= low:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+        if not low <= getattr(args, name) < 2**62:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low} and below 2^62")
     for name in ("beta2", "ema_decay", "cond_dropout"):
         if getattr(args, name) >= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
@@ -118,7 +124,7 @@ def parse(argv):
             fail(f"--set {item}: write KEY=VALUE, for example --set patch=8")
         try:
             options[key] = ast.literal_eval(value)          # a number, True ...
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[key] = value                            # ... or a word
     args.set = options
     return args
@@ -142,6 +148,8 @@ def update_ema(ema, model, step, decay):
     initial weights for 1 / (1 - decay) steps, and early samples would be noise."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    for average, now in zip(ema.buffers(), model.buffers()):
+        average.copy_(now)
 
 
 def make_batch(batch, step_seeds, diffusion, args, num_classes, device):
@@ -185,10 +193,9 @@ def open_log(path, fields, step):
     rows = []
     if path.exists() and step:
         with open(path, newline="") as f:
-            rows = [r for r in csv.DictReader(f) if int(r["step"]) <= step]
+            rows = [r for r in csv.reader(f) if r and r[0].isdigit() and int(r[0]) <= step]
     with open(f"{path}.tmp", "w", newline="") as f:
-        csv.DictWriter(f, fields).writeheader()
-        csv.DictWriter(f, fields, extrasaction="ignore").writerows(rows)
+        csv.writer(f).writerows([fields, *rows])
     os.replace(f"{path}.tmp", path)
     return open(path, "a", newline="")
 
@@ -205,10 +212,10 @@ def memory_mb(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)      # bytes there, KB elsewhere
 
 
-def differences(args, saved):
-    """Flags of a continued run that would change what it computes, as "--lr 0.001 (was 0.002)"."""
-    return [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})" for k, v in vars(args).items()
-            if k not in FREE_TO_CHANGE and v != saved.get(k)]
+def differences(args, saved, keys):
+    """What is not as in the checkpoint, as "--lr 0.001 (was 0.002)"."""
+    return [f"--{k.replace('_', '-')} {vars(args)[k]} (was {saved[k]})" for k in vars(args)
+            if k in keys and k in saved and vars(args)[k] != saved[k]]
 
 
 def batches(loader):
@@ -216,19 +223,26 @@ def batches(loader):
     try:
         yield from loader
     except data.DataError as e:             # a worker's message begins with its traceback
-        fail(str(e).splitlines()[-1].removeprefix("data.DataError: "))
+        fail(str(e).splitlines()[-1].removeprefix("data.DataError: "), every_process=True)
 
 
-def smoke(argv):
+def leave_ctrl_c_to_the_main_process(worker):
+    """For data workers. At module level, since spawned ones import it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def smoke(argv, args):
     """One step of everything, in a temporary folder."""
+    if args.dry_run or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("--smoke goes without --dry-run and without torchrun: drop them")
     argv = [a for a in argv if a != "--smoke"]
     with tempfile.TemporaryDirectory() as folder:
         common = argv + ["--results-dir", folder, "--name", "smoke", "--resume", "auto",
-                         "--sample-every", "1", "--log-every", "1", "--ckpt-every", "1"]
+                         "--sample-every", "0", "--log-every", "1", "--ckpt-every", "1"]
         main(common + ["--max-steps", "1"])
         main(common + ["--max-steps", "2"])
         sample.main(["--ckpt", f"{folder}/smoke", "--steps", "2", "--num-samples", "4",
-                     "--out", f"{folder}/samples.png"])
+                     "--out", f"{folder}/samples.png", "--device", args.device])
     print("smoke: one step, save, resume, one step and sampling all worked")
 
 
@@ -238,26 +252,22 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.smoke:
-        return smoke(argv)
+        return smoke(argv, args)
 
     # Processes. torchrun starts one per GPU and tells each its rank; without it there is just one.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     share = world * args.grad_accum
     if args.global_batch_size % share:
         fail(f"--global-batch-size {args.global_batch_size} cannot be split over {world} processes x "
              f"--grad-accum {args.grad_accum}: try {max(1, args.global_batch_size // share) * share}")
     with told_plainly():
         device = sample.pick_device(args.device)
+    bf16 = args.precision == "bf16"
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            fail(f"process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
-                 f"pass torchrun --nproc_per_node={torch.cuda.device_count()}")
-        device = torch.device("cuda", local_rank) if world > 1 else device
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"
-                                        and torch.cuda.is_bf16_supported())
+        if args.precision == "auto":        # emulated bf16, on older GPUs, would be slower
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        tf32 = args.precision != "fp32"     # float32 matrix products with 10 bits of mantissa
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     main_process = rank == 0
     say = functools.partial(print, flush=True) if main_process else lambda *a: None
 
@@ -266,9 +276,9 @@ def main(argv=None):
         size = data.parse_size(args.image_size) if args.image_size else None
         dataset = data.load(args.data, args.data_dir, size)
         K = dataset.num_classes if args.num_classes < 0 else args.num_classes
-        if K > 0 and K < dataset.num_classes or K and not dataset.num_classes:
+        if K not in (0, dataset.num_classes):
             fail(f"--num-classes {K}, but {args.data} has {dataset.num_classes}: drop the flag")
-    args.shape, args.num_classes = list(dataset.shape), K
+    args.shape, args.num_classes, args.num_examples = list(dataset.shape), K, len(dataset)
     args.class_names = list(dataset.class_names) if K else []
     micro = args.global_batch_size // share
 
@@ -276,6 +286,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     with told_plainly():
         paper = sample.load_paper(args.model)
+    # in a file of your own a ValueError is more likely a bug than a wrong flag: show it whole
+    with nullcontext() if args.model.endswith(".py") else told_plainly():
         with torch.device("meta") if args.dry_run else nullcontext():
             model, diffusion = paper.build(args.preset, dataset.shape, K, **args.set)
     parameters = sum(p.numel() for p in model.parameters())
@@ -300,28 +312,31 @@ def main(argv=None):
         return
 
     # Resume: what a run needs beside its arguments is weights, optimizer and step.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, not you
     with told_plainly():
-        latest, checkpoint = folder / "latest.pt", None
-        if args.resume == "none" and folder.exists() and main_process:
+        latest, checkpoint, origin = folder / "latest.pt", None, None
+        if args.resume == "none" and folder.exists() and main_process and not restarted:
             n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
             folder.rename(f"{folder}.old{n}")
             say(f"renamed     the earlier run is now {folder}.old{n}")
-        if args.resume not in ("auto", "none"):
-            if latest.exists():
-                raise ValueError(f"{folder} already holds a run: pass another --name, or drop "
-                                 f"--resume to continue it")
-            checkpoint = sample.read_checkpoint(args.resume)
-        elif args.resume == "auto" and latest.exists():
-            checkpoint = sample.read_checkpoint(latest)
-        if checkpoint:
-            changed = differences(args, checkpoint["args"])
+        if latest.exists() and (args.resume != "none" or restarted):
+            origin, keys = latest, vars(args).keys() - FREE_TO_CHANGE
+        elif args.resume not in ("auto", "none"):
+            origin, keys = Path(args.resume), MUST_MATCH
+            origin = origin / "latest.pt" if origin.is_dir() else origin
+        if origin:
+            checkpoint = sample.read_checkpoint(origin)
+            if origin == latest and args.resume not in ("auto", checkpoint["args"]["resume"]):
+                raise ValueError(f"{folder} already holds a run that did not begin from "
+                                 f"{args.resume}: pass another --name, or drop --resume")
+            changed = differences(args, checkpoint["args"], keys)
             if changed:
-                raise ValueError(f"{args.resume if args.resume != 'auto' else folder} was trained "
-                                 f"differently: {', '.join(changed)}. Use its flags, or pass --name "
-                                 f"for a run of its own")
+                raise ValueError(f"{origin} was trained differently: {', '.join(changed)}. Use its "
+                                 f"flags; or begin a new run with --name NEW, or with --name NEW "
+                                 f"--resume {origin} from these weights")
             if args.max_steps < checkpoint["step"]:
-                raise ValueError(f"{folder} is at step {checkpoint['step']} already: pass a larger "
-                                 f"--max-steps, or --name for a run of its own")
+                raise ValueError(f"{origin} is at step {checkpoint['step']} already: pass a larger "
+                                 f"--max-steps, or --name NEW for a run of its own")
         if main_process:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
@@ -330,30 +345,49 @@ def main(argv=None):
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
-    ema, _ = paper.build(args.preset, dataset.shape, K, **args.set)
-    ema.load_state_dict(model.state_dict())
-    ema.to(device).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     first = 0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["opt"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["opt"])
+        except (RuntimeError, ValueError, KeyError):
+            fail(f"the weights in {origin} do not fit {args.model} {args.preset} as it is now: use the "
+                 f"code that trained them, or --name NEW for a run of its own")
         first = checkpoint["step"]
         say(f"resumed     at step {first}")
         del checkpoint
-    net = torch.compile(model) if args.compile else model
+    net, loss = torch.compile(model) if args.compile else model, None
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=10))
+        with told_plainly():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(minutes=30))
+        ends = torch.tensor([first, -first], device=device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        if ends.sum():
+            fail(f"the processes found different checkpoints: --results-dir {args.results_dir} must be "
+                 f"on a disk that all machines share")
         net = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[local_rank] if device.type == "cuda" else None)
+            net, device_ids=[device.index] if device.type == "cuda" else None)
 
     def checkpoint_now(step):
-        if main_process:
+        if not main_process:
+            return
+        with told_plainly():                # a full disk
             save({"version": sample.VERSION, "model": model.state_dict(), "ema": ema.state_dict(),
                   "opt": optimizer.state_dict(), "step": step,
                   "images": step * args.global_batch_size, "args": vars(args)},
                  folder, args.keep_ckpts)
+
+    def leave():
+        nonlocal net, loss
+        if world > 1:
+            dist.barrier()
+            # Both hold on to the process group. Freed after it, they would take Python's lock into
+            # its destructor, which waits for threads that may want the lock: seen to hang.
+            net = loss = None
+            dist.destroy_process_group()
 
     def draw(step):
         """A small grid from the same noise every time, of the averaged weights. Rank 0 only: it calls
@@ -362,25 +396,31 @@ def main(argv=None):
         seeds = torch.arange(4 * rows)
         labels = torch.arange(rows).repeat(4) if K else None
         images = sample.generate(ema, diffusion, tuple(dataset.shape), seeds, labels, 4 * rows,
-                                 device, progress=False, steps="25", cfg_scale=2.0 if K else 1.0)
+                                 device, progress=False, steps="25",
+                                 cfg_scale=2.0 if K and args.cond_dropout else 1.0)
         path = folder / "samples" / f"step_{step:07d}.png"
         sample.grid_image(sample.to_uint8(images), rows, args.class_names[:rows] or None).save(path)
         return path
 
-    # Ctrl-C or a preempting SIGTERM: finish the step, save, leave. A second one kills.
+    # Ctrl-C or a preempting SIGTERM: finish the step, save, leave. A second Ctrl-C kills; a second
+    # SIGTERM does not, since under a scheduler and torchrun a process may well get two.
     stop, handlers = [], {}
 
     def ask_to_stop(number, _):
         stop.append(number)
-        signal.signal(number, handlers[number])
+        if number == signal.SIGINT:
+            signal.signal(number, handlers[number])
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, ask_to_stop)
 
     if main_process:
-        git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
-                             capture_output=True, text=True).stdout.strip() or "not a git checkout"
+        try:
+            git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
+                                 capture_output=True, text=True).stdout.strip()
+        except OSError:
+            git = ""                        # no git here
         (folder / "args.json").write_text(json.dumps(
-            {**vars(args), "command": " ".join(["train.py", *argv]), "git": git,
+            {**vars(args), "command": shlex.join(["train.py", *argv]), "git": git,
              "torch": torch.__version__, "processes": world}, indent=1))
         fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BINS)), "grad_norm", "lr",
                   "images_per_s", "memory_mb"]
@@ -390,12 +430,10 @@ def main(argv=None):
     order = data.batch_order(len(dataset), args.seed, args.global_batch_size, first, args.max_steps,
                              rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro)
     if args.overfit_one_batch:
-        order = [next(iter(data.batch_order(
-            len(dataset), args.seed, args.global_batch_size, 0, 1,
-            rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro)))
-        ] * (args.max_steps - first)
+        order.steps = [0] * len(order)
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda",
+                        worker_init_fn=leave_ctrl_c_to_the_main_process)
     slots = torch.arange(rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro)
     losses, norms, since, began = [], [], first, time.perf_counter()
     bins = torch.zeros(2, BINS, device=device)                      # sums, counts
@@ -432,15 +470,14 @@ def main(argv=None):
         losses.append(total)
         bar.update()
 
-        # Stop together: each process has its own signal, and none may wait for one that left. Agreed
-        # on every 10 steps where there are several, since asking costs a synchronisation.
+        # Stop together: each process has its own signal, and none may wait for one that left. On GPUs
+        # they agree only every 10 steps, since reading the vote waits for the GPU.
         stopping = bool(stop)
         if world > 1:
-            stopping = False
-            if step % 10 == 0:
-                votes = torch.tensor(float(len(stop)), device=device)
+            votes = torch.tensor(len(stop), device=device)
+            if asked := device.type == "cpu" or step % 10 == 0:
                 dist.all_reduce(votes)
-                stopping = votes.item() > 0
+            stopping = asked and votes.item() > 0
         at_end = stopping or step == args.max_steps
 
         # Once in a while, all processes: look at the numbers (this waits for the GPU).
@@ -450,20 +487,21 @@ def main(argv=None):
                 dist.all_reduce(stats)
             loss_list, (sums, counts) = stats[:len(losses)].tolist(), stats[len(losses):].view(
                 2, BINS).tolist()
-            bad = [s for s, value in enumerate(loss_list, step - len(losses) + 1)
-                   if not math.isfinite(value)]
-            if bad:             # every process sees the same sum, so every process stops here
+            norm_list = torch.stack(norms).tolist()
+            bad = [s for s, values in enumerate(zip(loss_list, norm_list), step - len(losses) + 1)
+                   if not all(map(math.isfinite, values))]
+            if bad:             # every process sees the same numbers, so every process stops here
                 bar.close()
-                if main_process:
-                    fail(f"the loss is not finite at step {bad[0]}: try --lr {args.lr / 2:g} or "
-                         f"--precision fp32. {folder}/latest.pt is from before")
-                raise SystemExit(2)
+                leave()
+                fail(f"the loss or its gradient is not finite at step {bad[0]}: "
+                     f"{f'{latest} is from before; ' if latest.exists() else ''}try a new run with "
+                     f"--lr {args.lr / 2:g}{' or --precision fp32' if bf16 else ''}")
             rate = (step - since) * args.global_batch_size / (time.perf_counter() - began)
             mean = sum(loss_list) / len(loss_list)
             if main_process:
                 row = [step, step * args.global_batch_size, f"{mean:.6g}",
                        *(f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)),
-                       f"{torch.stack(norms).mean():.4g}", f"{learning_rate(step - 1, args):.4g}",
+                       f"{sum(norm_list) / len(norm_list):.4g}", f"{learning_rate(step - 1, args):.4g}",
                        f"{rate:.4g}", f"{memory_mb(device):.0f}"]
                 csv.writer(log).writerow(row)
                 log.flush()
@@ -474,7 +512,7 @@ def main(argv=None):
         # Once in a while, the first process: save, and show what it can do.
         if step % args.ckpt_every == 0 or at_end:
             checkpoint_now(step)
-        if main_process and args.sample_every and not stopping and (
+        if main_process and args.sample_every and not at_end and (
                 step % args.sample_every == 0 or step == min(100, args.sample_every)):
             pause = time.perf_counter()
             bar.write(f"step {step}: {draw(step)}")
@@ -483,6 +521,7 @@ def main(argv=None):
             break
 
     bar.close()
+    leave()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if main_process:
@@ -490,17 +529,12 @@ def main(argv=None):
         if step < args.max_steps:
             say(f"stopped     at step {step}, saved. The same command continues.")
         else:
-            say(f"trained     {step} of {args.max_steps} steps; --max-steps goes further")
-            if args.sample_every:
+            say(f"trained     {step} of {args.max_steps} steps. A larger --max-steps goes on, its "
+                f"learning rate too.")
+            if args.sample_every and not stop:
                 sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"),
                              "--device", args.device])
-    if world > 1:
-        dist.barrier()
-        # Both hold on to the process group. Freed after it, they would take Python's lock into its
-        # destructor, which waits for threads that may want the lock: seen to hang in 1 of 10 runs.
-        net = loss = None
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    sample.run(main)

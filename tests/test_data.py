@@ -135,7 +135,7 @@ def test_shapes_of_any_size(size, H, W):
     assert dataset.shape == (3, H, W) and dataset[[0, 1]]["x"].shape == (2, 3, H, W)
     indices = [i for i in range(2000) if dataset.captions[i].endswith("big red square")]
     mask = ink(dataset[indices]["x"], np.array([data.COLOURS["red"]] * len(indices)))
-    side = 2 * 0.88 * 0.36 * min(H, W)
+    side = 2 * 0.88 * data.SIZES["big"] * min(H, W)
     np.testing.assert_allclose(mask.sum((1, 2)), side**2, rtol=0.06)
 
 
