@@ -334,7 +334,8 @@ def main(argv=None):
                           ("seed", 0)):
             value = getattr(args, flag)
             if value is not None and not low <= value < 2**62:
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {low} and below 2^62")
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {low} "
+                                 f"and below 2^62")
         out, gif = Path(args.out), Path(args.out).with_suffix(".gif")
         if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or out.is_dir():
             raise ValueError(f"--out {args.out} must be a file that ends in .png, .jpg or .webp")

@@ -113,7 +113,8 @@ def parse(argv):
                     log_every=1, sample_every=0, ckpt_every=1, keep_ckpts=1, num_classes=-1)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < 2**62:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low} and below 2^62")
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low} "
+                 f"and below 2^62")
     for name in ("beta2", "ema_decay", "cond_dropout"):
         if getattr(args, name) >= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
