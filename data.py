@@ -180,7 +180,7 @@ SHAPES = {
     "triangle": lambda x, y: star(x, y + 0.2, 3, 0.5) - 0.04,
     "cross": lambda x, y: np.minimum(np.maximum(np.abs(x) - 1, np.abs(y) - 0.3),
                                      np.maximum(np.abs(y) - 1, np.abs(x) - 0.3)),
-    "star": lambda x, y: star(x, y, 5, 0.42),
+    "star": lambda x, y: star(x, y, 5, 0.5),
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.76) - 0.24,
     "heart": heart,
     "moon": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.82 - np.hypot(x - 0.5, y - 0.15)),

@@ -64,7 +64,7 @@ def parse(argv):
                    help="-1: as the data has; 0: unconditional")
     g.add_argument("--hflip", action=flag, default=False, help="mirror half of the images")
     g = p.add_argument_group("length")
-    g.add_argument("--max-steps", type=int, default=3500, help="optimizer steps")
+    g.add_argument("--max-steps", type=int, default=4000, help="optimizer steps")
     g.add_argument("--global-batch-size", type=int, default=32,
                    help="images per step, over all processes")
     g.add_argument("--grad-accum", type=int, default=1, help="split each step's share into this many")
