@@ -265,7 +265,8 @@ class Direction(nn.Module):
 
 class BiMamba(nn.Module):
     """(B, L, D) -> (B, L, D). Both directions share the projections in and out and the gate z; their
-    outputs are summed. Time and class tokens come first for one direction, last for the other."""
+    outputs are summed. Time and class tokens come first for one direction, last for the other. (The
+    authors' code gates each direction before the sum: the same, since the gate is the same.)"""
 
     def __init__(self, width, expand=2, state=16, conv=4):
         super().__init__()
@@ -502,9 +503,11 @@ CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="
 
 
 def build(preset, shape, num_classes=0, **options):
-    """-> (model, diffusion). shape (C, H, W); `options` override the preset: skip="add", patch=8 ...
+    """-> (model, diffusion): all that train.py and sample.py ask of a paper.
 
-    Raises ValueError, with the fix, for an unknown preset or option or a size that does not fit.
+    model(x_t (B, C, H, W), t (B,), y (B,) or None) -> what diffusion.loss and .sample expect; if it has
+    macs(), that is printed. shape (C, H, W); num_classes 0: no y. `options` override the preset:
+    skip="add", patch=8 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
     """
     if preset not in CONFIGS:
         raise ValueError(f"unknown preset {preset!r}: dis has {', '.join(CONFIGS)}")

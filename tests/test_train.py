@@ -239,6 +239,32 @@ def test_gray_pictures_without_classes(tmp_path, workers):
     assert Image.open(tmp_path / "grid.png").mode == "L"
 
 
+def test_a_model_of_your_own_is_one_file(tmp_path):
+    (tmp_path / "mine.py").write_text('''
+import torch
+from diffusion import Diffusion, cosine_alpha_bar
+
+class Mine(torch.nn.Module):
+    def __init__(self, C, width):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(C, width, 3, padding=1), torch.nn.SiLU(),
+                                       torch.nn.Conv2d(width, C, 3, padding=1))
+    def forward(self, x, t, y=None):
+        return self.net(x)
+
+CONFIGS = {"tiny": dict(width=8)}
+
+def build(preset, shape, num_classes=0, **options):
+    return Mine(shape[0], **(CONFIGS[preset] | options)), Diffusion(cosine_alpha_bar(1000), "v")
+''')
+    train.main(["--model", str(tmp_path / "mine.py"), "--set", "width=4", "--max-steps", "3",
+                "--image-size", "8", "--global-batch-size", "4", "--device", "cpu", "--sample-every", "0",
+                "--results-dir", str(tmp_path), "--num-classes", "0"])
+    sample.main(["--ckpt", str(tmp_path / "mine-shapes"), "--steps", "3", "--num-samples", "4",
+                 "--out", str(tmp_path / "mine.png")])
+    assert Image.open(tmp_path / "mine.png").size[0] > 50
+
+
 def test_dry_run_plans_the_largest_model_and_writes_nothing(tmp_path, capsys):
     train.main(["--dry-run", "--preset", "DiS-H/2", "--results-dir", str(tmp_path / "results")])
     out = capsys.readouterr().out
