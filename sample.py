@@ -336,6 +336,8 @@ def main(argv=None):
             if value is not None and not low <= value < 2**62:
                 raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {low} "
                                  f"and below 2^62")
+        if args.eta and args.sampler == "ddpm":
+            raise ValueError("--eta is DDIM's: drop it, or --sampler ddpm")
         out, gif = Path(args.out), Path(args.out).with_suffix(".gif")
         if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or out.is_dir():
             raise ValueError(f"--out {args.out} must be a file that ends in .png, .jpg or .webp")

@@ -140,7 +140,7 @@ def test_each_direction_is_causal_and_both_together_see_everything():
     moved = lambda m: (m(changed) - m(u)).abs().amax((0, 2)) > 1e-7
     assert moved(mixer).all()
     silent = torch.zeros_like
-    forwards, backwards = mixer.forwards.forward, mixer.backwards.forward
+    backwards = mixer.backwards.forward
     mixer.backwards.forward = silent
     assert moved(mixer).tolist() == [False] * 4 + [True] * 5
     mixer.forwards.forward, mixer.backwards.forward = silent, backwards

@@ -171,6 +171,7 @@ WRONG = [
     (SAMPLE, [*CKPT, "--steps", "ddim10,20"], "not understood"),
     (SAMPLE, [*CKPT, "--num-samples", "0"], "at least 1"),
     (SAMPLE, [*CKPT, "--eta", "nan"], "at least 0"),
+    (SAMPLE, [*CKPT, "--eta", "0.5", "--sampler", "ddpm"], "drop it"),
     (SAMPLE, ["--ckpt", "other/unconditional", "--cfg-scale", "2"], "drop --cfg-scale"),
     (SAMPLE, [*CKPT, "--out", "picture"], "ends in .png"),
     (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--gif"], "drop"),

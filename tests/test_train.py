@@ -127,13 +127,15 @@ def test_resume_from_a_file_starts_a_new_folder(tmp_path):
 
 
 def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
-    good = run(tmp_path, "--max-steps", 2, "--lr-schedule", "constant")
+    """Also in a run that begins from a good checkpoint with a new rate; that file stays as it is."""
+    run(tmp_path, "--max-steps", 2)
+    good = tmp_path / "run" / "latest.pt"
+    before = good.read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "bad", "--max-steps", 50, "--lr", "1e18", "--ckpt-every", 5)
+        run(tmp_path / "bad", "--max-steps", 50, "--lr", "1e18", "--ckpt-every", 5, "--resume", good)
     assert stopped.value.code == 2
     assert "not finite at step" in capsys.readouterr().err
-    assert not (tmp_path / "bad" / "run" / "latest.pt").exists()
-    assert good["step"] == 2
+    assert not (tmp_path / "bad" / "run" / "latest.pt").exists() and good.read_bytes() == before
 
 
 # --- processes, accumulation, batches ---
