@@ -496,8 +496,8 @@ CONFIGS = {f"DiS-{size}/{p}": dict(width=width, depth=depth, patch=p, **_PAPER_D
 # an image into 4 x 4 patches and halves E and N; and it predicts x0, since 128 channels cannot carry
 # the noise of a large patch, which predicting eps or v would ask for. Class tokens are learned late
 # (after 2,000 steps on shapes, at guidance 2, a classifier recognised 80% of 160 samples as the class
-# asked for, with adaptive norms 97%), hence time="adaln", the paper's ablation; for the same reason positions start as sines and
-# cosines and class vectors at full size.
+# asked for, with adaptive norms 97%), hence time="adaln", the paper's ablation; for the same reason
+# positions start as sines and cosines and class vectors at full size.
 CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="adaln",
                        pos_init="sincos", label_std=1.0, schedule="cosine", predict="x0", variance="small")
 
