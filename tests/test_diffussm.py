@@ -1,0 +1,518 @@
+"""diffussm.py: counts, the kernel three ways, directions, the kernel cache, the block's equations."""
+import cmath
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sample
+import train
+from diffusion import fold, normal
+
+diffussm = sample.load_paper("diffussm")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def meta(preset, shape=(4, 32, 32), num_classes=1000, **options):
+    with torch.device("meta"):
+        return diffussm.build(preset, shape, num_classes, **options)[0]
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def small(shape=(3, 8, 8), num_classes=5, preset="tiny", **options):
+    torch.manual_seed(0)
+    options = dict(width=16, depth=2, ratio=2, state=8) | options
+    model, diffusion = diffussm.build(preset, shape, num_classes, **options)
+    with torch.no_grad():           # away from zero, where most gradients vanish
+        model.final.weight.normal_(0, 0.2)
+        model.final_adaln[-1].weight.normal_(0, 0.02)
+        for block in model.blocks:
+            block.condition[-1].weight.normal_(0, 0.1)
+    return model, diffusion
+
+
+def ssm_inputs(H, N, dtype, init="lin", method="zoh", seed=0):
+    """log_dt, Re and Im of A, C as leaves, and (log_Abar, CB) made from them."""
+    torch.manual_seed(seed)
+    layer = diffussm.BidirectionalS4D(H, N, init, method).to(dtype)
+    leaves = [layer.log_dt, layer.log_neg_A_real, layer.A_imag, layer.C]
+    return layer, leaves, layer.discretized(dtype)
+
+
+def dense(u, K):
+    """The double sums y_l = sum_{i<=l} K_{l-i} u_i, first half, and sum_{i>=l} K_{i-l} u_i."""
+    L, half = u.shape[1], u.shape[2] // 2
+    lag = torch.arange(L)[:, None] - torch.arange(L)                            # l - i
+    T = torch.where(lag >= 0, K[:, lag.clamp(min=0)], 0.0)                      # (H, l, i)
+    T[half:] = torch.where(lag <= 0, K[half:][:, (-lag).clamp(min=0)], 0.0)
+    return torch.einsum("hli,bih->blh", T, u)
+
+
+# --- sizes ---
+
+@pytest.mark.parametrize("M, squares", [(1, 11), (2, 13), (4, 17)])
+def test_a_blocks_matrices_count_as_in_the_paper(M, squares):
+    """9 D^2 + 2 M D^2."""
+    D = 1152
+    with torch.device("meta"):
+        block = diffussm.Block(D, M)
+    linear = sum(m.weight.numel() for n, m in block.named_modules()
+                 if isinstance(m, torch.nn.Linear) and "condition" not in n)
+    assert linear + block.W_down.numel() == squares * D**2
+
+
+@pytest.mark.parametrize("preset, parameters", [
+    ("DiffuSSM-S", 32_279_824), ("DiffuSSM-L", 248_455_696), ("DiffuSSM-XL", 668_878_864)])
+def test_parameter_counts(preset, parameters):
+    model = meta(preset)
+    assert count(model) == parameters
+    assert preset != "DiffuSSM-XL" or abs(parameters / 673e6 - 1) < 0.01        # "about 673M"
+
+
+def test_where_the_parameters_of_xl_are():
+    model = meta("DiffuSSM-XL")
+    block = model.blocks[0]
+    assert len(model.blocks) == 29 and count(block) == 22_876_416
+    assert count(block.ssm) == 299_520 and count(block.condition) == 5_313_024
+    outside = (model.embed, model.time_embed, model.label_embed, model.final_adaln, model.final)
+    assert [count(m) for m in outside] == [10_368, 1_624_320, 1_153_152, 2_656_512, 18_448]
+
+
+def test_unconditional_has_no_label_table():
+    assert meta("DiffuSSM-XL", num_classes=0).label_embed is None
+    assert count(meta("DiffuSSM-XL", num_classes=0)) == 668_878_864 - 1_153_152
+
+
+def test_multiply_adds_agree_with_pytorchs_counter():
+    """All but the convolutions, which it cannot see, and the kernels, which macs() leaves out."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model, _ = small()
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 8, 8), torch.zeros(1).long())                   # fills the cache
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, 8, 8), torch.zeros(1).long())
+    convolutions = 2 * diffussm.convolution_macs(32, 64)
+    assert counter.get_total_flops() / 2 == model.macs() - convolutions
+
+
+def test_the_table_shows_the_papers_figures():
+    done = subprocess.run([sys.executable, "diffussm.py"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 0, done.stderr
+    for figure in ("668,878,864", "about 673M", "256.2G", "1024.7G", "70.1G", "1121.0G", "280.3", "1066.2",
+                   "= 13 D^2"):
+        assert figure in done.stdout
+
+
+# --- S4D ---
+
+@pytest.mark.parametrize("method", ["zoh", "bilinear"])
+@pytest.mark.parametrize("L", [1, 7, 256, 1024])
+def test_three_kernels_agree(L, method):
+    """Vandermonde sum, its factorisation, and the recurrence's answer to an impulse; with gradients."""
+    # bilinear makes fast states decay slowly, so their phase turns further: each form in float32,
+    # the textbook's too, is then 2e-5 away from float64 in its gradients
+    for dtype, tolerance in ((torch.float32, 1e-5 if method == "zoh" else 4e-5), (torch.float64, 1e-10)):
+        impulse = torch.zeros(1, L, 6, dtype=dtype)
+        impulse[:, 0, :3] = 1           # the right half is read from the right
+        impulse[:, -1, 3:] = 1
+
+        def recurrent(log_Abar, CB, L):
+            y = diffussm.ssm_ref(impulse, log_Abar, CB, torch.zeros(6, dtype=dtype))[0].T
+            return torch.cat([y[:3], y[3:].flip(1)])
+
+        results = []
+        for form in (diffussm.kernel_ref, diffussm.kernel, recurrent):
+            _, leaves, discretized = ssm_inputs(6, 16, dtype, method=method)
+            K = form(*discretized, L)
+            dK = torch.randn(K.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            results.append([K, *torch.autograd.grad(K, leaves, dK)])
+        for other in results[1:]:
+            for got, want in zip(other, results[0]):
+                assert got.dtype == dtype
+                assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("init", ["inv", "legs"])
+def test_factored_kernel_is_as_exact_as_the_textbooks(init):
+    """With fast states, a ragged last row (L = 1023), in float32: both against float64."""
+    _, _, discretized = ssm_inputs(6, 64, torch.float32, init)
+    exact = diffussm.kernel_ref(*(x.to(torch.complex128) for x in discretized), 1023)
+    errors = [(form(*discretized, 1023) - exact).abs().max() / exact.abs().max()
+              for form in (diffussm.kernel, diffussm.kernel_ref)]
+    assert errors[0] < 2e-5 and errors[0] < 3 * errors[1]
+
+
+def test_kernel_gradcheck():
+    log_Abar = torch.complex(-torch.rand(2, 3), 3 * torch.randn(2, 3)).to(torch.complex128).requires_grad_()
+    CB = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, c: diffussm.kernel(a, c, 7), (log_Abar, CB))
+
+
+def saved_bytes(function):
+    """Of distinct memory that autograd keeps for backward."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = function()
+    del y
+    return sum(kept.values())
+
+
+def test_fast_kernel_keeps_eight_times_less_for_backward():
+    """N = 64, L = 1024; the same holds at any number of channels (benchmarks/s4d.py has 2304)."""
+    _, _, discretized = ssm_inputs(24, 64, torch.float32)
+    discretized = [x.detach().requires_grad_() for x in discretized]
+    textbook, fast = (saved_bytes(lambda: form(*discretized, 1024))
+                      for form in (diffussm.kernel_ref, diffussm.kernel))
+    assert textbook > 24 * 32 * 1024 * 8 and textbook > 8 * fast
+
+
+@pytest.mark.parametrize("L", [1, 2, 7, 63, 256])
+def test_ssm_equals_recurrence_and_double_sum(L):
+    """Outputs and gradients."""
+    layer, leaves, discretized = ssm_inputs(8, 8, torch.float64)
+    g = torch.Generator().manual_seed(1)
+    u, dy = (torch.randn(3, L, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    u.requires_grad_()
+    inputs = [u, layer.D, *leaves]
+    results = []
+    for form in (diffussm.ssm, diffussm.ssm_ref,
+                 lambda u, log_Abar, CB, D: dense(u, diffussm.kernel_ref(log_Abar, CB, L)) + D * u):
+        y = form(u, *layer.discretized(torch.float64), layer.D)
+        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for got, want, summed in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(got, summed, rtol=1e-9, atol=1e-10)
+
+
+def test_convolution_in_blocks_of_the_batch(monkeypatch):
+    u = torch.randn(7, 5, 8, dtype=torch.float64, requires_grad=True)
+    K = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    whole = diffussm._Convolve.apply(u, K)
+    monkeypatch.setattr(diffussm._Convolve, "ELEMENTS", {"cpu": 3 * 5 * 8})
+    assert len(diffussm._Convolve.blocks(u)) == 3
+    torch.testing.assert_close(diffussm._Convolve.apply(u, K), whole)
+    assert torch.autograd.gradcheck(diffussm._Convolve.apply, (u, K))
+    assert saved_bytes(lambda: diffussm._Convolve.apply(u, K)) == 8 * (u.numel() + K.numel())
+
+
+def test_each_direction_sees_the_current_token_and_its_own_side():
+    layer, _, _ = ssm_inputs(8, 8, torch.float32)
+    u = torch.randn(1, 9, 8)
+    changed = u.clone()
+    changed[:, 4] += 1
+    moved = ((layer(changed) - layer(u)).abs() > 1e-4)[0]
+    assert moved[:, :4].any(1).tolist() == [False] * 4 + [True] * 5
+    assert moved[:, 4:].any(1).tolist() == [True] * 5 + [False] * 4
+
+
+def test_zero_order_hold_is_exact_for_steps_and_bilinear_is_the_trapezoid():
+    """x' = A x + u with u constant over each dt, against many small Euler steps; and against (1 - dt A/2) x_l
+    = (1 + dt A/2) x_{l-1} + dt u_l."""
+    A, dt, us = -0.5 + 3j, 0.3, [1.0, -2.0, 0.5]
+    tensors = torch.tensor([[A]], dtype=torch.complex128), torch.tensor([dt], dtype=torch.float64)
+    for method in ("zoh", "bilinear"):
+        log_Abar, Bbar = (v.item() for v in diffussm.discretize(*tensors, method))
+        x = expected = 0
+        for u in us:
+            x = cmath.exp(log_Abar) * x + Bbar * u
+            if method == "zoh":
+                for _ in range(100_000):
+                    expected += 3e-6 * (A * expected + u)
+            else:
+                expected = ((1 + dt * A / 2) * expected + dt * u) / (1 - dt * A / 2)
+        assert abs(x - expected) < (1e-5 if method == "zoh" else 1e-12)
+
+
+def test_initial_state_matrices():
+    omega, _ = diffussm.initial_state_matrix("lin", 64)
+    assert omega[0] == 0 and omega[-1].item() == pytest.approx(97.39, abs=0.01)       # 31 pi
+    omega, _ = diffussm.initial_state_matrix("inv", 64)
+    assert omega[0].item() == pytest.approx(1283.5, abs=0.1) and omega[-1] > 0
+    # legs: B^T e^(At) B of HiPPO's matrix without its rank-one part, from the eigenvalues alone
+    N, t = 16, 0.1
+    n = torch.arange(N, dtype=torch.float64)
+    hippo = -((2 * n[:, None] + 1) * (2 * n + 1)).sqrt().tril(-1) - torch.diag(n + 1)
+    P = (n + 0.5).sqrt()
+    A, B = hippo + P[:, None] * P, (2 * n + 1).sqrt()
+    omega, b = diffussm.initial_state_matrix("legs", N)
+    assert len(omega) == N // 2
+    diagonal = 2 * (b.abs()**2 * ((-0.5 + 1j * omega) * t).exp()).sum().real
+    torch.testing.assert_close(diagonal, B @ torch.matrix_exp(A * t) @ B)
+
+
+def test_inits_and_discretizations_are_different_models():
+    kernels = [diffussm.kernel(*ssm_inputs(4, 16, torch.float32, init, method)[2], 32)
+               for init in ("lin", "inv", "legs") for method in ("zoh", "bilinear")]
+    assert all(k.isfinite().all() for k in kernels)
+    for i, k in enumerate(kernels):
+        assert not any(torch.allclose(k, other, atol=0.01) for other in kernels[:i])
+
+
+def test_no_parameter_is_complex_and_bf16_weights_survive():
+    layer, _, _ = ssm_inputs(8, 8, torch.float32)
+    assert not any(p.is_complex() for p in layer.parameters())
+    u = torch.randn(2, 20, 8)
+    rough = layer.bfloat16()(u.bfloat16())
+    exact = layer.float()(u.bfloat16().float())                 # the weights have been rounded
+    assert rough.dtype == torch.bfloat16 and (rough - exact).norm() < 0.01 * exact.norm()
+    u = u.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(u)
+    assert torch.equal(inside, layer(u))                        # autocast does not reach into it
+
+
+# --- the kernel cache ---
+
+@pytest.fixture
+def made(monkeypatch):
+    """Counts calls of `kernel`."""
+    calls, original = [], diffussm.kernel
+    monkeypatch.setattr(diffussm, "kernel", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+def test_sampling_makes_each_kernel_once(made):
+    model, diffusion = small(depth=3)
+    model.eval()
+    cond = dict(y=torch.tensor([1, 2]))
+    diffusion.sample(model, model.shape, torch.arange(2), sampler="ddpm", steps="250", **cond)
+    assert len(made) == 3
+    diffusion.sample(model, model.shape, torch.arange(2), steps="10", cfg_scale=2, **cond)
+    assert len(made) == 3
+
+
+def test_cached_equals_fresh():
+    model, _ = small()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    with_grad = model.eval()(x, t)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t), with_grad)
+        torch.testing.assert_close(model(x, t), with_grad)
+
+
+def by_optimizer(layer):
+    layer(torch.randn(1, 12, 8)).square().sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=0.1).step()
+
+
+def by_ema(layer):
+    other = diffussm.BidirectionalS4D(8, 8)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(layer.parameters()), list(other.parameters()), 0.5)
+
+
+@pytest.mark.parametrize("change", [
+    by_optimizer, by_ema,
+    lambda layer: layer.load_state_dict(diffussm.BidirectionalS4D(8, 8).state_dict()),
+    lambda layer: layer.C.data.mul_(2), lambda layer: layer.D.data.add_(1),
+    lambda layer: layer.load_state_dict(diffussm.BidirectionalS4D(8, 8).state_dict(), assign=True),
+    lambda layer: setattr(layer.log_dt, "data", layer.log_dt.data + 1),
+    lambda layer: setattr(layer, "discretization", "bilinear"),
+    lambda layer: layer.double()],
+    ids=["optimizer", "ema", "load", "data", "direct path", "assign", "new data", "method", "dtype"])
+def test_cache_is_never_stale(change):
+    torch.manual_seed(0)
+    layer = diffussm.BidirectionalS4D(8, 8).eval()
+    u = torch.randn(2, 12, 8)
+    with torch.no_grad():
+        before = layer(u)
+    change(layer)
+    u = u.to(layer.D.dtype)
+    with torch.no_grad():
+        after = layer(u)
+        fresh = diffussm.ssm(u, *layer.discretized(u.dtype), layer.D)
+    torch.testing.assert_close(after, fresh)
+    assert u.dtype == torch.float64 or not torch.allclose(after, before)
+
+
+def test_sampling_between_training_steps_follows_the_weights():
+    """As in train.py: weights move, the average follows, the average samples; twice."""
+    model, diffusion = small()
+    average = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pictures = []
+    for step in range(2):
+        model(torch.randn(2, 3, 8, 8), torch.tensor([3, 700])).square().sum().backward()
+        optimizer.step()
+        train.update_ema(average, model, step, 0.9)
+        fresh = small()[0].eval()
+        fresh.load_state_dict(average.state_dict())
+        pair = [diffusion.sample(m, m.shape, torch.arange(2), steps="4") for m in (average, fresh)]
+        assert torch.equal(*pair)
+        pictures.append(pair[0])
+    assert not torch.allclose(*pictures)
+
+
+def test_cache_of_a_copy_and_of_another_length(made):
+    layer = diffussm.BidirectionalS4D(8, 8).eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 12, 8))
+        twin = copy.deepcopy(layer)
+        twin.C.mul_(2)
+        for L in (12, 20, 12):
+            u = torch.randn(1, L, 8)
+            for m in (layer, twin):
+                torch.testing.assert_close(m(u), diffussm.ssm_ref(u, *m.discretized(), m.D),
+                                           rtol=1e-4, atol=1e-4)
+    made.clear()
+    layer.train()
+    with torch.no_grad():
+        layer(u), layer(u)
+    layer.eval()(u), layer(u)
+    assert len(made) == 4               # training, or with gradients: always fresh
+
+
+# --- block and model ---
+
+@pytest.mark.parametrize("M, J", [(4, 6), (3, 5), (1, 7)])
+def test_block_is_the_papers_equations(M, J):
+    """Token by token, phase by phase, in the paper's letters; L = 24, and 15 and 7, which are odd."""
+    D, L = 12, J * M
+    model, _ = small(ratio=M, width=D, shape=(1, J, M))
+    block = model.blocks[0]
+    x, c = torch.randn(2, J, D), torch.randn(2, D)
+    sigma = F.gelu
+    shift, scale, gate = block.condition(c)[:, None].chunk(3, -1)
+    I = F.layer_norm(x, (D,), eps=1e-6) * (1 + scale) + shift
+    W_up, b_up = block.W_up.weight.view(M, 2 * D, D), block.W_up.bias.view(M, 2 * D)
+    U = torch.stack([sigma(sigma(block.W_0(I[:, l // M])) @ W_up[l % M].T + b_up[l % M])
+                     for l in range(L)], dim=1)
+    Y = diffussm.ssm_ref(U, *block.ssm.discretized(), block.ssm.D)
+    D_m, I_ = 2 * D // M, torch.empty(2, J, 2 * D)
+    for l in range(L):
+        j, m = l // M, l % M
+        I_[:, j, D_m * m:D_m * (m + 1)] = sigma(Y[:, l] @ block.W_down[m] + block.b_down[m])
+    O = block.W_3(sigma(block.W_2(I_)) * sigma(block.W_1(I)))
+    torch.testing.assert_close(block(x, c), x + gate * O, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(ratio=1), dict(patch=2, ratio=1), dict(patch=2, ratio=4), dict(variance="learned"),
+    dict(num_classes=0), dict(init="inv"), dict(init="legs", discretization="bilinear"),
+    dict(shape=(1, 9, 7), ratio=1), dict(shape=(1, 9, 7), ratio=3, width=6),
+    dict(shape=(2, 6, 10), ratio=4)], ids=lambda o: str(o) or "default")
+def test_gradient_reaches_every_parameter(options):
+    model, diffusion = small(**options)
+    x0, t = torch.randn(6, *model.shape), torch.arange(6) * 150
+    cond = {"y": torch.tensor([0, 1, 2, 3, 4, -1])} if model.num_classes else {}
+    out = model(x0, t, **cond)
+    assert out.shape[1] == x0.shape[1] * (2 if diffusion.variance == "learned" else 1)
+    diffusion.loss(model, x0, t, torch.randn_like(x0), **cond)["loss"].sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+def test_pixels_come_back_in_place():
+    """Token l = (row, column), folded M at a time: pixel k of a group is entry k C + channel."""
+    model, _ = small(shape=(2, 4, 6), ratio=4, num_classes=0, width=16)
+    with torch.no_grad():
+        model.final.weight.zero_()
+        model.final.bias.copy_(torch.arange(8.))
+    out = model(torch.zeros(1, 2, 4, 6), torch.tensor([0]))
+    assert out[0, 1, 1, 3] == (9 % 4) * 2 + 1                       # row 1, column 3: token 9
+    x, folded = torch.zeros(1, 2, 4, 6), []
+    model.embed.register_forward_hook(lambda m, args, o: folded.append(args[0]))
+    x[0, 1, 1, 3] = 1
+    model(x, torch.tensor([0]))
+    assert folded[0].nonzero().tolist() == [[0, 9 // 4, (9 % 4) * 2 + 1]]
+
+
+def test_positions_are_those_of_each_groups_first_pixel():
+    model, _ = small(shape=(1, 4, 6), ratio=4)                      # groups straddle rows
+    rows, columns = torch.tensor([0, 0, 1, 2, 2, 3]), torch.tensor([0, 4, 2, 0, 4, 2])
+    expected = torch.cat([diffussm.sinusoid(rows, 8), diffussm.sinusoid(columns, 8)], dim=1)
+    assert torch.equal(model.positions, expected) and len(expected.unique(dim=0)) == 6
+
+
+def test_first_prediction_is_zero_and_blocks_start_as_the_identity():
+    model, _ = diffussm.build("tiny", (3, 8, 8), 5)
+    assert not model(torch.randn(2, 3, 8, 8), torch.tensor([1, 2])).any()
+    x = torch.randn(2, 16, 64)
+    assert torch.equal(model.blocks[0](x, torch.randn(2, 64)), x)
+
+
+def test_every_pixel_sees_every_other_time_and_class():
+    model, _ = small()
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([500])
+    base = model(x, t, torch.tensor([1]))
+    for pixel in ((0, 0), (7, 7), (3, 4)):
+        changed = x.clone()
+        changed[..., pixel[0], pixel[1]] += 1
+        assert ((model(changed, t, torch.tensor([1])) - base).abs().amax((0, 1)) > 0).all()
+    for other in (model(x, t + 300, torch.tensor([1])), model(x, t, torch.tensor([2])), model(x, t)):
+        assert ((other - base).abs().amax((0, 1)) > 0).all()
+    assert torch.equal(model(x, t), model(x, t, torch.tensor([-1])))
+
+
+def test_stays_close_under_bf16():
+    model, diffusion = small(shape=(1, 14, 14), ratio=4, width=32)
+    stream, dense = [], []
+    model.blocks[0].register_forward_hook(lambda m, args, out: stream.append(out.dtype))
+    model.blocks[0].W_2.register_forward_hook(lambda m, args, out: dense.append(args[0].dtype))
+    x0, t, noise = torch.randn(4, 1, 14, 14), torch.arange(4) * 300, torch.randn(4, 1, 14, 14)
+    results = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = diffusion.loss(model, x0, t, noise)["loss"]
+            gradient = torch.autograd.grad(loss.mean(), model.blocks[0].ssm.C)[0]
+            with torch.no_grad():
+                results.append((model.eval()(x0, t), model.train()(x0, t), gradient))
+        assert loss.isfinite().all()
+    assert set(stream) == {torch.float32} and dense == [torch.float32] * 3 + [torch.bfloat16] * 3
+    for (exact, rough), tolerance in zip(zip(*results), (2e-2, 2e-2, 5e-2)):
+        assert (exact - rough).norm() < tolerance * exact.norm()
+
+
+def test_checkpointing_gives_the_same_gradients():
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    grads = []
+    for on in (False, True):
+        model, _ = small()
+        model.grad_checkpointing = on
+        model(x, t).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("call, fix", [
+    (dict(ratio=3), "ratio 3 does not divide the 64 tokens .* try ratio=2 or ratio=4"),
+    (dict(shape=(1, 9, 7), ratio=2), "try ratio=1"), (dict(width=6, ratio=8), "try ratio=2 or ratio=4"),
+    (dict(patch=3), "try 6x6 or 9x9"), (dict(state=7), "try 8"), (dict(init="hippo"), "lin or inv or legs"),
+    (dict(discretization="euler"), "zoh or bilinear"), (dict(colour=3), "unknown option"),
+    (dict(ratio=0), "at least 1"), (dict(dt_min=1.0), "try dt_min=0.001"), (dict(schedule="x"), "linear"),
+    (dict(width=2, ratio=1), "try 64"), (dict(preset="huge"), "DiffuSSM-XL, tiny")])
+def test_wrong_options_are_refused_with_the_fix(call, fix):
+    with pytest.raises(ValueError, match=fix):
+        small(**call)
+
+
+def test_overfits_one_batch():
+    model, diffusion = small(num_classes=2, shape=(1, 8, 8))
+    x0 = torch.sign(normal(fold(0, torch.arange(8)), (1, 8, 8)))
+    t, noise = torch.arange(8) * 120, normal(fold(1, torch.arange(8)), (1, 8, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(200):
+        loss = diffusion.loss(model, x0, t, noise, y=torch.arange(8) % 2)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02                                              # it starts above 1
+
+
+def test_trains_and_samples_from_the_command_line(tmp_path, capsys):
+    train.main(["--model", "diffussm", "--smoke", "--image-size", "16", "--set", "width=16", "depth=2",
+                "--global-batch-size", "4", "--device", "cpu"])
+    assert "sampling all worked" in capsys.readouterr().out
