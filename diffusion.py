@@ -191,9 +191,14 @@ class Diffusion:
         """(B,) index into this schedule -> (B,) the original step number the network knows."""
         return self._at("t", t, t)
 
-    def respaced(self, spec):
-        """The same process seen at fewer steps (see `spaced_timesteps`). IDDPM Section 4."""
-        keep = torch.tensor(spaced_timesteps(self.T, spec))
+    def respaced(self, spec, last=None):
+        """The same process seen at fewer steps (see `spaced_timesteps`). IDDPM Section 4.
+
+        `last`: of the steps 0 to `last` only. Raises ValueError if they would not end there.
+        """
+        keep = torch.tensor(spaced_timesteps(self.T if last is None else last + 1, spec))
+        if last is not None and keep[-1] != last:
+            raise ValueError(f"steps {spec} do not begin at step {last}: drop 'ddim' for even spacing")
         return Diffusion(self.alpha_bar[keep], self.predict, self.variance, self.min_snr,
                          self.timestep_map[keep])
 
@@ -311,12 +316,14 @@ class Diffusion:
                eta=0.0,             # DDIM only: 0 deterministic .. 1 as noisy as DDPM
                cfg_scale=1.0,       # guidance; 1 = off, and then half the work
                clip=True,           # keep the predicted x_0 in [-1, 1]; False for latents
+               start=None,          # (x (B, C, H, W), t): from x at step t, not from noise at T - 1;
+                                    # `steps` are then of the t + 1 from t down to 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down
                **cond):             # y=, text=, text_mask=: one row per image
         """Draw len(seeds) images of `shape` = (C, H, W); image i is a function of seeds[i]."""
-        d = self.respaced(steps)
+        x, last = start or (normal(fold(seeds, self.T), shape), None)              # (B, C, H, W)
+        d = self.respaced(steps, last)
         model = guided(model, cfg_scale) if cfg_scale != 1 else model
-        x = normal(fold(seeds, self.T), shape)                                     # (B, C, H, W)
         for i in reversed(range(d.T)):
             t = torch.full_like(seeds, i)
             out = model(x, d.model_t(t), **cond)

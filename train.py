@@ -308,7 +308,8 @@ def main(argv=None):
     if args.grad_checkpointing:
         if not hasattr(model, "grad_checkpointing"):
             fail(f"{args.model} has no activation checkpointing: drop --grad-checkpointing")
-        model.grad_checkpointing = True
+        with told_plainly():
+            model.grad_checkpointing = True
     if args.dry_run:
         return
 
@@ -424,7 +425,7 @@ def main(argv=None):
             {**vars(args), "command": shlex.join(["train.py", *argv]), "git": git,
              "torch": torch.__version__, "processes": world}, indent=1))
         fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BINS)), "grad_norm", "lr",
-                  "images_per_s", "memory_mb"]
+                  "images_per_s", "memory_mb"] + ["nfe"] * hasattr(model, "nfe")
         log = open_log(folder / "log.csv", fields, first)
 
     # The loop.
@@ -504,6 +505,8 @@ def main(argv=None):
                        *(f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)),
                        f"{sum(norm_list) / len(norm_list):.4g}", f"{learning_rate(step - 1, args):.4g}",
                        f"{rate:.4g}", f"{memory_mb(device):.0f}"]
+                if hasattr(model, "nfe"):           # evaluations in the ODEs of the last step
+                    row.append(f"{model.nfe:.4g}")
                 csv.writer(log).writerow(row)
                 log.flush()
                 bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s")

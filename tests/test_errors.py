@@ -48,6 +48,10 @@ def world(tmp_path_factory):
     changed("version.pt", version=99)
     changed("misfit.pt", args={**checkpoint["args"], "set": {"width": 64, "depth": 2, "state": 4}})
     changed("stranger.pt", args={**checkpoint["args"], "model": "gone"})
+    changed("folder.pt", args={**checkpoint["args"], "data": "mixed"})
+    changed("always.pt", args={**checkpoint["args"], "cond_dropout": 0.0})
+    train.main([*SMALL, "--results-dir", "other", "--name", "small", "--image-size", "8"])
+    os.replace("other/small/latest.pt", "small.pt")
     torch.save({"weights": torch.ones(2)}, "alien.pt")
     torch.save({"version": 1, "model": Code(), "ema": {}, "args": {}}, "code.pt")
     Path("plain.pt").write_bytes(pickle.dumps(Code()))
@@ -97,6 +101,7 @@ def new(*flags):
 
 
 CKPT = ["--ckpt", "results/run"]
+FROM_5 = ["--from-step", "5", "--denoise"]
 WRONG = [
     # model and options
     (TRAIN, new("--model", "nosuch"), "choose .*dis"),
@@ -178,6 +183,30 @@ WRONG = [
     (SAMPLE, [*CKPT, "--sampler", "euler"], "ddim"),
     (SAMPLE, [*CKPT, "--out", "file/x.png"], "file"),
     (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--save-images", "fid"], "choose another"),
+    # denoising
+    (SAMPLE, [*CKPT, "--from-step", "50"], "--denoise"),
+    (SAMPLE, [*CKPT, "--denoise", "test"], "--from-step 150"),
+    (SAMPLE, [*CKPT, "--data-dir", "nothing"], "drop it"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--data-dir", "file", "--gif"], "drop them"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--num-fid-samples", "4"], "drop them"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--save-images", "images"], "drop them"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--class-labels", "random"], "drop them"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--class-labels", "8"], "0 to 7"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--num-samples", "5000"], "4096"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--steps", "7"], "ask for 1 to 6"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--steps", "ddim3"], "drop 'ddim'"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--eta", "0.5"], "--sampler ddim"),
+    (SAMPLE, [*CKPT, *FROM_5, "test", "--out", "file/x.png"], "file"),
+    (SAMPLE, [*CKPT, *FROM_5, "mixed/0.png", "--num-samples", "2"], "--denoise test"),
+    (SAMPLE, [*CKPT, *FROM_5, "corrupt/1.png"], "no readable image"),
+    (SAMPLE, [*CKPT, *FROM_5, "gone.png"], "gone.png"),
+    (SAMPLE, [*CKPT, *FROM_5, "mixed"], "one picture"),
+    (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "1000"], "0 to 999"),
+    (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "-1"], "not understood"),
+    (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "5,much"], "write 150"),
+    (SAMPLE, ["--ckpt", "folder.pt", *FROM_5, "test"], "pass --denoise a picture"),
+    (SAMPLE, ["--ckpt", "always.pt", *FROM_5, "test"], "pass --class-labels"),
+    (SAMPLE, ["--ckpt", "small.pt", *FROM_5, "test"], "--image-size 16"),
 ]
 
 

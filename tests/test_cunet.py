@@ -1,0 +1,341 @@
+"""cunet.py: counts, the ODE block against exact solutions, gradients three ways, what sees the time."""
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sample
+import train
+from diffusion import fold, normal
+
+cunet = sample.load_paper("cunet")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small(shape=(1, 12, 12), num_classes=3, preset="tiny", **options):
+    torch.manual_seed(0)
+    width = dict(dim=8) if "unet" in preset and preset != "cunet" else dict(nf=4)
+    model, diffusion = cunet.build(preset, shape, num_classes, **(width | options))
+    with torch.no_grad():           # away from zero, where most gradients vanish
+        for name, p in model.named_parameters():
+            if not p.any():
+                p.normal_(0, 0.1)
+    return model, diffusion
+
+
+def forward(model, seed=0, t=(3, 700), **cond):
+    x = torch.randn(len(t), *model.shape, generator=torch.Generator().manual_seed(seed))
+    return model(x, torch.tensor(t), **cond)
+
+
+# --- sizes ---
+
+SIZES = [("unet", {}, 35_710_339, 7.206), ("published", {}, 8_811_875, 2.831),
+         ("published", dict(attention=False), 8_548_707, 2.814),
+         ("published", dict(residual=False), 6_138_083, 1.624),
+         ("published", dict(attention=False, residual=False), 5_874_915, 1.607),
+         ("cunet", {}, 7_674_915, None), ("cunet", dict(attention=False), 7_411_235, None),
+         ("cunet", dict(residual=False), 7_456_067, None), ("cunet", dict(dynamics="first"), 9_419_811, None)]
+
+
+@pytest.mark.parametrize("preset, options, parameters, gmacs", SIZES, ids=lambda v: str(v))
+def test_parameters_and_multiply_adds_are_the_papers(preset, options, parameters, gmacs):
+    """3 x 64 x 64. The paper's "GFLOPs" are multiply-adds; PyTorch's counter counts FLOPs, two for each."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model, _ = cunet.build(preset, (3, 64, 64), **options)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(model, t=(5,))
+    assert counter.get_total_flops() == 2 * model.macs()
+    assert gmacs is None or abs(model.macs() / 1e9 / gmacs - 1) < 0.02
+
+
+@pytest.mark.parametrize("options", [
+    dict(num_classes=7), dict(shape=(3, 9, 14)), dict(steps=3, solver="midpoint"), dict(attention=False),
+    dict(preset="unet-tiny", num_classes=7), dict(preset="unet-tiny", shape=(1, 9, 14))], ids=str)
+def test_multiply_adds_agree_with_pytorchs_counter(options):
+    from torch.utils.flop_counter import FlopCounterMode
+    model, _ = small(**options)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(model, t=(5,))
+    assert counter.get_total_flops() == 2 * model.macs()
+
+
+def test_the_table_shows_figure_6_and_table_5():
+    done = subprocess.run([sys.executable, "cunet.py"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for figure in ("35,710,339", "7.297G", "544.9", "8,811,875", "2.825G", "137.9", "87.7",
+                   "rk4              4.0"):
+        assert figure in done.stdout, figure
+
+
+# --- the ODE block ---
+
+def solved(derivative, y, solver="rk4", steps=1, gradients="direct", tolerance=1e-3):
+    how = SimpleNamespace(solver=solver, steps=steps, gradients=gradients, rtol=tolerance, atol=tolerance)
+    return cunet.solve(derivative, y, (), (), how)
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "heun3", "rk4"])
+def test_constant_acceleration_is_solved_exactly(solver):
+    """z(1) = z0 + v0 + a / 2, v(1) = v0 + a, through the block's own second-order form."""
+    block = cunet.DynamicBlock(3, solver=solver)
+    acceleration = torch.randn(3)[:, None, None].expand(3, 4, 4)
+    block.f.forward = lambda s, y, scale, shift: acceleration.expand(len(y), -1, -1, -1)
+    y = torch.randn(2, 6, 4, 4)
+    z, v = y.chunk(2, dim=1)
+    expected = torch.cat([z + v + acceleration / 2, v + acceleration], dim=1)
+    torch.testing.assert_close(block(y, torch.zeros(2, 256)), expected)
+
+
+@pytest.mark.parametrize("solver, order", [("rk4", 4), ("midpoint", 2), ("euler", 1), ("heun3", 3)])
+def test_order_on_the_harmonic_oscillator(solver, order):
+    """x'' = -omega^2 x: twice the steps, 2^order times less error."""
+    omega, y = 3.0, torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+
+    def oscillate(s, y):
+        z, v = y.chunk(2, dim=1)
+        return torch.cat([v, -omega**2 * z], dim=1)
+    w = torch.tensor(omega, dtype=torch.float64)
+    exact = torch.stack([w.cos() + 0.5 / omega * w.sin(), -omega * w.sin() + 0.5 * w.cos()])
+    errors = [(solved(oscillate, y, solver, steps) - exact).norm() for steps in (16, 32)]
+    assert (errors[0] / errors[1]).log2().item() == pytest.approx(order, abs=0.35)
+
+
+def test_adaptive_solver_meets_its_tolerance():
+    grow = lambda s, y: y
+    y = torch.ones(1, 1)
+    loose, tight = (abs(solved(grow, y, "dopri5", tolerance=tol).item() - 2.7182818) for tol in (1e-2, 1e-6))
+    assert tight < 1e-5 and tight <= loose < 1e-2
+
+
+def test_inner_time_reaches_the_acceleration():
+    plain, timed = (small(inner_time=on, steps=2)[0] for on in (False, True))
+    block = timed.bottleneck
+    y, scale = torch.randn(1, 128, 2, 2), torch.zeros(1, 128, 1, 1)
+    at = [block.f(torch.tensor(s), y, scale, scale) for s in (0.0, 1.0)]
+    assert not torch.allclose(*at)
+    block = plain.bottleneck
+    at = [block.f(torch.tensor(s), y, scale, scale) for s in (0.0, 1.0)]
+    assert torch.equal(*at)
+
+
+def gradients(**options):
+    model, diffusion = small(**options)
+    out = forward(model, y=torch.tensor([0, 1]))
+    out.square().sum().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}, model
+
+
+def test_checkpointed_gradients_equal_direct_ones():
+    for steps in (1, 3):
+        out, direct, model = gradients(steps=steps)
+        assert model.nfe == 4 * steps
+        again, checkpointed, model = gradients(steps=steps, gradients="checkpoint")
+        assert model.nfe == 8 * steps                               # recomputed in backward
+        torch.testing.assert_close(again, out, rtol=0, atol=1e-6)
+        for name, grad in direct.items():
+            assert (checkpointed[name] - grad).norm() <= 1e-6 * grad.norm(), name
+
+
+def test_adjoint_gradients_equal_direct_ones_at_eight_steps():
+    """Including those of the time's embedding, which reach the ODE as captured tensors."""
+    out, direct, _ = gradients(steps=8)
+    again, adjoint, model = gradients(steps=8, gradients="adjoint")
+    torch.testing.assert_close(again, out)
+    assert model.nfe > 32
+    # a bias that the next norm removes has a gradient of mere rounding
+    rounding = 1e-6 * max(grad.norm() for grad in direct.values())
+    for name, grad in direct.items():
+        assert (adjoint[name] - grad).norm() <= 1e-3 * grad.norm() + rounding, name
+        assert grad.norm() > rounding or ".bias" in name, name
+    assert any("condition.time" in name for name in direct) and any("film" in name for name in direct)
+
+
+def test_adjoint_with_an_adaptive_solver():
+    tolerances = dict(solver="dopri5", rtol=1e-5, atol=1e-5)
+    _, direct, _ = gradients(**tolerances)
+    _, adjoint, _ = gradients(**tolerances, gradients="adjoint")
+    whole = max(grad.norm() for grad in direct.values())
+    for name, grad in direct.items():
+        assert (adjoint[name] - grad).norm() <= 2e-2 * grad.norm() + 1e-5 * whole, name
+
+
+def test_memory_of_the_three_gradients():
+    """Kept for backward: direct grows with the steps, checkpoint keeps a state per step, adjoint one."""
+    def kept(gradients, steps):
+        block, sizes = cunet.DynamicBlock(8, steps=steps, gradients=gradients), {}
+
+        def pack(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        y, e = torch.randn(2, 16, 16, 16, requires_grad=True), torch.randn(2, 256)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = block(y, e)
+        del out
+        return sum(sizes.values())
+    assert kept("direct", 8) > 1.8 * kept("direct", 4) > 3 * kept("checkpoint", 4)
+    assert kept("checkpoint", 8) < kept("direct", 1)
+    assert kept("adjoint", 8) == kept("adjoint", 4) < kept("checkpoint", 4)
+
+
+@pytest.mark.parametrize("options, fix", [
+    (dict(gradients="adjoint"), "steps=4 or more"),
+    (dict(gradients="adjoint", solver="euler", steps=9), "rk4"),
+    (dict(gradients="adjoint", steps=3), "wrong"), (dict(solver="dopri5", steps=2), "drop steps=2"),
+    (dict(solver="dopri5", gradients="checkpoint"), "direct or adjoint"), (dict(solver="rk5"), "midpoint"),
+    (dict(gradients="backprop"), "checkpoint or adjoint"), (dict(dynamics="third"), "second or first"),
+    (dict(rtol=0), "try 1e-3"), (dict(steps=0), "at least 1"), (dict(attention="no"), "True or False"),
+    (dict(colour=1), "unknown option"), (dict(preset="cnet"), "unet-tiny"),
+    (dict(preset="published"), "--num-classes 0"),
+    (dict(preset="published", num_classes=0, shape=(1, 32, 32), T=2000), "1000 or fewer"),
+    (dict(preset="published", num_classes=0), "larger than 16 px"), (dict(preset="unet", dim=20), "try 24")])
+def test_wrong_options_are_refused_with_the_fix(options, fix):
+    with pytest.raises(ValueError, match=fix):
+        small(**options)
+
+
+# --- the networks ---
+
+@pytest.mark.parametrize("preset", ["tiny", "unet-tiny"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 14), (1, 5, 5), (2, 1, 3)])
+def test_any_size(preset, shape):
+    model, _ = small(shape=shape, preset=preset)
+    assert forward(model).shape == (2, *shape)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(dynamics="first"), dict(residual=False), dict(attention=False), dict(inner_time=True),
+    dict(num_classes=0), dict(variance="learned"), dict(preset="unet-tiny"),
+    dict(preset="published", num_classes=0, shape=(1, 20, 20)),
+    dict(preset="published", num_classes=0, shape=(1, 20, 20), residual=False)], ids=str)
+def test_gradient_reaches_every_parameter(options):
+    model, diffusion = small(**options)
+    x0, t = torch.randn(4, *model.shape), torch.arange(4) * 300
+    cond = {"y": torch.tensor([0, 1, 2, -1])} if model.num_classes else {}
+    diffusion.loss(model, x0, t, torch.randn_like(x0), **cond)["loss"].sum().backward()
+    dead = [n for n, p in model.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not dead
+
+
+def test_published_code_does_not_see_the_time_and_ours_does():
+    """Nor brightness and contrast, because it norms the raw image."""
+    x = torch.randn(1, 3, 32, 32)
+    for preset, blind in (("published", True), ("cunet", False), ("unet", False)):
+        model, _ = small((3, 32, 32), 0, preset)
+        outs = [model(x, torch.tensor([t])) for t in (0, 999)]
+        assert torch.equal(*outs) == blind
+        brighter = model(3 * x + 1, torch.tensor([0]))
+        assert torch.allclose(brighter, outs[0], atol=1e-3) == blind
+    seeing, _ = small((3, 32, 32), 0, "published", residual=False)          # wo/R
+    assert not torch.equal(*(seeing(x, torch.tensor([t])) for t in (0, 999)))
+
+
+def test_class_matters_and_minus_one_is_none():
+    for preset in ("tiny", "unet-tiny"):
+        model, _ = small(preset=preset)
+        none, minus, one = (forward(model, **cond) for cond in ({}, {"y": torch.tensor([-1, -1])},
+                                                               {"y": torch.tensor([1, 1])}))
+        assert torch.equal(none, minus) and not torch.allclose(none, one)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    for preset in ("tiny", "unet-tiny"):
+        model, _ = small(preset=preset)
+        x, t = torch.randn(3, *model.shape), torch.tensor([3, 500, 900])
+        torch.testing.assert_close(model(x, t)[1:2], model(x[1:2], t[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_first_prediction_is_zero():
+    for preset in ("tiny", "unet-tiny"):
+        model, _ = cunet.build(preset, (1, 12, 12), 3)
+        assert not forward(model).any()
+
+
+def test_stays_close_under_bf16_with_a_float32_state():
+    for options in ({}, dict(steps=4, gradients="adjoint")):
+        model, diffusion = small(**options)
+        seen = []
+        model.bottleneck.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+        exact = forward(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = forward(model)
+            rough.float().square().sum().backward()
+        assert seen == [torch.float32] * 2
+        assert (exact - rough).norm() < 0.03 * exact.norm()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_unet_is_wired_as_the_baseline():
+    """Two skips a level, taken last in, first out, and the stem's output at the very end."""
+    model, _ = small(preset="unet-tiny")
+    made, given = [], []
+    for down in model.downs:
+        down[0].register_forward_hook(lambda m, args, out: made.append(out))
+        down[2].register_forward_hook(lambda m, args, out: made.append(out))
+    for up in model.ups:
+        for block in up[:2]:
+            block.register_forward_hook(lambda m, args, out: given.append(args[0]))
+    forward(model)
+    assert len(given) == 8
+    for into, skip in zip(given, reversed(made)):
+        assert torch.equal(into[:, -skip.shape[1]:], skip)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "unet-tiny"])
+def test_overfits_one_batch(preset):
+    model, diffusion = small(num_classes=2, shape=(1, 8, 8), preset=preset)
+    x0 = torch.sign(normal(fold(0, torch.arange(8)), (1, 8, 8)))
+    t, noise = torch.arange(8) * 120, normal(fold(1, torch.arange(8)), (1, 8, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        loss = diffusion.loss(model, x0, t, noise, y=torch.arange(8) % 2)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05                                              # it starts near 1
+
+
+# --- from the command line ---
+
+FLAGS = ["--model", "cunet", "--image-size", "12", "--global-batch-size", "4", "--warmup-steps", "2",
+         "--device", "cpu", "--sample-every", "0"]
+
+
+@pytest.mark.parametrize("flags", [["--set", "nf=4"], ["--preset", "unet-tiny", "--set", "dim=8"]], ids=str)
+def test_trains_and_samples_from_the_command_line(flags, capsys):
+    train.main([*FLAGS, *flags, "--smoke"])
+    assert "sampling all worked" in capsys.readouterr().out
+
+
+def test_evaluations_are_logged(tmp_path):
+    train.main([*FLAGS, "--set", "nf=4", "steps=2", "--max-steps", "2", "--results-dir", str(tmp_path)])
+    lines = (tmp_path / "cunet-shapes" / "log.csv").read_text().splitlines()
+    assert lines[0].endswith(",nfe") and lines[-1].endswith(",8")
+
+
+@pytest.mark.parametrize("options", [[], ["steps=4", "gradients=adjoint"]], ids=["direct", "adjoint"])
+def test_two_processes_match_one(tmp_path, options):
+    flags = [*FLAGS, "--set", "nf=4", *options, "--max-steps", "3", "--log-every", "1"]
+    train.main([*flags, "--results-dir", str(tmp_path / "one")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+         *flags, "--results-dir", str(tmp_path / "two")],
+        cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / name / "cunet-shapes" for name in ("one", "two")]
+    one, two = (torch.load(folder / "latest.pt", weights_only=True) for folder in folders)
+    # The weights themselves may differ: Adam makes full steps of the mere rounding that is the gradient of a
+    # bias which the next norm removes.
+    model, outs = cunet.build("tiny", (3, 12, 12), 8, nf=4)[0], []
+    for run in (one, two):
+        model.load_state_dict(run["model"])
+        outs.append(forward(model))
+    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-4)
+    losses = [[float(row.split(",")[2]) for row in (folder / "log.csv").read_text().splitlines()[1:]]
+              for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
