@@ -36,14 +36,15 @@ release; the preset `published` has its layout, to count and to try.)
     block (scale and shift, zero at the start), and z(0) is a convolution of the raw image.
  3. Norms inside the ODE: group norm in the paper and here; instance norm in the code.
  4. The code ends g with a softplus, so that no velocity is negative, and keeps only g's output. Here
-    z(0) and v(0) are separate, and g ends with its last convolution.
+    z(0) and v(0) are separate, and g ends with its last convolution. At the deeper levels the state
+    starts as in the code: a 1x1 convolution mixes z and v, softplus, and its output is split again.
  5. The acceleration ends with a softplus, as in the paper, and is never negative by itself: its sign
     comes from the residual, a 1x1 convolution of (z, v). (In the code the residual is the identity.)
  6. Attention, here at 1/8 of the size, has a residual. In the code it replaces the features.
  7. The paper argues with the adjoint method and its O(1) memory; the code backpropagates through one
     step of rk4, and its adjoint setting crashes. Here gradients="direct" (that, the default),
-    "checkpoint" (as exact, a step's memory) or "adjoint" (constant memory, approximate; refused where
-    it would be wrong).
+    "checkpoint" (as exact, a step's memory) or "adjoint" (constant memory, approximate; refused but
+    for rk4 with four or more steps: elsewhere it would be wrong, or was found so).
  8. Images of any size: levels have half the size, rounded up, and going up takes the size of the skip.
     (In the code 28 x 28 fails.) The paper gives no widths; nf = 16 and four levels are the code's.
  9. The paper's "GFLOPs" are multiply-adds at 3 x 64 x 64, as a profiler saw them; real FLOPs are twice
@@ -101,8 +102,9 @@ class Acceleration(nn.Module):
 
 
 def group_norm(channels):
-    """8 groups; fewer where they would have less than 4 channels, and so no memory of an image's mean."""
-    return nn.GroupNorm(math.gcd(8, max(1, channels // 4)), channels)
+    """8 groups; fewer where they would have less than 4 channels: a group of one is an instance norm, which
+    forgets the image's mean."""
+    return nn.GroupNorm(math.gcd(8, channels, max(1, channels // 4)), channels)
 
 
 class DynamicBlock(nn.Module):
@@ -158,7 +160,7 @@ def solve(derivative, y, captured, parameters, how):
             for span in times.unfold(0, 2, 1):                      # (steps, 2): each a step of its own
                 def step(y, *captured, span=span):
                     return torchdiffeq.odeint(right_hand_side(captured), y, span, method=how.solver)[-1]
-                y = checkpoint(step, y, *captured, use_reentrant=False)
+                y = checkpoint(step, y, *captured, use_reentrant=False, preserve_rng_state=False)
             return y
         settings = dict(method=how.solver, rtol=how.rtol, atol=how.atol)
         if how.solver in FIXED:     # without a grid torchdiffeq would take one step, whatever `steps` says
@@ -339,18 +341,23 @@ class CUNet(nn.Module):
 
     @grad_checkpointing.setter
     def grad_checkpointing(self, on):
-        """Raises ValueError for adaptive solvers."""
+        """Raises ValueError where it would not be what was asked for: adjoint, or an adaptive solver."""
+        if on and self.options["gradients"] == "adjoint":
+            raise ValueError("adjoint gradients keep less than checkpoints: drop --grad-checkpointing, or "
+                             "gradients=adjoint")
+        if on:
+            check_solver(*(self.options[k] for k in ("solver", "steps", "rtol", "atol")), "checkpoint")
         for block in self.blocks():
-            block.gradients = "checkpoint" if on else "direct"
-            check_solver(block.solver, block.steps, block.rtol, block.atol, block.gradients)
+            block.gradients = "checkpoint" if on else self.options["gradients"]
 
     def macs(self):
-        """Multiply-adds of one forward pass for one image; of an adaptive solver, as in the last pass."""
+        """Multiply-adds of one forward pass for one image; of an adaptive solver, with as many evaluations
+        as in the last pass, and one before any pass."""
         sizes = level_sizes(self.shape, self.LEVELS + 1)
         blocks = self.blocks()
         total = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         for block, size in zip(blocks, sizes + sizes[-2::-1]):
-            evaluations = FIXED[block.solver] * block.steps if block.solver in FIXED else block.nfe
+            evaluations = FIXED[block.solver] * block.steps if block.solver in FIXED else max(1, block.nfe)
             total += evaluations * size * conv_weights(block)
         for down, up, size in zip(self.to_wide, reversed(self.to_narrow), sizes):
             total += size * (down.weight.numel() + up.weight.numel())
@@ -390,11 +397,14 @@ def check_solver(solver, steps, rtol, atol, gradients):
     if solver in ADAPTIVE and gradients == "checkpoint":
         raise ValueError(f"checkpoint recomputes step by step, and {solver} chooses its own steps: use "
                          f"gradients=direct or adjoint, or solver=rk4")
-    if gradients == "adjoint" and solver in FIXED and (solver != "rk4" or steps < 4):
-        raise ValueError(f"adjoint gradients solve the ODE again, backwards, and with steps={steps} of "
-                         f"{solver} that does not come back the way forward went: wrong by up to a third. "
-                         f"Use solver=rk4 steps=4 or more, an adaptive solver, or gradients=checkpoint, "
-                         f"which is exact")
+    if solver in FIXED and (rtol, atol) != (1e-3, 1e-3):
+        raise ValueError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use "
+                         f"solver=dopri5")
+    if gradients == "adjoint" and (solver != "rk4" or steps < 4):
+        raise ValueError(f"adjoint gradients solve the ODE again, backwards, which does not come back the "
+                         f"way forward went: with one step of rk4 they are off by up to a third, with "
+                         f"adaptive solvers at rtol=1e-3 by more. Not {solver} steps={steps}: use solver=rk4 "
+                         f"steps=4 or more, or gradients=checkpoint, which is exact")
 
 
 # --- the published code's layout, to count and to try -----------------------------------------------------
@@ -443,7 +453,7 @@ class PublishedAttention(Attention):
 
 
 class Published(CUNet):
-    """Departures 1 to 6 undone."""
+    """Differences 1 to 6 undone; 8, the sizes, is kept."""
 
     def __init__(self, shape, nf=16, num_classes=0, attention=True, residual=True, solver="rk4", steps=1,
                  rtol=1e-3, atol=1e-3, gradients="direct", learn_sigma=False):
@@ -532,8 +542,10 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The paper's baseline, "as in Ho et al.", in the form the authors compared with: at each of four levels
-    two residual blocks and linear attention, at the lowest and in the middle full attention."""
+    """The paper's baseline, "as in Ho et al.", in the layout, and with the exact parameter count, of the one
+    the authors compared with (norms before attention and the activation of the time's layers differ): at
+    each of four levels two residual blocks and linear attention, at the lowest and in the middle full
+    attention."""
 
     def __init__(self, shape, dim=64, num_classes=0, label_std=0.02, learn_sigma=False):
         super().__init__()
@@ -610,7 +622,9 @@ CONFIGS = {
     "cunet": dict(network=CUNet, nf=16, **_DDPM),
     "published": dict(network=Published, nf=16, **_DDPM),
     "unet": dict(network=UNet, dim=64, **_DDPM),
-    # Half the channels of the two above, for two CPU cores. They predict v, the published code's default.
+    # Half the channels of "cunet" and "unet", for two CPU cores. They predict x0, which on MNIST gave better
+    # digits after 500 steps than v (one run, with other schedules, too). Class vectors start at full size, or
+    # the class would be learned late.
     "tiny": dict(network=CUNet, nf=8, **_TINY),
     "unet-tiny": dict(network=UNet, dim=32, **_TINY),
 }
@@ -626,9 +640,9 @@ def build(preset, shape, num_classes=0, **options):
     """
     if preset not in CONFIGS:
         raise ValueError(f"unknown preset {preset!r}: cunet has {', '.join(CONFIGS)}")
-    config = {**CONFIGS[preset], **options}
-    network = CONFIGS[preset]["network"]
-    config.pop("network")
+    config = dict(CONFIGS[preset])
+    network = config.pop("network")
+    config |= options
     of_diffusion = {k: config.pop(k) for k in ("schedule", "predict", "variance", "T", "min_snr")
                     if k in config}
     own = [k for k in inspect.signature(network).parameters
@@ -671,16 +685,16 @@ def table():
           "(a multiply-add is two FLOPs), without those of attention's matrix products\n"
           "                                   parameters  mult.-adds       MB   the paper")
     row("unet", "35.7M, 7.21, 545.5", "unet")
-    row("published", "8.8M, 2.90, 137.9 *", "published")
+    row("published", "8.8M, 2.90 *, 137.9 *", "published")
     row("published attention=False", "wo/A: 2.81, 128.7", "published", attention=False)
-    row("published residual=False", "wo/R: 1.71, 92.0 *", "published", residual=False)
+    row("published residual=False", "wo/R: 1.71 *, 92.0", "published", residual=False)
     row("  and attention=False", "wo/A/R: 1.62, 88.4", "published", attention=False, residual=False)
     row("cunet (true second order, sees t)", "", "cunet")
     row("cunet attention=False", "", "cunet", attention=False)
     row("cunet residual=False", "", "cunet", residual=False)
     row("cunet dynamics=first", "", "cunet", dynamics="first")
-    print("* with five attentions; Figure 6's 8.8M has two, as here. Dropping the residual also turned the\n"
-          "  second convolution into 1x1 in the published code: most of what wo/R saves")
+    print("* with five attentions; Figure 6's 8.8M has two, as here. wo/R is inferred from its parameters:\n"
+          "  without the residual the second convolution is 1x1, most of what it saves")
     print("\nEvaluations of the acceleration per block and forward pass, tiny, random weights, 1 x 28 x 28")
     for solver in (*FIXED, *ADAPTIVE):
         torch.manual_seed(0)

@@ -67,7 +67,7 @@ def test_multiply_adds_agree_with_pytorchs_counter(options):
 def test_the_table_shows_figure_6_and_table_5():
     done = subprocess.run([sys.executable, "cunet.py"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    for figure in ("35,710,339", "7.297G", "544.9", "8,811,875", "2.825G", "137.9", "87.7",
+    for figure in ("35,710,339", "7.297G", "544.9", "8,811,875", "2.825G", "132.5", "87.7",
                    "rk4              4.0"):
         assert figure in done.stdout, figure
 
@@ -146,7 +146,7 @@ def test_adjoint_gradients_equal_direct_ones_at_eight_steps():
     out, direct, _ = gradients(steps=8)
     again, adjoint, model = gradients(steps=8, gradients="adjoint")
     torch.testing.assert_close(again, out)
-    assert model.nfe > 32
+    assert model.nfe == 64
     # a bias that the next norm removes has a gradient of mere rounding
     rounding = 1e-6 * max(grad.norm() for grad in direct.values())
     for name, grad in direct.items():
@@ -155,13 +155,17 @@ def test_adjoint_gradients_equal_direct_ones_at_eight_steps():
     assert any("condition.time" in name for name in direct) and any("film" in name for name in direct)
 
 
-def test_adjoint_with_an_adaptive_solver():
-    tolerances = dict(solver="dopri5", rtol=1e-5, atol=1e-5)
-    _, direct, _ = gradients(**tolerances)
-    _, adjoint, _ = gradients(**tolerances, gradients="adjoint")
-    whole = max(grad.norm() for grad in direct.values())
-    for name, grad in direct.items():
-        assert (adjoint[name] - grad).norm() <= 2e-2 * grad.norm() + 1e-5 * whole, name
+def test_grad_checkpointing_switch():
+    model, _ = small()
+    model.grad_checkpointing = True
+    assert {b.gradients for b in model.blocks()} == {"checkpoint"}
+    model.grad_checkpointing = False
+    assert {b.gradients for b in model.blocks()} == {"direct"}
+    for options in (dict(steps=4, gradients="adjoint"), dict(solver="dopri5")):
+        model, _ = small(**options)
+        with pytest.raises(ValueError, match="drop|use"):
+            model.grad_checkpointing = True
+        assert {b.gradients for b in model.blocks()} == {options.get("gradients", "direct")}
 
 
 def test_memory_of_the_three_gradients():
@@ -185,10 +189,13 @@ def test_memory_of_the_three_gradients():
 @pytest.mark.parametrize("options, fix", [
     (dict(gradients="adjoint"), "steps=4 or more"),
     (dict(gradients="adjoint", solver="euler", steps=9), "rk4"),
-    (dict(gradients="adjoint", steps=3), "wrong"), (dict(solver="dopri5", steps=2), "drop steps=2"),
+    (dict(gradients="adjoint", steps=3), "off by"), (dict(gradients="adjoint", solver="dopri5"), "rk4"),
+    (dict(network=3), "unknown option"), (dict(rtol=1e-9), "dopri5"),
+    (dict(solver="dopri5", steps=2), "drop steps=2"),
     (dict(solver="dopri5", gradients="checkpoint"), "direct or adjoint"), (dict(solver="rk5"), "midpoint"),
     (dict(gradients="backprop"), "checkpoint or adjoint"), (dict(dynamics="third"), "second or first"),
-    (dict(rtol=0), "try 1e-3"), (dict(steps=0), "at least 1"), (dict(attention="no"), "True or False"),
+    (dict(rtol=0, solver="dopri5"), "try 1e-3"), (dict(steps=0), "at least 1"),
+    (dict(attention="no"), "True or False"),
     (dict(colour=1), "unknown option"), (dict(preset="cnet"), "unet-tiny"),
     (dict(preset="published"), "--num-classes 0"),
     (dict(preset="published", num_classes=0, shape=(1, 32, 32), T=2000), "1000 or fewer"),
@@ -241,6 +248,10 @@ def test_class_matters_and_minus_one_is_none():
         none, minus, one = (forward(model, **cond) for cond in ({}, {"y": torch.tensor([-1, -1])},
                                                                {"y": torch.tensor([1, 1])}))
         assert torch.equal(none, minus) and not torch.allclose(none, one)
+
+
+def test_odd_widths():
+    assert forward(small(nf=9)[0]).shape == (2, 1, 12, 12)
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -320,7 +331,7 @@ def test_evaluations_are_logged(tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["steps=4", "gradients=adjoint"]], ids=["direct", "adjoint"])
 def test_two_processes_match_one(tmp_path, options):
-    flags = [*FLAGS, "--set", "nf=4", *options, "--max-steps", "3", "--log-every", "1"]
+    flags = [*FLAGS, "--set", "nf=4", *options, "--max-steps", "5", "--log-every", "1"]
     train.main([*flags, "--results-dir", str(tmp_path / "one")])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
@@ -329,9 +340,18 @@ def test_two_processes_match_one(tmp_path, options):
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / name / "cunet-shapes" for name in ("one", "two")]
     one, two = (torch.load(folder / "latest.pt", weights_only=True) for folder in folders)
+    # Adam's running means of the gradients, of the time's layers too (those begin to move at the third step,
+    # when the head and the modulations have left zero)
+    model = cunet.build("tiny", (3, 12, 12), 8, nf=4)[0]
+    grads = [run["opt"]["state"] for run in (one, two)]
+    rounding = 1e-4 * max(state["exp_avg"].norm() for state in grads[0].values())
+    for i, (name, _) in enumerate(model.named_parameters()):
+        a, b = (state[i]["exp_avg"] for state in grads)
+        assert (a - b).norm() <= 1e-3 * a.norm() + rounding, name
+        assert a.any(), name
     # The weights themselves may differ: Adam makes full steps of the mere rounding that is the gradient of a
     # bias which the next norm removes.
-    model, outs = cunet.build("tiny", (3, 12, 12), 8, nf=4)[0], []
+    outs = []
     for run in (one, two):
         model.load_state_dict(run["model"])
         outs.append(forward(model))
