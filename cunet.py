@@ -623,9 +623,9 @@ CONFIGS = {
     "cunet": dict(network=CUNet, nf=16, **_DDPM),
     "published": dict(network=Published, nf=16, **_DDPM),
     "unet": dict(network=UNet, dim=64, **_DDPM),
-    # Half the channels of "cunet" and "unet", for two CPU cores. They predict x0, which learns faster here: after
-    # 500 steps on MNIST, x0 on the cosine schedule beat v on the linear one (one run each). Class vectors start
-    # at full size, or the class would be learned late.
+    # Half the channels of "cunet" and "unet", for two CPU cores. They predict x0, which learns faster here:
+    # after 500 steps on MNIST, x0 on the cosine schedule beat v on the linear one (one run each). Class
+    # vectors start at full size, or the class would be learned late.
     "tiny": dict(network=CUNet, nf=8, **_TINY),
     "unet-tiny": dict(network=UNet, dim=32, **_TINY),
 }
