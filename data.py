@@ -2,6 +2,7 @@
 
     name       native size   images    test  labels          comes from
     shapes     3x32x32 *     65,536   4,096  8 shapes        drawn on the fly, with captions
+    moving     3x8x32x32 *   65,536   4,096  8 shapes        the same, on their way: clips of 8 frames
     mnist      1x28x28       60,000  10,000  10 digits       download, 11 MB
     fashion    1x28x28       60,000  10,000  10 garments     download, 29 MB
     cifar10    3x32x32       50,000  10,000  10 things       download, 162 MB
@@ -18,7 +19,12 @@ prepares batches and nothing is left to collate:
 
 Your own images need no code: pass the folder. For anything else write a function that returns a
 Dataset, as `shapes` does below, and give it a line in `load`.
+
+`text_encoder` makes tensors of captions. A T5 is slow; this runs it once, on all of a folder's captions:
+
+    python data.py path/to/pictures --text-encoder google/flan-t5-xl
 """
+import argparse
 import csv
 import difflib
 import functools
@@ -26,8 +32,11 @@ import glob
 import gzip
 import hashlib
 import http.client
+import json
+import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import tarfile
@@ -49,16 +58,17 @@ class DataError(ValueError):
 
 
 class Dataset:
-    """name, shape = (C, H, W), num_classes (0: no labels), class_names, has_captions, len(), and
-    batches: dataset[indices], see above."""
+    """name, shape = (C, H, W), or (C, T, H, W) of clips, num_classes (0: no labels), class_names,
+    has_captions, len(), and batches: dataset[indices], see above."""
 
-    def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None):
+    def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None):
         """images: uint8 array (N, C, H, W), or a function: B indices -> (B, C, H, W), which
-        must survive pickling to reach workers; labels: N integers; captions: N strings."""
+        must survive pickling to reach workers; labels: N integers; captions: N strings;
+        texts: the StoredText of the captions, if there is one."""
         self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
         self.class_names, self.num_classes = list(class_names), len(class_names)
         self.labels = torch.tensor(labels).long() if self.num_classes else None
-        self.captions, self.has_captions = captions, captions is not None
+        self.captions, self.has_captions, self.texts = captions, captions is not None, texts
 
     def __len__(self):
         return self.length
@@ -72,16 +82,52 @@ class Dataset:
             batch["y"] = self.labels[indices]                                       # (B,)
         if self.has_captions:
             batch["caption"] = [self.captions[i] for i in indices]
-        return batch
+        if self.texts:              # half the bytes to move: .float() is for where they are used
+            batch["text"], batch["text_mask"] = self.texts(batch["caption"], torch.float16)
+        return batch                                                    # (B, L, dim), (B, L)
+
+    def subset(self, keep):
+        """The Dataset of the examples `keep` alone: indices, or a bool for each."""
+        keep = np.arange(self.length)[keep]                                         # (M,)
+        images = functools.partial(take_of, self.images, keep)
+        labels = self.labels.numpy()[keep] if self.num_classes else None
+        captions = [self.captions[i] for i in keep] if self.has_captions else None
+        return Dataset(self.name, self.shape, images, len(keep), labels, self.class_names, captions,
+                       self.texts)
 
 
-def load(name, data_dir=None, image_size=None, split="train"):
+def take_of(images, keep, indices):
+    return images(keep[indices]) if callable(images) else images[keep[indices]]
+
+
+def hold_out(dataset, phrases):
+    """The Dataset without the examples whose caption contains one of `phrases`, as whole words."""
+    if not dataset.has_captions:
+        raise DataError(f"{dataset.name} has no captions to hold out: use shapes, moving or a folder with a "
+                        f"metadata.csv")
+    keep = np.ones(len(dataset), bool)
+    for phrase in phrases:
+        words = r"\s+".join(map(re.escape, phrase.split())) or "(?!)"               # that matches nothing
+        found = re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE).search    # dark-red is a word
+        held = np.array([found(caption) is not None for caption in dataset.captions])
+        if not held.any():
+            raise DataError(f"no caption of {dataset.name} contains {phrase!r}: hold out words as in "
+                            f"{dataset.captions[0]!r}")
+        keep &= ~held
+    if not keep.any():
+        raise DataError(f"without {' and '.join(phrases)} nothing of {dataset.name} is left: hold out less")
+    return dataset.subset(keep)
+
+
+def load(name, data_dir=None, image_size=None, split="train", text_encoder=None):
     """A Dataset by name or folder.
 
     data_dir    where the files lie or are downloaded to; None: ~/.cache/four-denoisers
     image_size  in pixels, as `parse_size` takes it; None: native. Digits and garments are padded
                 to larger sizes, other pictures scaled to cover the size and cropped in the middle
     split       "train" or "test"
+    text_encoder  whose name: if `python data.py FOLDER --text-encoder NAME` was run on this folder,
+                batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
 
     Raises DataError for all that can be wrong with names, files and sizes.
     """
@@ -91,20 +137,22 @@ def load(name, data_dir=None, image_size=None, split="train"):
         raise DataError(f"no split {split!r}: choose train or test")
     if name == "shapes":
         return shapes(size or (32, 32), split)
+    if name == "moving":
+        return moving(size or (32, 32), split)
     if name in ("mnist", "fashion"):
         return digits(name, root, size, split)
     if name == "cifar10":
         return cifar10(root, size, split)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        names = ["shapes", "mnist", "fashion", "cifar10"]
+        names = ["shapes", "moving", "mnist", "fashion", "cifar10"]
         close = difflib.get_close_matches(str(name).lower(), names, n=1)
         guess = f", did you mean {close[0]}" if close else ""
         raise DataError(f"no data set or folder {str(name)!r}{guess}: choose {', '.join(names)}, "
                         f"or a path to a folder of images")
     if split == "test":
         raise DataError(f"folder {name} has no test split: pass the folder of your test images")
-    return image_folder(str(name), folder, size)
+    return image_folder(str(name), folder, size, text_encoder)
 
 
 def parse_size(size):
@@ -211,25 +259,53 @@ def draw_shapes(kind, centre, radius, colour, H, W):
     return (paper + cover * (ink - paper) + 0.5).astype(np.uint8)                   # (B, 3, H, W)
 
 
-def shapes(size, split):
-    """Image i is a function of i alone; the test split goes on where the training images end."""
-    H, W = size
+def things(split, radii, shorter_side):
+    """What image i shows is a function of i alone; the test split goes on where training ends."""
     i = np.arange(65536) if split == "train" else np.arange(65536, 65536 + 4096)
     kind, colour, big = i % 8, i // 8 % 6, i // 48 % 2      # all combinations, equally often
     kinds, colours, sizes = list(SHAPES), list(COLOURS), list(SIZES)
     captions = [f"a {sizes[b]} {colours[c]} {kinds[k]}" for k, c, b in zip(kind, colour, big)]
     # Multiples of two irrational numbers, modulo 1, fill a square more evenly than random points.
     where = i[:, None] * np.array([0.7548776662466927, 0.5698402909980532]) % 1     # (N, 2)
-    radius = np.array(list(SIZES.values()))[big] * min(H, W)                        # (N,)
-    margin = radius[:, None] + 0.5                          # half a pixel for the soft outline
-    centre = margin + where * (np.array([H, W]) - 2 * margin)                       # (N, 2)
+    radius = np.array(radii)[big] * shorter_side                                    # (N,)
     ink = np.array(list(COLOURS.values()))[colour]                                  # (N, 3)
-    images = functools.partial(shapes_batch, kind, centre, radius, ink, H, W)
-    return Dataset("shapes", (3, H, W), images, len(i), kind, kinds, captions)
+    return i, kind, captions, where, radius, ink
+
+
+def shapes(size, split):
+    i, kind, captions, where, radius, ink = things(split, list(SIZES.values()), min(size))
+    margin = radius[:, None] + 0.5                          # half a pixel for the soft outline
+    centre = margin + where * (np.array(size) - 2 * margin)                         # (N, 2)
+    images = functools.partial(shapes_batch, kind, centre, radius, ink, *size)
+    return Dataset("shapes", (3, *size), images, len(i), kind, list(SHAPES), captions)
 
 
 def shapes_batch(kind, centre, radius, ink, H, W, rows):
     return draw_shapes(kind[rows], centre[rows], radius[rows], ink[rows], H, W)     # (B, 3, H, W)
+
+
+FRAMES = 8
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}      # as y, x
+
+
+def moving(size, split):
+    """Clips: smaller shapes, each at a constant speed, all the time inside the picture."""
+    i, kind, captions, where, radius, ink = things(split, [0.17, 0.25], min(size))
+    direction = i // 96 % 4                                 # every thing goes everywhere, equally often
+    captions = [f"{c} moving {list(DIRECTIONS)[d]}" for c, d in zip(captions, direction)]
+    room = np.array(size) - 2 * radius[:, None] - 1         # for the centre, (N, 2)
+    way = np.array(list(DIRECTIONS.values()))[direction] * np.minimum(0.4 * np.array(size), room)
+    start = radius[:, None] + 0.5 + where * (room - abs(way)) - np.minimum(way, 0)  # (N, 2), as way
+    images = functools.partial(moving_batch, kind, start, way, radius, ink, *size)
+    return Dataset("moving", (3, FRAMES, *size), images, len(i), kind, list(SHAPES), captions)
+
+
+def moving_batch(kind, start, way, radius, ink, H, W, rows):
+    share = np.linspace(0, 1, FRAMES)[:, None]              # of the way, (T, 1)
+    centre = (start[rows, None] + way[rows, None] * share).reshape(-1, 2)           # (B T, 2)
+    kind, radius, ink = (np.repeat(a[rows], FRAMES, 0) for a in (kind, radius, ink))
+    frames = draw_shapes(kind, centre, radius, ink, H, W)                           # (B T, 3, H, W)
+    return np.ascontiguousarray(frames.reshape(-1, FRAMES, 3, H, W).swapaxes(1, 2))  # (B, 3, T, H, W)
 
 
 # --- arrays: MNIST, Fashion-MNIST, CIFAR-10 ----------------------------------------------------
@@ -394,13 +470,19 @@ def fetch(url, path, md5):
 
 # --- folders of images -------------------------------------------------------------------------
 
-def image_folder(name, folder, size):
-    """All images below a folder, sorted by name; its immediate subfolders, if any, are classes."""
+def list_images(folder):
+    """The paths of all images below a folder, from there, sorted."""
     endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
     found = glob.glob("**/*", root_dir=folder, recursive=True)          # without hidden files
     files = sorted(f.replace(os.sep, "/") for f in found if f.lower().endswith(endings))
     if not files:
         raise DataError(f"no images in {folder}: pass a folder with {' '.join(endings)} files")
+    return files
+
+
+def image_folder(name, folder, size, text_encoder=None):
+    """All images below a folder; its immediate subfolders, if any, are classes."""
+    files = list_images(folder)
     top = [f.split("/")[0] if "/" in f else None for f in files]
     class_names = sorted(set(top) - {None})
     if class_names and None in top:
@@ -412,7 +494,8 @@ def image_folder(name, folder, size):
     shape = read_image(folder / files[0], mode, size).shape
     read = functools.partial(folder_batch, folder, files, mode, size, shape)
     return Dataset(name, shape, preload(read, len(files), shape), len(files),
-                   [place.get(c) for c in top], class_names, captions)
+                   [place.get(c) for c in top], class_names, captions,
+                   stored_text(folder, captions, text_encoder) if captions and text_encoder else None)
 
 
 def read_captions(folder, files):
@@ -476,3 +559,187 @@ def resize_and_crop(image, H, W):
 
 def to_array(image):
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)                      # (C, H, W)
+
+
+# --- captions to numbers -----------------------------------------------------------------------
+
+def text_encoder(name, device="cpu"):
+    """What makes tensors of captions, by name: "bytes", built in, or a T5 of Hugging Face, or its folder.
+
+    encoder(captions) -> text, mask (B, L): True where there is a token; nowhere, if a caption is empty.
+    text is float32 (B, 128, dim), 0 where there is no token; encoder.dim tells a model what comes in.
+    """
+    return ByteText(device) if name == "bytes" else T5Text(name, device)
+
+
+def tidy(caption):
+    """Without what no encoder can take: NUL, and halves of characters from a terminal's bad bytes."""
+    return caption.replace("\0", "").encode("utf-8", "replace").decode().strip()
+
+
+class ByteText:
+    """Words as the bytes they are spelt with: the model learns to read. text: long (B, 16, 12), a word
+    a row, longer ones in several; 0 where there is no byte."""
+    name = dim = "bytes"
+    L, W = 16, 12                                           # words, and bytes of a word
+
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, captions):
+        text = np.zeros((len(captions), self.L, self.W), np.int64)                  # (B, L, W)
+        for rows, caption in zip(text, captions):
+            words = [word.encode() for word in tidy(caption).lower().split()]
+            pieces = [word[i:i + self.W] for word in words for i in range(0, len(word), self.W)]
+            for row, piece in zip(rows, pieces):            # ends with the shorter: L pieces at most
+                row[:len(piece)] = list(piece)
+        text = torch.from_numpy(text).to(self.device)
+        return text, text[:, :, 0] > 0                                              # (B, L, W), (B, L)
+
+
+class T5Text:
+    """The encoder half of a T5, frozen. Every caption runs by itself, unpadded: so its embedding depends
+    on nothing else, and a resumed run, which meets captions in other company, gets the same bits."""
+    L = 128
+
+    def __init__(self, name, device):
+        try:
+            import transformers                             # nothing else here needs it
+        except ImportError:
+            raise DataError(f"text encoder {name} needs one more package: pip install transformers, or pass "
+                            f"--text-encoder bytes") from None
+        for library in ("transformers", "huggingface_hub"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        # what is on the disk needs no network; a download shows its progress
+        for local in [True] if Path(name).is_dir() else [True, False]:
+            bars = "disable" if local or QUIET else "enable"
+            getattr(transformers.logging, f"{bars}_progress_bar")()
+            try:
+                model, report = transformers.T5EncoderModel.from_pretrained(
+                    name, local_files_only=local, output_loading_info=True)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+                if report["missing_keys"]:                  # these would be random numbers
+                    raise ValueError("it holds no T5 encoder")
+                break
+            except Exception as e:                          # damage and typos come as all kinds
+                problem = (str(e).strip() or repr(e)).splitlines()[0]
+        else:
+            raise DataError(f"text encoder {name} cannot be loaded ({problem}): pass a T5's name, such as "
+                            f"google/flan-t5-xl, or, where it cannot be downloaded, its folder")
+        self.name, self.device, self.dim = name, torch.device(device), model.config.d_model
+        self.model = model.float().eval().requires_grad_(False).to(device)
+        self.memo, self.room = {}, IN_MEMORY                # caption: embedding; bytes left for more
+
+    def tokens(self, caption):
+        caption = tidy(caption)
+        return self.tokenizer(caption, truncation=True, max_length=self.L).input_ids if caption else []
+
+    def embed(self, caption):
+        """-> float16 (n, dim), from memory if this caption was here recently."""
+        e = self.memo.pop(caption, None)
+        if e is None:
+            e, ids = torch.zeros(0, self.dim, dtype=torch.float16), self.tokens(caption)
+            if ids:
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    e = self.model(torch.tensor([ids], device=self.device)).last_hidden_state[0].half().cpu()
+            self.room -= 2 * e.numel()
+        self.memo[caption] = e                              # at the end: the most recent
+        while self.room < 0 and len(self.memo) > 1:
+            self.room += 2 * self.memo.pop(next(iter(self.memo))).numel()
+        return e
+
+    def __call__(self, captions):
+        found = [self.embed(caption) for caption in captions]
+        text = torch.zeros(len(found), self.L, self.dim, dtype=torch.float16)       # (B, L, dim)
+        for row, e in zip(text, found):
+            row[:len(e)] = e
+        mask = torch.arange(self.L) < torch.tensor([[len(e)] for e in found])       # (B, L)
+        return text.to(self.device).float(), mask.to(self.device)
+
+
+class StoredText:
+    """A text encoder that looks captions up in a file, without the T5; on the CPU, in workers too."""
+
+    def __init__(self, name, path, captions, lengths):
+        self.name, self.path, self.lengths = name, path, np.array(lengths)
+        _, self.L, self.dim = np.load(path, mmap_mode="r").shape        # L: of the longest caption
+        self.row = {caption: row for row, caption in enumerate(captions)}
+
+    def __call__(self, captions, dtype=torch.float32):
+        try:
+            rows = [self.row[caption] for caption in captions]
+        except KeyError as e:
+            raise DataError(f"{self.path} does not know {e}: use captions of its folder") from None
+        text = np.load(self.path, mmap_mode="r")[rows]      # opened each time: a map cannot be pickled
+        mask = np.arange(self.L) < self.lengths[rows, None]
+        return torch.from_numpy(text).to(dtype), torch.from_numpy(mask)             # (B, L, dim), (B, L)
+
+
+def text_files(folder, captions, name):
+    """-> the file of embeddings; what describes it; the caption of each row; what json will say."""
+    path = folder / f"text-{re.sub('[^A-Za-z0-9.]+', '-', name)}.npy"
+    captions = sorted({"", *captions})
+    digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+    return path, path.with_suffix(".json"), captions, {"encoder": name, "captions": digest}
+
+
+def stored_text(folder, captions, name):
+    """The StoredText of a folder's captions, or None if `store_text` never ran."""
+    path, about, captions, expected = text_files(folder, captions, name)
+    if not about.is_file():
+        return None
+    try:
+        saved = json.loads(about.read_text())
+        if {**saved, **expected} == saved:
+            return StoredText(name, path, captions, saved["lengths"])
+    except (OSError, ValueError, KeyError, TypeError):      # no or half a file
+        pass
+    raise DataError(f"{path} does not fit the captions of {folder}: run python data.py {folder} "
+                    f"--text-encoder {name} again")
+
+
+def store_text(folder, name, device):
+    """Run a T5 once on each different caption of a folder, for `load` to find. -> the file's path"""
+    captions = read_captions(folder, list_images(folder))
+    if captions is None:
+        raise DataError(f"{folder} has no captions: write a metadata.csv with the columns file_name,text")
+    if name == "bytes":
+        raise DataError("bytes needs no file: name a T5, such as google/flan-t5-xl")
+    path, about, captions, describes = text_files(folder, captions, name)
+    encoder = text_encoder(name, device)
+    lengths = [len(encoder.tokens(caption)) for caption in captions]
+    shape = (len(captions), max(1, *lengths), encoder.dim)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(part, "wb") as f:     # written in order, not mapped: a full disk is an error, not a crash
+            np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=shape))
+            for caption in tqdm(captions, desc="captions", disable=QUIET):
+                row = encoder.embed(caption).numpy().tobytes()                      # of (n, dim)
+                f.write(row.ljust(2 * shape[1] * shape[2], b"\0"))                  # to (L, dim)
+        about.unlink(missing_ok=True)                       # so that it never describes another file
+        os.replace(part, path)
+        part.write_text(json.dumps({**describes, "lengths": lengths}))
+        os.replace(part, about)
+    except OSError as e:
+        raise DataError(f"cannot write {path} ({e.strerror}): make room, or the folder writable") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def main(argv=None):
+    from sample import Parser, pick_device, told_plainly    # which import this file: not at the top
+    p = Parser("Stores the embeddings of a folder's captions in it, so that training need not compute them.")
+    p.add_argument("folder", type=Path, help="images with a metadata.csv")
+    p.add_argument("--text-encoder", metavar="NAME", required=True, default=argparse.SUPPRESS,
+                   help="a T5 of Hugging Face, such as google/flan-t5-xl, or its folder")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = p.parse_args(argv)
+    with told_plainly():
+        path = store_text(args.folder.expanduser(), args.text_encoder, pick_device(args.device))
+    print(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MB)")
+
+
+if __name__ == "__main__":
+    from sample import run
+    run(main)

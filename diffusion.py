@@ -19,6 +19,7 @@ Index convention (ADM's): t = 0 is *one* step of noise, not none. alpha_bar_prev
 | `guided`         | s                       | classifier-free guidance, Ho & Salimans 2022 (2207.12598) |
 | `min_snr`        | gamma                   | Hang et al. 2023 (2303.09556)                           |
 | `shift_snr`      | SNR / ratio^power       | MDM, Gu et al. 2023 (2310.15111), Section 3             |
+| `bounded`        | s (dynamic thresholding) | Imagen, Saharia et al. 2022 (2205.11487)               |
 
 Shapes: x is (B, C, H, W), or (B, C, T, H, W) for video; t is (B,) long; every loss is (B,).
 """
@@ -179,7 +180,7 @@ class Diffusion:
         }
         self._on_device = {}
 
-    def _at(self, name, t, x):
+    def at(self, name, t, x):
         """Entry t of a table as float32, (B,) -> (B, 1, 1, 1) to broadcast over x."""
         key = name, t.device
         if key not in self._on_device:          # once per device: a copy is a synchronisation
@@ -189,7 +190,7 @@ class Diffusion:
 
     def model_t(self, t):
         """(B,) index into this schedule -> (B,) the original step number the network knows."""
-        return self._at("t", t, t)
+        return self.at("t", t, t)
 
     def respaced(self, spec, last=None):
         """The same process seen at fewer steps (see `spaced_timesteps`). IDDPM Section 4.
@@ -202,16 +203,20 @@ class Diffusion:
         return Diffusion(self.alpha_bar[keep], self.predict, self.variance, self.min_snr,
                          self.timestep_map[keep])
 
+    def noise_shape(self, shape):
+        """Of the normal numbers that `loss` needs for one example of `shape`."""
+        return shape
+
     # --- the forward process ---
 
     def q_sample(self, x0, t, noise):
         """Noise x0 to step t. DDPM Eq. 4."""
-        return self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
+        return self.at("signal", t, x0) * x0 + self.at("noise", t, x0) * noise
 
     def q_posterior(self, x0, x_t, t):
         """Mean, variance, log-variance of q(x_{t-1} | x_t, x_0). DDPM Eq. 6, 7."""
-        mean = self._at("c1", t, x0) * x0 + self._at("c2", t, x0) * x_t
-        return mean, self._at("posterior_var", t, x0), self._at("log_small", t, x0)
+        mean = self.at("c1", t, x0) * x0 + self.at("c2", t, x0) * x_t
+        return mean, self.at("posterior_var", t, x0), self.at("log_small", t, x0)
 
     def target(self, x0, t, noise):
         """What a perfect network would output."""
@@ -219,7 +224,7 @@ class Diffusion:
             return noise
         if self.predict == "x0":
             return x0
-        return self._at("signal", t, x0) * noise - self._at("noise", t, x0) * x0          # v
+        return self.at("signal", t, x0) * noise - self.at("noise", t, x0) * x0          # v
 
     # --- reading the network's output ---
 
@@ -231,10 +236,10 @@ class Diffusion:
         return out, None
 
     def predict_x0_eps(self, out, x_t, t, clip=False):
-        """The network's belief about (x_0, eps). `clip` keeps x_0 in [-1, 1]: right for pixels,
-        wrong for latents."""
+        """The network's belief about (x_0, eps). `clip` keeps x_0 in [-1, 1], see `bounded`: right
+        for pixels, wrong for latents."""
         pred, _ = self.split(out)
-        signal, noise = self._at("signal", t, x_t), self._at("noise", t, x_t)
+        signal, noise = self.at("signal", t, x_t), self.at("noise", t, x_t)
         if self.predict == "eps":
             x0 = (x_t - noise * pred) / signal
         elif self.predict == "x0":
@@ -242,7 +247,7 @@ class Diffusion:
         else:
             x0 = signal * x_t - noise * pred
         if clip:
-            x0 = x0.clamp(-1, 1)
+            x0 = bounded(x0, clip)
         elif self.predict == "eps":             # the general form below would only add rounding
             return x0, pred
         elif self.predict == "v":
@@ -256,9 +261,9 @@ class Diffusion:
         if self.variance == "small":
             return mean, log_small
         if self.variance == "large":
-            return mean, self._at("log_large", t, x_t)
+            return mean, self.at("log_large", t, x_t)
         frac = (self.split(out)[1] + 1) / 2                               # IDDPM Eq. 15
-        return mean, frac * self._at("log_beta", t, x_t) + (1 - frac) * log_small
+        return mean, frac * self.at("log_beta", t, x_t) + (1 - frac) * log_small
 
     # --- training ---
 
@@ -275,7 +280,7 @@ class Diffusion:
         mse = (pred - self.target(x0, t, noise)).square().flatten(1).mean(1)              # (B,)
         terms = {"mse": mse, "loss": mse}
         if self.min_snr is not None:
-            snr = self._at("snr", t, t)
+            snr = self.at("snr", t, t)
             scale = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.predict]
             terms["loss"] = mse * snr.clamp(max=self.min_snr) / scale
         if var is not None:
@@ -304,9 +309,9 @@ class Diffusion:
         """x_t -> x_{t-1}. DDIM Eq. 12, with eps recomputed from the (clipped) x_0; a learned
         variance is not used. eta = 0 is deterministic, eta = 1 as noisy as the posterior (Eq. 16)."""
         x0, eps = self.predict_x0_eps(out, x_t, t, clip)
-        sigma = eta * self._at("ddim_sigma", t, x_t)
-        rest = (self._at("noise_var_prev", t, x_t) - sigma**2).clamp(min=0)
-        x = self._at("signal_prev", t, x_t) * x0 + rest.sqrt() * eps
+        sigma = eta * self.at("ddim_sigma", t, x_t)
+        rest = (self.at("noise_var_prev", t, x_t) - sigma**2).clamp(min=0)
+        x = self.at("signal_prev", t, x_t) * x0 + rest.sqrt() * eps
         return x if noise is None else x + sigma * noise       # sigma is 0 at t = 0
 
     @torch.no_grad()
@@ -315,7 +320,7 @@ class Diffusion:
                steps="50",          # how many of the T steps, see spaced_timesteps
                eta=0.0,             # DDIM only: 0 deterministic .. 1 as noisy as DDPM
                cfg_scale=1.0,       # guidance; 1 = off, and then half the work
-               clip=True,           # keep the predicted x_0 in [-1, 1]; False for latents
+               clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
                start=None,          # (x (B, C, H, W), t): from x at step t, not from noise at T - 1;
                                     # `steps` are then of the t + 1 from t down to 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down
@@ -336,6 +341,21 @@ class Diffusion:
         return x
 
 
+THRESHOLDS = {"imagen": (0.995, 100.0), "deepfloyd": (0.95, 1.5)}
+
+
+def bounded(x0, clip):
+    """Keep x0 (B, ..) in [-1, 1]. clip=True cuts off. "imagen" ("deepfloyd"): what 99.5% (95%) of an
+    image's values lie within, if from 1 to 100 (1.5), becomes 1: guided images keep their contrasts."""
+    if clip is True:
+        return x0.clamp(-1, 1)
+    part, most = THRESHOLDS[clip]
+    values = x0.abs().flatten(1)                                                       # (B, n)
+    s = values.kthvalue(math.ceil(part * values.shape[1])).values.clamp(1, most)       # (B,)
+    s = s.view(-1, *[1] * (x0.ndim - 1))                                               # (B, 1, 1, 1)
+    return x0.clamp(-s, s) / s
+
+
 def discretized_log_likelihood(x, mean, log_scale):
     """Log-probability of the 8-bit value x (scaled to [-1, 1]) under a Gaussian. DDPM Eq. 13.
 
@@ -350,19 +370,21 @@ def discretized_log_likelihood(x, mean, log_scale):
     return p.clamp(min=1e-12).log()
 
 
+def with_and_without(cond):
+    """{name: (B, ..)} -> {name: (2B, ..)}: the condition, then none: label -1, a mask of zeros."""
+    none = {"y": lambda y: torch.full_like(y, -1), "text_mask": torch.zeros_like}
+    return {k: torch.cat([v, none[k](v) if k in none else v]) for k, v in cond.items() if v is not None}
+
+
 def guided(model, scale):
     """Classifier-free guidance: `model` pushed away from what it says without the condition.
 
-    One doubled batch, "no class" being label -1 and "no text" a mask of zeros. All C prediction
-    channels are guided. (DiT, and DiS after it, guide only the first three of four latent channels,
-    which DiT's authors call unintended.) Variance channels are the conditional ones.
+    One doubled batch, see `with_and_without`. All C prediction channels are guided. (DiT, and DiS after it,
+    guide only the first three of four latent channels, which DiT's authors call unintended.) Variance
+    channels are the conditional ones.
     """
-    null = {"y": lambda y: torch.full_like(y, -1), "text": lambda e: e,
-            "text_mask": torch.zeros_like}
-
     def call(x, t, **cond):
-        cond = {k: v for k, v in cond.items() if v is not None}
-        both = {k: torch.cat([v, null[k](v)]) for k, v in cond.items()}           # (2B, ..)
+        both = with_and_without(cond)
         with_c, without = model(torch.cat([x, x]), torch.cat([t, t]), **both).float().chunk(2)
         C = x.shape[1]
         pred = without[:, :C] + scale * (with_c[:, :C] - without[:, :C])

@@ -494,6 +494,8 @@ def build(preset, shape, num_classes=0, **options):
     macs(), that is printed. shape (C, H, W); num_classes 0: no y. `options` override the preset:
     patch=2, ratio=1 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
     """
+    if len(shape) != 3:
+        raise ValueError("DiffuSSM makes pictures, and these are videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
         raise ValueError(f"unknown preset {preset!r}: diffussm has {', '.join(CONFIGS)}")
     config = {**CONFIGS[preset], **options}

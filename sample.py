@@ -4,13 +4,15 @@
     python sample.py --class-labels 3 --num-samples 8       eight of class 3
     python sample.py --cfg-scale 3 --steps 250 --sampler ddpm --out big.png
     python sample.py --gif                                  also a film of the denoising
+    python sample.py --prompt "a big blue star" "a red moon"   of a model that reads text, a row each
+    python sample.py --levels                               every resolution of an mdm, side by side
     python sample.py --num-fid-samples 50000                PNG folder + .npz for FID tools
     torchrun --standalone --nproc_per_node=8 sample.py --num-fid-samples 50000
     python sample.py --denoise photo.png --from-step 150    noise a picture, take the noise away again
     python sample.py --denoise test --num-samples 100 --from-step 50,150,400      test images, scored
 
 Model, preset, image shape and schedule are read from the checkpoint. Image i is a function of
-(seed + i) and its label alone: the same at any batch size and on any number of processes.
+(seed + i) and its label or prompt alone: the same at any batch size and on any number of processes.
 
 In a notebook: `from sample import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
@@ -26,6 +28,7 @@ import os
 import pickle
 import re
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -143,7 +146,8 @@ def load_run(path, weights="ema", device="cpu"):
     checkpoint = read_checkpoint(path)
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
     model, diffusion = load_paper(args["model"]).build(
-        args["preset"], tuple(args["shape"]), args["num_classes"], **args["set"])
+        args["preset"], tuple(args["shape"]), args["num_classes"],
+        **({"text": args["text"]} if args.get("text") else {}), **args["set"])
     try:
         model.load_state_dict(checkpoint[weights])
     except RuntimeError:
@@ -186,9 +190,9 @@ def pick_device(name):
 # --- drawing ----------------------------------------------------------------------------------
 
 def to_uint8(x):
-    """[-1, 1] (B, C, H, W) -> uint8 numpy (B, H, W, C)."""
+    """[-1, 1] (B, C, H, W) -> uint8 numpy (B, H, W, C); videos (B, C, T, H, W) -> (B, T, H, W, C)."""
     x = (x.float().cpu() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return rearrange(x, "b c h w -> b h w c").numpy()                    # (B, H, W, C)
+    return rearrange(x, "b c ... h w -> b ... h w c").numpy()            # (B, [T,] H, W, C)
 
 
 def to_pil(image):
@@ -197,7 +201,11 @@ def to_pil(image):
 
 
 def grid_image(images, rows, names=None, zoom=None):
-    """uint8 (B, H, W, C), image i in row i % rows -> PIL image; names are written beside the rows."""
+    """uint8 (B, H, W, C), image i in row i % rows -> PIL image; names are written beside the rows. Of videos
+    (B, T, H, W, C) the frames follow one another in a row."""
+    if images.ndim == 5:
+        images = np.pad(images, ((0, -len(images) % rows), *[(0, 0)] * 4), constant_values=255)
+        images = rearrange(images, "(col row) t h w c -> (col t row) h w c", row=rows)    # (B T, H, W, C)
     B, H, W, C = images.shape
     zoom = zoom or max(1, round(56 / max(H, W)))          # a 28 px digit is small on a screen
     images = np.pad(images, ((0, -B % rows), (0, 0), (0, 0), (0, 0)), constant_values=255)
@@ -207,6 +215,7 @@ def grid_image(images, rows, names=None, zoom=None):
     picture = to_pil(sheet if C == 1 else sheet[..., :3])
     if not names:
         return picture
+    names = [textwrap.shorten(name, 40, placeholder=" ...") for name in names]          # captions can be long
     margin = 12 + max(int(ImageDraw.Draw(picture).textlength(n)) for n in names)
     labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
     labelled.paste(picture, (margin, 0))
@@ -235,21 +244,43 @@ def choose_labels(spec, num_classes, seeds):
     return torch.tensor([labels[i % len(labels)] for i in range(len(seeds))])
 
 
-def generate(model, diffusion, shape, seeds, labels, batch_size, device,
-             film=None, progress=True, **options):
-    """Seeds (N,) -> images (N, C, H, W) in [-1, 1], on the CPU, `batch_size` at a time. A list given
-    as `film` receives, per step, what the model then believed the N images to be."""
+def read_prompts(prompts):
+    """["a moon", "@file"] -> ["a moon", a prompt for each line of the file ...]."""
+    found = []
+    for prompt in prompts or []:
+        if prompt.startswith("@"):
+            found += [line for line in Path(prompt[1:]).read_text("utf8").splitlines() if line.strip()]
+        else:
+            found.append(prompt)
+    return found
+
+
+def generate(model, diffusion, shape, seeds, cond, batch_size, device,
+             film=None, progress=True, levels=False, **options):
+    """Seeds (N,), cond {"y": labels (N,)}, {"text": .., "text_mask": ..} or {} -> images (N, C, [T,] H, W)
+    in [-1, 1], on the CPU, `batch_size` at a time. A list given as `film` receives, per step, what the
+    model then believed the N images to be. levels: see `side_by_side`."""
     done, beliefs = [], {}
     if film is not None:
         options["on_step"] = lambda i, x, x0: beliefs.setdefault(i, []).append(x0.cpu())
     for i in tqdm(range(0, len(seeds), batch_size), desc="sampling", unit="batch", leave=False,
                   disable=not progress):
         part = slice(i, i + batch_size)
-        cond = {} if labels is None else {"y": labels[part].to(device)}
-        done.append(diffusion.sample(model, shape, seeds[part].to(device), **options, **cond).cpu())
+        draw = diffusion.sample_levels if levels else diffusion.sample
+        drawn = draw(model, shape, seeds[part].to(device), **options,
+                     **{k: v[part].to(device) for k, v in cond.items()})
+        done.append((side_by_side(drawn) if levels else drawn).cpu())
     if film is not None:
         film += [torch.cat(beliefs[i]) for i in sorted(beliefs, reverse=True)]
-    return torch.cat(done)                                               # (N, C, H, W)
+    return torch.cat(done)                                               # (N, C, [T,] H, W)
+
+
+def side_by_side(levels):
+    """Every resolution of an mdm, coarsest first -> one picture (N, C, [T,] H, R W), the coarse ones
+    magnified, a single frame standing still."""
+    size = levels[-1].shape[2:]
+    levels = [x if x.ndim == len(size) + 2 else x[:, :, None] for x in levels]
+    return torch.cat([torch.nn.functional.interpolate(x, size, mode="nearest") for x in levels], dim=-1)
 
 
 def save_image(image, path):
@@ -260,9 +291,13 @@ def save_image(image, path):
     os.replace(part, path)
 
 
-def fid_samples(args, generate_part, num_classes, settings):
-    """N images of random classes as PNGs, by all processes of torchrun, then one .npz by the first.
-    Goes on where an earlier call with the same settings stopped."""
+def save_gif(frames, path, milliseconds):
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def fid_samples(args, generate_part, settings):
+    """N images of random classes, or of the prompts in turn, as PNGs, by all processes of torchrun, then one
+    .npz by the first. Goes on where an earlier call with the same settings stopped."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, N = Path(args.save_images or "fid-samples"), args.num_fid_samples
     about = folder / "settings.json"
@@ -283,8 +318,7 @@ def fid_samples(args, generate_part, num_classes, settings):
     for start in tqdm(range(0, len(todo), args.batch_size), desc="sampling", unit="batch",
                       disable=rank > 0):
         part = torch.tensor(todo[start:start + args.batch_size])
-        seeds = args.seed + part
-        images = to_uint8(generate_part(seeds, choose_labels("random", num_classes, seeds)))
+        images = to_uint8(generate_part(part))
         for i, image in zip(part.tolist(), images):
             save_image(to_pil(image), names[i])
     if world > 1:
@@ -462,6 +496,9 @@ def to_denoise(args, trained):
 def denoise_main(args, model, diffusion, trained, device, out):
     """The tables of Section 5.2 on the screen, every step in a CSV, pictures in `out`."""
     with told_plainly():
+        if not hasattr(diffusion, "q_sample"):
+            raise ValueError(f"{trained['model']} denoises several resolutions at once, and --denoise is of "
+                             f"one: use another model")
         if not re.fullmatch(r"\d+(,\d+)*", args.from_step):
             raise ValueError(f"--from-step {args.from_step!r} not understood: write 150, or 50,150,400")
         starts = [int(T) for T in args.from_step.split(",")]
@@ -513,8 +550,11 @@ def parse(argv):
     what.add_argument("--weights", choices=["ema", "raw"], default="ema",
                       help="the moving average of the weights, or the last ones")
     what.add_argument("--num-samples", type=int, metavar="N",
-                      help="how many images (default: 10 a class, or 16)")
+                      help="how many images (default: 10 a class, 8 a prompt, 2 if they are videos, or 16)")
     what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
+    what.add_argument("--prompt", nargs="+", metavar="TEXT",
+                      help="what to draw, if the model reads text, a row each; @file: one a line (default: "
+                           "some captions of its data)")
     how = p.add_argument_group("how")
     how.add_argument("--cfg-scale", type=float,
                      help="guidance: 1 is off; more is clearer and less varied (default: 2 if the "
@@ -524,8 +564,11 @@ def parse(argv):
     how.add_argument("--steps", help="50: evenly spaced; ddim50; or 10,15,20 (default: 50; every step "
                                      "with --denoise)")
     how.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
-    how.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True,
-                     help="keep predicted pixels in range at every step; not for latents")
+    how.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"], default="hard",
+                     help="how to keep predicted pixels in range at every step: cut off, or thresholds as "
+                          "in Imagen and DeepFloyd, for strong guidance; none: for latents")
+    how.add_argument("--no-clip", dest="clip", action="store_const", const="none", default="hard",
+                     help="as --clip none")
     how.add_argument("--seed", type=int, default=0, help="image i is made from seed + i")
     how.add_argument("--batch-size", type=int, default=100, help="images at a time")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -540,6 +583,8 @@ def parse(argv):
     out.add_argument("--out", help="the grid's file (default: samples.png, or denoise.png; the curves "
                                    "of --denoise go into a .csv beside it)")
     out.add_argument("--gif", action="store_true", help="also a film of the denoising, beside --out")
+    out.add_argument("--levels", action="store_true",
+                     help="show every resolution, coarsest first (mdm)")
     out.add_argument("--save-images", metavar="DIR", help="also every image as DIR/000000.png")
     out.add_argument("--num-fid-samples", type=int, default=0, metavar="N",
                      help="instead of a grid: N images of random classes into --save-images "
@@ -551,6 +596,7 @@ def main(argv=None):
     args = parse(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
     args.out = args.out or ("denoise.png" if args.denoise else "samples.png")
+    args.clip = {"hard": True, "none": False}.get(args.clip, args.clip)
     if not args.denoise:                # there the default is every step
         args.steps = args.steps or "50"
     with told_plainly():
@@ -586,10 +632,22 @@ def main(argv=None):
         if not args.denoise:
             diffusion.respaced(args.steps)              # refuse a bad --steps before any work
         shape, K = tuple(trained["shape"]), trained["num_classes"]
-        can_guide = K and trained["cond_dropout"] > 0
+        text, video = trained.get("text"), len(shape) == 4
+        if args.prompt and not text:
+            raise ValueError("this model reads no text: drop --prompt, or train with --model mdm --cond text")
+        if text and args.class_labels != "all":
+            raise ValueError("this model reads text, not classes: pass --prompt instead of --class-labels")
+        if args.levels and (not hasattr(diffusion, "sample_levels") or args.gif or args.num_fid_samples):
+            raise ValueError("--levels is for pictures of an mdm model: drop it")
+        if video and (args.gif or args.num_fid_samples):
+            raise ValueError("a video's .gif is always written, and there is no FID of videos: drop --gif "
+                             "and --num-fid-samples")
+        encode = data.text_encoder(trained["text_encoder"], device) if text else None
+        prompts = read_prompts(args.prompt) or trained["prompts"] if text else []
+        can_guide = (K or text) and trained["cond_dropout"] > 0
         if not can_guide and args.cfg_scale not in (None, 1):
-            raise ValueError("this model never saw images without their class, so it cannot be "
-                             "guided: drop --cfg-scale" if K else
+            raise ValueError("this model never saw images without their class or caption, so it cannot be "
+                             "guided: drop --cfg-scale" if K or text else
                              "guidance needs classes, and this model has none: drop --cfg-scale")
         if args.cfg_scale is None:
             args.cfg_scale = 2.0 if can_guide else 1.0
@@ -602,35 +660,52 @@ def main(argv=None):
         return denoise_main(args, model, diffusion, trained, device, out)
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip,
                    cfg_scale=args.cfg_scale)
+
+    def condition(spec, numbers):
+        """Of the images with these numbers (N,)."""
+        if encode:
+            return dict(zip(("text", "text_mask"), encode([prompts[i % len(prompts)] for i in numbers])))
+        labels = choose_labels(spec, K, args.seed + numbers)
+        return {} if labels is None else {"y": labels}
+
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "step": trained["step"], "weights": weights,
-                    "seed": args.seed, **options}
-        return fid_samples(args, lambda seeds, labels: generate(
-            model, diffusion, shape, seeds, labels, len(seeds), device, progress=False, **options),
-            K, settings)
+                    "seed": args.seed, **options, **({"prompts": prompts} if text else {})}
+        return fid_samples(args, lambda numbers: generate(
+            model, diffusion, shape, args.seed + numbers, condition("random", numbers), len(numbers), device,
+            progress=False, **options), settings)
 
-    N = args.num_samples or (10 * K if args.class_labels == "all" and 0 < K <= 20 else 16)
-    seeds = args.seed + torch.arange(N)
+    kinds = K if args.class_labels == "all" and 0 < K <= 20 else 0
+    N = args.num_samples or (len(prompts) * (2 if video else 8) or 10 * kinds or 16)
     with told_plainly():
-        labels = choose_labels(args.class_labels, K, seeds)
+        cond = condition(args.class_labels, torch.arange(N))
     film = [] if args.gif else None
-    images = to_uint8(generate(model, diffusion, shape, seeds, labels, args.batch_size, device,
-                               film=film, **options))                          # (N, H, W, C)
+    images = to_uint8(generate(model, diffusion, shape, args.seed + torch.arange(N), cond, args.batch_size,
+                               device, film=film, levels=args.levels, **options))  # (N, [T,] H, W, C)
     rows, names = min(4, N), None
-    if labels is not None and args.class_labels != "random":      # a class a row, its name beside
+    if text:                                                      # a prompt a row
+        rows, names = min(N, len(prompts)), prompts[:N]
+    elif K and args.class_labels != "random":                     # a class a row, its name beside
         rows = min(N, K if args.class_labels == "all" else args.class_labels.count(",") + 1)
-        names = [trained["class_names"][y] for y in labels[:rows].tolist()]
+        names = [trained["class_names"][y] for y in cond["y"][:rows].tolist()]
     save_image(grid_image(images, rows, names), out)
-    print(f"{N} images from {path} -> {args.out}")
+    print(f"{N} {'videos' if video else 'images'} from {path} -> {args.out}")
+    if video:
+        frames = [grid_image(images[:, i], rows, names) for i in range(images.shape[1])]
+        save_gif(frames, gif, 120)
+        print(f"moving -> {gif}")
     if args.gif:
         frames = [grid_image(to_uint8(x0), rows, names) for x0 in film]
-        frames[0].save(gif, save_all=True, append_images=frames[1:] + frames[-1:] * 15, duration=60,
-                       loop=0)
+        save_gif(frames + frames[-1:] * 15, gif, 60)
         print(f"film of the {len(film)} steps -> {gif}")
     if args.save_images:
         for i, image in enumerate(images):
-            save_image(to_pil(image), Path(args.save_images) / f"{i:06d}.png")
-        print(f"{N} PNGs -> {args.save_images}")
+            name = Path(args.save_images) / f"{i:06d}"
+            if video:
+                save_gif([to_pil(frame) for frame in image], name.with_suffix(".gif"), 120)
+            else:
+                save_image(to_pil(image), name.with_suffix(".png"))
+        print(f"{N} {'GIFs' if video else 'PNGs'} -> {args.save_images}")
 
 
 if __name__ == "__main__":

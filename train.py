@@ -14,6 +14,7 @@ import copy
 import csv
 import datetime
 import functools
+import inspect
 import json
 import math
 import os
@@ -42,8 +43,8 @@ BINS = 5                                     # the loss is also logged in this m
 FREE_TO_CHANGE = {                           # between a run and its continuation
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "data_dir",
-    "smoke", "dry_run", "class_names"}
-MUST_MATCH = {"model", "preset", "set", "shape", "num_classes"}    # to begin from a checkpoint at all
+    "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond"}
+MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text"}    # to begin from a checkpoint
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -57,11 +58,19 @@ def parse(argv):
     g.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                    help="change options of the preset: --set skip=add patch=8 (see build)")
     g.add_argument("--data", default="shapes",
-                   help="shapes, mnist, fashion, cifar10, or a folder of images")
+                   help="shapes, moving, mnist, fashion, cifar10, or a folder of images")
     g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
     g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
     g.add_argument("--num-classes", type=int, default=-1,
                    help="-1: as the data has; 0: unconditional")
+    g.add_argument("--cond", choices=["auto", "class", "text"], default="auto",
+                   help="what tells the model what to draw; auto: the class, or the caption of data without "
+                        "classes if the model reads text")
+    g.add_argument("--text-encoder", default="bytes", metavar="NAME",
+                   help="bytes: learned along; or a T5 of Hugging Face, or a folder with one (needs "
+                        "transformers)")
+    g.add_argument("--hold-out", nargs="*", default=[], metavar="WORDS",
+                   help="leave out examples with these words in the caption: --hold-out 'red star' heart")
     g.add_argument("--hflip", action=flag, default=False, help="mirror half of the images")
     g = p.add_argument_group("length")
     g.add_argument("--max-steps", type=int, default=4000, help="optimizer steps")
@@ -79,7 +88,7 @@ def parse(argv):
     g.add_argument("--ema-decay", type=float, default=0.9999,
                    help="of the averaged weights; lower in early steps: (1 + step) / (10 + step)")
     g.add_argument("--cond-dropout", type=float, default=0.1,
-                   help="chance to hide an image's class, so that guidance can ask for none")
+                   help="chance to hide an image's class or caption, so that guidance can ask for none")
     g = p.add_argument_group("system")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -95,6 +104,9 @@ def parse(argv):
     g.add_argument("--resume", default="auto", metavar="auto|none|PATH",
                    help="auto: continue the run if it exists; none: begin anew, the old folder is "
                         "renamed; or a new run that begins from a checkpoint, perhaps with another --lr")
+    g.add_argument("--init-inner", metavar="PATH",
+                   help="progressive training (mdm): the checkpoint of a run at the next smaller size, with "
+                        "which the inner network begins")
     g.add_argument("--log-every", type=int, default=50,
                    help="steps between lines of log.csv; each checkpoint adds one too")
     g.add_argument("--sample-every", type=int, default=500,
@@ -153,21 +165,49 @@ def update_ema(ema, model, step, decay):
         average.copy_(now)
 
 
-def make_batch(batch, step_seeds, diffusion, args, num_classes, device):
+def make_batch(batch, step_seeds, diffusion, args, num_classes, encode, device):
     """One micro-batch on its device with its random draws, each a function of (seed, step, slot):
-    x0 (B, C, H, W) in [-1, 1], t (B,), noise (B, C, H, W), cond."""
+    x0 (B, C, [T,] H, W) in [-1, 1], t (B,), noise (B, ..), cond."""
     seeds = step_seeds.to(device, non_blocking=True)                                       # (B,)
     x0 = batch["x"].to(device, non_blocking=True).float() / 127.5 - 1
     if args.hflip:
         flip = uniform(fold(seeds, 2)) < 0.5
         x0 = torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
     t = (uniform(fold(seeds, 0)) * diffusion.T).long()
-    noise = normal(fold(seeds, 1), x0.shape[1:])
-    cond = {}
+    noise = normal(fold(seeds, 1), diffusion.noise_shape(x0.shape[1:]))
+    hide = uniform(fold(seeds, 3)) < args.cond_dropout
     if num_classes:
-        hide = uniform(fold(seeds, 3)) < args.cond_dropout
-        cond["y"] = torch.where(hide, -1, batch["y"].to(device, non_blocking=True))
-    return x0, t, noise, cond
+        return x0, t, noise, {"y": torch.where(hide, -1, batch["y"].to(device, non_blocking=True))}
+    if not encode:
+        return x0, t, noise, {}
+    text, mask = (batch["text"], batch["text_mask"]) if "text" in batch else encode(batch["caption"])
+    text, mask = text.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    text = text if text.dtype == torch.long else text.float()           # bytes; stored embeddings are float16
+    return x0, t, noise, {"text": text, "text_mask": mask & ~hide[:, None]}               # (B, L, ..), (B, L)
+
+
+def choose_text(args, dataset, K, paper, device):
+    """What turns captions into tensors, or None if the class, or nothing, is the condition."""
+    reads = "text" in inspect.signature(paper.build).parameters
+    if args.cond == "class" and not dataset.num_classes or args.cond == "text" and not dataset.has_captions:
+        raise ValueError(f"{args.data} has no {'captions' if args.cond == 'text' else 'classes'}: "
+                         f"drop --cond {args.cond}")
+    if args.cond == "text" and not reads:
+        raise ValueError(f"{args.model} reads no text: pass --model mdm, or drop --cond text")
+    if args.cond != "auto" and args.num_classes >= 0:
+        raise ValueError(f"--cond {args.cond} and --num-classes {args.num_classes} do not go together: drop one")
+    auto = reads and dataset.has_captions and not dataset.num_classes and args.num_classes < 0
+    if args.cond == "text" or args.cond == "auto" and auto:
+        return dataset.texts or data.text_encoder(args.text_encoder, device)
+    if args.text_encoder != "bytes":
+        raise ValueError("--text-encoder is for captions: add --cond text, or drop it")
+    return None
+
+
+def some_captions(dataset, seed, n=8):
+    """The first n different captions in a random order, for the grids of samples."""
+    order = data.permutation(seed, 0, len(dataset))[:1000]
+    return list(dict.fromkeys(dataset.captions[i] for i in order if dataset.captions[i]))[:n] or [""]
 
 
 def save(checkpoint, folder, keep):
@@ -275,22 +315,28 @@ def main(argv=None):
     # Data: `share` slices of each global batch, this process takes grad_accum of them.
     with told_plainly():
         size = data.parse_size(args.image_size) if args.image_size else None
-        dataset = data.load(args.data, args.data_dir, size)
+        dataset = data.load(args.data, args.data_dir, size, text_encoder=args.text_encoder)
+        if args.hold_out:
+            dataset = data.hold_out(dataset, args.hold_out)
         K = dataset.num_classes if args.num_classes < 0 else args.num_classes
         if K not in (0, dataset.num_classes):
             fail(f"--num-classes {K}, but {args.data} has {dataset.num_classes}: drop the flag")
+        paper = sample.load_paper(args.model)
+        encode = choose_text(args, dataset, K, paper, device)
+    K = 0 if encode else K
     args.shape, args.num_classes, args.num_examples = list(dataset.shape), K, len(dataset)
     args.class_names = list(dataset.class_names) if K else []
+    args.text = encode.dim if encode else 0
+    args.prompts = some_captions(dataset, args.seed) if encode else []
+    about_text = {"text": args.text} if encode else {}
     micro = args.global_batch_size // share
 
     # Model. Built from the same seed everywhere, so that all processes start alike.
     torch.manual_seed(args.seed)
-    with told_plainly():
-        paper = sample.load_paper(args.model)
     # in a file of your own a ValueError is more likely a bug than a wrong flag: show it whole
     with nullcontext() if args.model.endswith(".py") else told_plainly():
         with torch.device("meta") if args.dry_run else nullcontext():
-            model, diffusion = paper.build(args.preset, dataset.shape, K, **args.set)
+            model, diffusion = paper.build(args.preset, dataset.shape, K, **about_text, **args.set)
     parameters = sum(p.numel() for p in model.parameters())
     macs = f"{model.macs() / 1e6:,.1f}M" if hasattr(model, "macs") else "unknown"
     folder = Path(args.results_dir) / (args.name or re.sub(
@@ -298,7 +344,7 @@ def main(argv=None):
     say(f"device      {device} ({'--device' if args.device != 'auto' else 'the best found'}), "
         f"{world} process{'es' if world > 1 else ''}, {'bf16 autocast' if bf16 else 'float32'}\n"
         f"data        {args.data}: {len(dataset):,} images of {'x'.join(map(str, dataset.shape))}, "
-        f"{f'{K} classes' if K else 'no classes'}\n"
+        f"{f'{K} classes' if K else f'captions ({args.text_encoder})' if encode else 'no classes'}\n"
         f"model       {args.model} {args.preset}: {parameters:,} parameters, {macs} multiply-adds "
         f"per image and forward pass\n"
         f"training    {args.max_steps:,} steps of {args.global_batch_size} images "
@@ -324,6 +370,8 @@ def main(argv=None):
         if latest.exists() and (args.resume != "none" or restarted):
             origin, keys = latest, vars(args).keys() - FREE_TO_CHANGE
         elif args.resume not in ("auto", "none"):
+            if args.init_inner:
+                raise ValueError("--resume PATH and --init-inner both begin from weights: drop one")
             origin, keys = Path(args.resume), MUST_MATCH
             origin = origin / "latest.pt" if origin.is_dir() else origin
         if origin:
@@ -343,6 +391,17 @@ def main(argv=None):
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"cannot write into {folder}: pass another --results-dir")
+
+        if args.init_inner and not checkpoint:
+            path = Path(args.init_inner)
+            state = sample.read_checkpoint(path / "latest.pt" if path.is_dir() else path)
+            if not hasattr(model, "load_inner"):
+                raise ValueError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
+            changed = differences(args, state["args"], {"model", "text", "text_encoder"})
+            if changed:
+                raise ValueError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
+            model.load_inner(state["ema"])
+            say(f"begun       from the network of {args.init_inner}, step {state['step']}")
 
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
@@ -394,14 +453,16 @@ def main(argv=None):
     def draw(step):
         """A small grid from the same noise every time, of the averaged weights. Rank 0 only: it calls
         no collective, the others wait for it at the next step."""
-        rows = min(K, 10) or 4
-        seeds = torch.arange(4 * rows)
-        labels = torch.arange(rows).repeat(4) if K else None
-        images = sample.generate(ema, diffusion, tuple(dataset.shape), seeds, labels, 4 * rows,
-                                 device, progress=False, steps="25",
-                                 cfg_scale=2.0 if K and args.cond_dropout else 1.0)
+        rows = min(K, 10) or len(args.prompts) or 4
+        columns = 4 if len(dataset.shape) == 3 else 1               # a video is a row by itself
+        cond = {"y": torch.arange(rows).repeat(columns)} if K else {}
+        if encode:
+            cond = dict(zip(("text", "text_mask"), encode(args.prompts * columns)))
+        images = sample.generate(ema, diffusion, tuple(dataset.shape), torch.arange(columns * rows), cond,
+                                 columns * rows, device, progress=False, steps="25",
+                                 cfg_scale=2.0 if cond and args.cond_dropout else 1.0)
         path = folder / "samples" / f"step_{step:07d}.png"
-        sample.grid_image(sample.to_uint8(images), rows, args.class_names[:rows] or None).save(path)
+        sample.grid_image(sample.to_uint8(images), rows, args.class_names[:rows] or args.prompts).save(path)
         return path
 
     # Ctrl-C or a preempting SIGTERM: finish the step, save, leave. A second Ctrl-C kills; a second
@@ -452,7 +513,7 @@ def main(argv=None):
         for a in range(args.grad_accum):
             part = slice(a * micro, (a + 1) * micro)
             x0, t, noise, cond = make_batch({k: v[part] for k, v in batch.items()}, seeds[part],
-                                            diffusion, args, K, device)
+                                            diffusion, args, K, encode, device)
             # gradients SUM over micro-batches, and we want the mean: hence the division. Processes
             # need to exchange them only once, after the last.
             last = a == args.grad_accum - 1

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import DataError, batch_order, draw_shapes, load, parse_size
+from data import DataError, batch_order, draw_shapes, hold_out, load, parse_size
 
 RNG = np.random.default_rng(0)
 
@@ -146,6 +146,129 @@ def test_draw_shapes_moves_a_shape_with_its_centre():
     assert not np.array_equal(x[0], x[1])
 
 
+# --- moving ---
+
+def test_a_clip_depends_on_its_index_alone():
+    dataset = load("moving")
+    assert dataset.shape == (3, 8, 32, 32) and dataset.class_names == list(data.SHAPES)
+    together = dataset[[70, 3, 65535, 3]]
+    assert together["x"].shape == (4, 3, 8, 32, 32) and together["x"].dtype == torch.uint8
+    for row, i in enumerate([70, 3, 65535, 3]):
+        alone = load("moving")[[i]]
+        assert torch.equal(together["x"][row], alone["x"][0])
+        assert together["caption"][row] == alone["caption"][0]
+        assert dataset.class_names[together["y"][row]] == alone["caption"][0].split()[3]
+
+
+def test_clips_are_balanced_and_the_test_split_is_another():
+    train, test = load("moving"), load("moving", split="test")
+    assert (len(train), len(test), train.num_classes) == (65536, 4096, 8)
+    assert len(set(train.captions)) == 8 * 6 * 2 * 4 == len(set(test.captions))
+    counts = [train.captions.count(c) for c in set(train.captions)]
+    assert max(counts) - min(counts) <= 1
+    x = test[[0]]["x"]
+    same = train[[i for i, c in enumerate(train.captions) if c == test.captions[0]]]["x"]
+    assert len(same) > 150 and not (same == x).flatten(1).all(1).any()
+    assert len(same.flatten(1).unique(dim=0)) == len(same)          # each starts somewhere else
+
+
+@pytest.mark.parametrize("size, H, W", [(None, 32, 32), ("24x40", 24, 40), ("64x32", 64, 32), (12, 12, 12)])
+def test_clips_show_what_captions_say(size, H, W):
+    """Direction, distance, speed, colour; and never cut off."""
+    dataset = load("moving", image_size=size)
+    batch = dataset[RNG.integers(0, 65536, 200)]
+    T = batch["x"].shape[2]
+    area = {}
+    for x, caption in zip(batch["x"], batch["caption"]):
+        a, size, colour, shape, moving, direction = caption.split()
+        assert (a, moving) == ("a", "moving")
+        mask = ink(x.swapaxes(0, 1), np.array([data.COLOURS[colour]] * T))          # (T, H, W)
+        total = mask.sum((1, 2))
+        centre = np.stack([(mask.sum(2) * (np.arange(H) + 0.5)).sum(1),
+                           (mask.sum(1) * (np.arange(W) + 0.5)).sum(1)], 1) / total[:, None]    # (T, 2)
+        steps = np.diff(centre, axis=0)                                             # (T - 1, 2)
+        down, right = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}[direction]
+        expected = np.array([down * H, right * W]) * 0.4 / (T - 1)
+        np.testing.assert_allclose(steps, np.tile(expected, (T - 1, 1)), atol=0.2 if min(H, W) > 12 else 0.35)
+        area.setdefault((shape, size), []).extend(total)
+    if min(H, W) >= 24:
+        for values in area.values():                        # the same in every clip and frame: whole
+            assert max(values) < 1.12 * min(values)
+        ratio = np.mean(area["circle", "big"]) / np.mean(area["circle", "small"])
+        assert abs(ratio - (0.25 / 0.17) ** 2) < 0.1
+
+
+# --- subsets ---
+
+@pytest.mark.parametrize("keep", [[5, 1, 4], np.array([0, 1, 0, 0, 1, 1], bool), range(3)])
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_a_subset_keeps_images_labels_and_captions_together(tmp_path, monkeypatch, keep, in_memory):
+    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    for i in range(6):
+        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", (40 * i, 0, 0))
+    names = sorted(f"{'ab'[i % 2]}/{i}.png" for i in range(6))
+    (tmp_path / "images" / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{n},picture {n}\n" for n in names))
+    write_digits(tmp_path)
+    for whole_set in (load(str(tmp_path / "images")), load("mnist", tmp_path, 20),
+                      load("shapes").subset(range(6))):
+        part = pickle.loads(pickle.dumps(whole_set.subset(keep)))
+        indices = np.arange(6)[keep]
+        assert len(part) == 3 and part.class_names == whole_set.class_names
+        for got, expected in ((whole(part), whole_set[indices]), (part[[2, 0]], whole_set[indices[[2, 0]]])):
+            assert set(got) == set(expected) and torch.equal(got["x"], expected["x"])
+            assert torch.equal(got["y"], expected["y"])
+            assert got.get("caption") == expected.get("caption")
+        assert torch.equal(part.subset([1])[[0]]["x"], whole_set[indices[[1]]]["x"])
+        with pytest.raises(IndexError):
+            part[[3]]
+        with pytest.raises(IndexError):
+            whole_set.subset([6])
+
+
+def test_hold_out():
+    dataset = load("shapes")
+    rest = hold_out(dataset, ["red star", "Big  BLUE ring"])
+    gone = [c for c in dataset.captions if c.endswith("red star") or c == "a big blue ring"]
+    assert len(rest) == 65536 - len(gone) < 65536 and len(set(rest.captions)) == 96 - 3
+    assert not set(gone) & set(rest.captions) and "a red ring" not in rest.captions
+    batch = rest[range(2000)]
+    assert [rest.class_names[y] for y in batch["y"]] == [c.split()[-1] for c in batch["caption"]]
+    place = {i for i, c in enumerate(dataset.captions) if c not in gone}
+    assert torch.equal(batch["x"], dataset[sorted(place)[:2000]]["x"])
+
+
+def captioned(*captions):
+    return data.Dataset("mine", (1, 8, 8), np.zeros((len(captions), 1, 8, 8), np.uint8), len(captions),
+                        captions=list(captions))
+
+
+def test_hold_out_goes_by_whole_words():
+    dataset = captioned("a dark-red starfish", "dark-red star", "a red starfish", "A Red\tstar, small",
+                        "red star-like", "infrared star", "red star", "a (red star)", "star red", "c++ code")
+    assert hold_out(dataset, ["red star"]).captions == [dataset.captions[i] for i in (0, 1, 2, 4, 5, 8, 9)]
+    assert hold_out(dataset, ["c++"]).captions == dataset.captions[:-1]             # no regular expression
+
+
+@pytest.mark.parametrize("captions, phrases, needed", [
+    (["a cat", "a dog"], ["a cat", "a bird"], ["'a bird'", "'a cat'"]),
+    (["a cat", "a dog"], [""], ["''", "'a cat'"]),
+    (["a cat", "a dog"], ["ca"], ["'ca'"]),
+    (["a cat", "a dog"], ["c.t"], ["'c.t'"]),
+    (["a cat", "a dog"], ["a"], ["nothing", "hold out less"]),
+    (["a cat", "a dog"], ["cat", "dog"], ["nothing", "cat and dog"])])
+def test_hold_out_says_what_is_wrong(captions, phrases, needed):
+    with pytest.raises(DataError) as e:
+        hold_out(captioned(*captions), phrases)
+    assert all(word in str(e.value) for word in needed), e.value
+
+
+def test_hold_out_needs_captions(tmp_path):
+    write_digits(tmp_path)
+    with pytest.raises(DataError, match="mnist has no captions.*metadata.csv"):
+        hold_out(load("mnist", tmp_path), ["red star"])
+
+
 # --- batch order ---
 
 @pytest.mark.parametrize("n, batch", [(10, 4), (10, 10), (3, 16), (1, 2), (64, 8)])
@@ -190,7 +313,8 @@ def test_datasets_survive_pickling(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     write_image(tmp_path / "images" / "a" / "1.png")
     write_digits(tmp_path)
-    for dataset in (load("shapes"), load(str(tmp_path / "images")), load("mnist", tmp_path, 32)):
+    for dataset in (load("shapes"), load("moving"), load(str(tmp_path / "images")),
+                    load("mnist", tmp_path, 32)):
         assert callable(dataset.images)
         copy = pickle.loads(pickle.dumps(dataset))
         assert torch.equal(copy[[0]]["x"], dataset[[0]]["x"])
@@ -201,7 +325,8 @@ def test_indices_out_of_range_are_refused(tmp_path, monkeypatch, in_memory):
     monkeypatch.setattr(data, "IN_MEMORY", in_memory)
     write_image(tmp_path / "images" / "a.png")
     write_digits(tmp_path)
-    for dataset in (load("shapes"), load(str(tmp_path / "images")), load("mnist", tmp_path, 20)):
+    for dataset in (load("shapes"), load("moving"), load(str(tmp_path / "images")),
+                    load("mnist", tmp_path, 20)):
         with pytest.raises(IndexError):
             dataset[[len(dataset)]]
 
@@ -444,6 +569,7 @@ def archive(folder, files):
 # given; what the message must contain, the fix among it.
 ERRORS = {
     "typo": (None, dict(name="minst"), ["mnist", "shapes", "path to a folder"]),
+    "typo of moving": (None, dict(name="movng"), ["did you mean moving", "path to a folder"]),
     "unknown": (None, dict(name="imagenet"), ["imagenet", "cifar10", "path to a folder"]),
     "no folder": (None, dict(name="./nowhere/at/all"), ["./nowhere/at/all", "path to a folder"]),
     "split": (None, dict(name="shapes", split="val"), ["train or test"]),

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from diffusion import (Diffusion, cosine_alpha_bar, discretized_log_likelihood, fold, guided,
+from diffusion import (Diffusion, bounded, cosine_alpha_bar, discretized_log_likelihood, fold, guided,
                        linear_alpha_bar, normal, shift_snr, spaced_timesteps, uniform)
 
 LINEAR = Diffusion(linear_alpha_bar(1000), "eps", "learned")
@@ -78,6 +78,20 @@ def test_respacing_maps():
     assert spaced_timesteps(1000, 1) == [999]
     for spec, beta in (("250", 0.0775), ("ddim50", 0.3246), ("50", 0.3298)):
         assert LINEAR.respaced(spec).tables["beta"][-1].item() == pytest.approx(beta, abs=5e-5)
+
+
+def test_dynamic_thresholding_scales_what_most_values_lie_within_to_one():
+    x = torch.stack([torch.linspace(-3, 3, 1001), torch.linspace(-0.5, 0.5, 1001), torch.full((1001,), 900.)])
+    cut = bounded(x, True)
+    assert cut.abs().max() == 1 and torch.equal(cut[1], x[1])
+    imagen = bounded(x, "imagen")
+    torch.testing.assert_close(imagen[0], (x[0] / (3 * 0.995)).clamp(-1, 1), rtol=0.002, atol=0)
+    assert torch.equal(imagen[1], x[1])                     # never magnified
+    torch.testing.assert_close(imagen[2], torch.ones(1001))
+    torch.testing.assert_close(bounded(x, "deepfloyd")[0], (x[0] / 1.5).clamp(-1, 1))
+    d = Diffusion(cosine_alpha_bar(1000), "v")
+    x0, eps = d.predict_x0_eps(torch.zeros(3, 1, 1001), x[:, None], torch.tensor([500] * 3), "imagen")
+    torch.testing.assert_close(d.q_sample(x0, torch.tensor([500] * 3), eps), x[:, None])
 
 
 def test_respaced_keeps_alpha_bar_and_shows_the_original_t():

@@ -19,6 +19,7 @@ import train
 
 SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
+MDM = ["--model", "mdm", "--set", "channels=(4,4)", "words=8", "embedding=8", "heads=2", *SMALL[:2], *SMALL[-8:]]
 TRAIN, SAMPLE = train.main, sample.main
 
 
@@ -52,6 +53,9 @@ def world(tmp_path_factory):
     changed("always.pt", args={**checkpoint["args"], "cond_dropout": 0.0})
     train.main([*SMALL, "--results-dir", "other", "--name", "small", "--image-size", "8"])
     os.replace("other/small/latest.pt", "small.pt")
+    for name, flags in (("words", []), ("clips", ["--preset", "tiny-video", "--data", "moving"]),
+                        ("deaf", ["--cond-dropout", "0"])):
+        train.main([*MDM, "--cond", "text", "--results-dir", "other", "--name", name, *flags])
     torch.save({"weights": torch.ones(2)}, "alien.pt")
     torch.save({"version": 1, "model": Code(), "ema": {}, "args": {}}, "code.pt")
     Path("plain.pt").write_bytes(pickle.dumps(Code()))
@@ -166,6 +170,32 @@ WRONG = [
     (SAMPLE, ["--ckpt", "version.pt"], "version 99"),
     (SAMPLE, ["--ckpt", "misfit.pt"], "do not fit"),
     (SAMPLE, ["--ckpt", "stranger.pt"], "no model 'gone'"),
+    # text, sizes inside one another, videos
+    (TRAIN, new("--cond", "text"), "pass --model mdm"),
+    (TRAIN, new("--text-encoder", "t5"), "add --cond text"),
+    (TRAIN, new("--data", "mixed", "--cond", "text"), "no captions: drop --cond"),
+    (TRAIN, new("--cond", "class", "--num-classes", "0"), "drop one"),
+    (TRAIN, [*MDM, "--cond", "text", "--num-classes", "8"], "drop one"),
+    (TRAIN, [*MDM, "--init-inner", "small.pt", "--resume", "small.pt"], "drop one"),
+    (TRAIN, [*MDM, "--image-size", "32", "--init-inner", "other/words"], "trained differently: --text"),
+    (TRAIN, new("--hold-out", "green dragon"), "no caption of shapes contains"),
+    (TRAIN, new("--init-inner", "small.pt"), "drop --init-inner, or pass --model mdm"),
+    (TRAIN, new("--data", "moving"), "pass --model mdm --preset tiny-video"),
+    (TRAIN, [*MDM, "--data", "moving", "--results-dir", "new"], "tiny-video"),
+    (TRAIN, [*MDM, "--results-dir", "new", "--init-inner", "gone.pt"], "no checkpoint at gone.pt"),
+    (TRAIN, [*MDM, "--results-dir", "new", "--image-size", "32", "--init-inner", "results/run"], "was dis"),
+    (TRAIN, [*MDM, "--results-dir", "new", "--image-size", "30x33"], "try 30x32"),
+    (TRAIN, [*MDM, "--results-dir", "new", "--set", "mixed=1"], "list of 1 numbers"),
+    (TRAIN, [*MDM, "--results-dir", "other", "--name", "words"], "--text 0 .was bytes"),
+    (SAMPLE, [*CKPT, "--prompt", "a moon"], "drop --prompt"),
+    (SAMPLE, [*CKPT, "--levels"], "mdm model: drop it"),
+    (SAMPLE, [*CKPT, "--clip", "soft"], "imagen"),
+    (SAMPLE, ["--ckpt", "other/words", "--class-labels", "1"], "pass --prompt"),
+    (SAMPLE, ["--ckpt", "other/words", "--prompt", "@gone.txt"], "gone.txt"),
+    (SAMPLE, ["--ckpt", "other/words", *FROM_5, "test"], "use another model"),
+    (SAMPLE, ["--ckpt", "other/deaf", "--cfg-scale", "2"], "drop --cfg-scale"),
+    (SAMPLE, ["--ckpt", "other/clips", "--gif"], "drop --gif"),
+    (SAMPLE, ["--ckpt", "other/clips", "--num-fid-samples", "2"], "drop --gif"),
     # sampling
     (SAMPLE, [*CKPT, "--class-labels", "8"], "0 to 7"),
     (SAMPLE, [*CKPT, "--class-labels", "-1"], "--help|0 to 7"),

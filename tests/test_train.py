@@ -157,8 +157,8 @@ def test_two_processes_and_accumulation_equal_one(tmp_path):
 def test_same_seed_same_image_at_any_batch_size(tmp_path):
     run(tmp_path, "--max-steps", 30, "--lr", "1e-2")
     model, diffusion, args = sample.load_run(tmp_path / "run" / "latest.pt")
-    seeds, labels = 5 + torch.arange(8), torch.arange(8)
-    images = [sample.generate(model, diffusion, tuple(args["shape"]), seeds, labels, size, "cpu",
+    seeds, cond = 5 + torch.arange(8), {"y": torch.arange(8)}
+    images = [sample.generate(model, diffusion, tuple(args["shape"]), seeds, cond, size, "cpu",
                               progress=False, steps="5", cfg_scale=2.0) for size in (1, 3, 8)]
     assert images[0].std() > 0.05
     for other in images[1:]:

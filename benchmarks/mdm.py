@@ -1,0 +1,155 @@
+"""Which loss, and which order of training, for the same multiply-adds? Figures 4 and 8 of MDM, at toy size.
+
+    python benchmarks/mdm.py                            three ways x three seeds; what is done is not done again
+    python benchmarks/mdm.py --seeds 1 --steps 600      one seed, twice the training
+
+Text to image on the drawn shapes at {16, 32, 64}. All three ways train the same network, mdm tiny:
+    finest         the loss of 64 px alone (the paper's "simple DM")
+    all            the losses of all three resolutions
+    progressive    a third of the multiply-adds at {16}, a third at {16, 32}, a third at {16, 32, 64}
+A small classifier, trained here on real shapes, tells whether a picture shows the shape and the colour that
+its caption asks for; the Frechet distance is between its features of samples and of real pictures.
+"""
+import argparse
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import sample
+import train
+
+SIZES = 16, 32, 64
+
+
+class Judge(nn.Module):
+    """(B, 3, 64, 64) -> features (B, 64), logits of 8 shapes (B, 8) and of 6 colours (B, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        layers, C = [], 3
+        for C_out in (16, 32, 64):
+            layers += [nn.Conv2d(C, C_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            C = C_out
+        self.features = nn.Sequential(nn.AvgPool2d(2), *layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
+        self.shape, self.colour = nn.Linear(64, len(data.SHAPES)), nn.Linear(64, len(data.COLOURS))
+
+    def forward(self, x):
+        f = self.features(x)
+        return f, self.shape(f), self.colour(f)
+
+
+def truth(captions):
+    """"a big blue star" -> numbers of shape and colour, each (B,)."""
+    words = [caption.split() for caption in captions]
+    return (torch.tensor([list(data.SHAPES).index(w[3]) for w in words]),
+            torch.tensor([list(data.COLOURS).index(w[2]) for w in words]))
+
+
+def trained_judge(path, shapes):
+    torch.manual_seed(0)
+    judge = Judge()
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        return judge.eval()
+    optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
+    for indices in data.batch_order(len(shapes), 0, 64, 0, 1500, 0, 64):
+        batch = shapes[indices]
+        shape, colour = truth(batch["caption"])
+        x = batch["x"] / 127.5 - 1
+        _, a, b = judge(x + 0.1 * torch.randn_like(x))          # so that faint noise does not decide
+        loss = F.cross_entropy(a, shape) + F.cross_entropy(b, colour)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(judge.state_dict(), path)
+    return judge.eval()
+
+
+def frechet(a, b):
+    """Distance between two sets of features (N, d), taken as normal distributions."""
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root).item()
+
+
+@torch.no_grad()
+def scores(judge, x, captions, real):
+    f, a, b = judge(x)
+    shape, colour = truth(captions)
+    right = (a.argmax(1) == shape) & (b.argmax(1) == colour)
+    return right.float().mean().item(), frechet(f, real)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--steps", type=int, default=300, help="at {16, 32, 64}; others have the same multiply-adds")
+    p.add_argument("--results-dir", default="results/ablation-mdm")
+    args = p.parse_args()
+    folder = Path(args.results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    judge = trained_judge(folder / "judge.pt", data.load("shapes", image_size=64))
+    test = data.load("shapes", image_size=64, split="test")
+    images = test[range(2048)]
+    x, captions = images["x"] / 127.5 - 1, images["caption"]
+    real = torch.cat([judge(part)[0].detach() for part in x.split(256)])
+    own, floor = scores(judge, x[:192], captions[:192], real)
+    print(f"the judge recognises {own:.1%} of real test pictures; distance between 192 and 2048 real ones {floor:.3g}")
+
+    mdm = sample.load_paper("mdm")
+    cost = {s: mdm.build("tiny", (3, s, s), text="bytes")[0].macs() for s in SIZES}
+    budget = args.steps * cost[64]
+    plans = {"finest": [(64, args.steps, ["--set", "weights=finest"])], "all": [(64, args.steps, [])],
+             "progressive": [(s, round(budget / 3 / cost[s]), []) for s in SIZES]}
+    table = folder / f"scores-{args.steps}.csv"
+    done = {}
+    if table.exists():
+        with open(table, newline="") as f:
+            done = {(row[0], int(row[1])): [float(v) for v in row[2:]] for row in csv.reader(f)}
+    for seed in args.seeds:
+        for way, stages in plans.items():
+            if (way, seed) in done:
+                continue
+            began, previous = time.perf_counter(), None
+            for size, steps, flags in stages:
+                name = f"{way}-{args.steps}-{seed}-{size}"
+                train.main(["--model", "mdm", "--data", "shapes", "--cond", "text", "--image-size", str(size),
+                            "--max-steps", str(steps), "--seed", str(seed), "--sample-every", "0", "--warmup-steps",
+                            "50", "--results-dir", str(folder), "--name", name, *flags,
+                            *(["--init-inner", str(folder / previous)] if previous else [])])
+                previous = name
+            minutes = (time.perf_counter() - began) / 60
+            model, diffusion, _ = sample.load_run(folder / previous / "latest.pt")
+            text, mask = data.text_encoder("bytes")(captions[:192])             # every caption twice
+            row = []
+            for guidance in (1.0, 2.0):
+                drawn = sample.generate(model, diffusion, (3, 64, 64), torch.arange(192),
+                                        {"text": text, "text_mask": mask}, 64, "cpu", progress=False,
+                                        steps="50", cfg_scale=guidance)
+                row += scores(judge, drawn, captions[:192], real)
+            done[way, seed] = [*row, minutes]
+            with open(table, "a", newline="") as f:
+                csv.writer(f).writerow([way, seed, *(f"{v:.5g}" for v in done[way, seed])])
+
+    print(f"\n{args.steps} steps of 32 at {{16, 32, 64}}, or as many multiply-adds; 192 samples, 50 DDIM steps; median "
+          f"(lowest to highest) of the seeds\n"
+          f"way            right, no guidance    Frechet distance      right, guidance 2     Frechet distance")
+    for way in plans:
+        columns = list(zip(*(v for (w, _), v in sorted(done.items()) if w == way)))
+        cells = [(100, "%"), (1, ""), (100, "%"), (1, "")]
+        print(f"{way:14s}", *(
+            f"{statistics.median(c) * m:6.1f}{u} ({min(c) * m:.1f} to {max(c) * m:.1f})".ljust(22)
+            for c, (m, u) in zip(columns, cells)), f"{statistics.median(columns[4]):.1f} min" if columns else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,571 @@
+"""mdm.py: counts, schedules, the loss's weights, nesting bit for bit, mixed batches, text, video, growing."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from diffusion import fold, normal, shift_snr, cosine_alpha_bar, uniform
+
+mdm = sample.load_paper("mdm")
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(side=8, channels=(8, 16), blocks=(1, 1), attention=(0, 1), words=16, layers=1, embedding=32, heads=2,
+             outer=(dict(channels=(8, 8), blocks=(1, 1)), dict(channels=(4, 8), blocks=(1, 1))),
+             temporal=dict(channels=(8, 8, 8), blocks=(1, 1, 1)))
+
+
+def small(shape=(3, 16, 16), num_classes=0, text=0, awake=True, **options):
+    torch.manual_seed(0)
+    model, diffusion = mdm.build("tiny", shape, num_classes, text, **(SMALL | options))
+    if awake:                       # away from zero, where the adapters and heads start
+        wake(model)
+    return model, diffusion
+
+
+@torch.no_grad()
+def wake(model):
+    for p in model.parameters():
+        if not p.any():
+            p.normal_(0, 0.1)
+
+
+def inputs(model, B=2, seed=0):
+    """z, t."""
+    seeds = fold(seed, torch.arange(B))
+    return ([normal(fold(seeds, r), s) for r, s in enumerate(model.shapes())],
+            torch.tensor([3, 700, 400, 999, 0, 50])[:B])
+
+
+def words(B=2, L=5, dim=12, seed=0):
+    text = normal(fold(seed, torch.arange(B)), (L, dim))
+    mask = torch.arange(L) < torch.tensor([[3], [5], [1], [4], [2], [5]])[:B]
+    return dict(text=text, text_mask=mask)
+
+
+def batch(diffusion, B, seed=0):
+    """x0, t, noise, as train.py makes them."""
+    seeds = fold(seed, torch.arange(B))
+    return (normal(fold(seeds, 5), diffusion.shapes[-1]).clamp(-1, 1), (uniform(seeds) * 1000).long(),
+            normal(fold(seeds, 1), diffusion.noise_shape(diffusion.shapes[-1])))
+
+
+# --- sizes ---
+
+COUNTS = [("cc12m-64", (3, 64, 64), 461_359_107, 182), ("cc12m-256", (3, 256, 256), 476_613_958, 294.5),
+          ("cc12m-1024", (3, 1024, 1024), 480_970_057, 509.3), ("paper-256", (3, 64, 64), 435_891_203, None),
+          ("paper-256", (3, 256, 256), 449_833_286, None), ("paper-128-256", (3, 256, 256), 453_483_977, None),
+          ("paper-1024", (3, 1024, 1024), 452_876_617, None)]
+
+
+@pytest.mark.parametrize("preset, shape, parameters, gmacs", COUNTS, ids=lambda v: str(v))
+def test_parameters_are_the_released_models_to_the_digit(preset, shape, parameters, gmacs):
+    with torch.device("meta"):
+        model, _ = mdm.build(preset, shape, text=2048)
+    null = model.core.condition.null.numel()                # ours alone
+    assert sum(p.numel() for p in model.parameters()) - null == parameters
+    assert gmacs is None or model.macs() / 1e9 == pytest.approx(gmacs, rel=1e-3)
+
+
+def test_the_core_has_31_layers_of_attention_and_outer_levels_none():
+    with torch.device("meta"):
+        model, _ = mdm.build("cc12m-256", (3, 256, 256), text=2048)
+    kinds = [sum(isinstance(m, mdm.Attention) for m in part.modules()) for part in (model, model.core)]
+    assert kinds == [31, 31]
+    assert len(model.core.middle) == 2 and model.middle is None
+
+
+def test_micro_conditioning_costs_what_it_costs_and_reads_the_size():
+    with torch.device("meta"):
+        with_size = mdm.build("paper-256", (3, 64, 64), text=2048, micro=True)[0]
+    assert sum(p.numel() for p in with_size.parameters()) - 1024 == 437_203_971
+    model, _ = small(micro=True)
+    z, t = inputs(model)
+    sizes = [model(z, t, size=s)[-1] for s in (None, torch.tensor([16, 99]), torch.tensor([16, 4]))]
+    assert torch.equal(sizes[0], sizes[1])                  # larger originals count as large enough
+    assert torch.equal(sizes[0][0], sizes[2][0]) and not torch.allclose(sizes[0][1], sizes[2][1])
+
+
+@pytest.mark.parametrize("shape, kind", [((3, 32, 32), dict(text=12)), ((1, 16, 16), dict(num_classes=3)),
+                                         ((3, 4, 16, 16), dict(text="bytes")), ((3, 16, 24), {})], ids=str)
+def test_multiply_adds_agree_with_a_real_forward_pass(shape, kind):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model, _ = small(shape, **kind)
+    z, t = inputs(model, 1)
+    cond = {12: words(1, 32), 0: {}, "bytes": dict(text=torch.ones(1, 16, 12, dtype=torch.long),
+                                                  text_mask=torch.ones(1, 16, dtype=torch.bool))}[kind.get("text", 0)]
+    # the fused attention of a CPU is not counted
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(z, t, **cond)
+    assert counter.get_total_flops() == 2 * model.macs()
+
+
+def test_the_table_prints_and_its_counts_are_those_beside_them():
+    lines = subprocess.run([sys.executable, "mdm.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in lines.splitlines() if line.startswith("cc12m")]
+    assert len(rows) == 3
+    for row in rows:
+        i = next(i for i, word in enumerate(row) if "," in word)
+        assert row[i] == row[i + 2]
+
+
+# --- the extended space ---
+
+GAMMAS = {(4, 1): [0.999835, 0.896995, 0.580557, 0.196089, 0.0404443, 6.07e-10],
+          (4, 2): [0.999340, 0.685244, 0.257074, 0.0574748, 0.0104274, 1.52e-10],
+          (16, 2): [0.989536, 0.11977, 0.021169, 0.00379676, 6.58e-4, 9.5e-12],
+          (1, 1): [0.999959, 0.972093, 0.847012, 0.493844, 0.144272, 2.43e-9]}
+
+
+@pytest.mark.parametrize("ratio, power", GAMMAS)
+def test_shifted_schedules_are_the_released_ones(ratio, power):
+    """The code's gamma has an entry for "no noise" before the first."""
+    gamma = shift_snr(cosine_alpha_bar(1000), ratio, power)[torch.tensor([1, 100, 250, 500, 750, 1000]) - 1]
+    # as exact as the reference's digits
+    assert gamma[:4].tolist() == pytest.approx(GAMMAS[ratio, power][:4], rel=5e-5, abs=1e-6)
+    assert gamma[4:].tolist() == pytest.approx(GAMMAS[ratio, power][4:], rel=3e-3)
+
+
+def test_each_resolution_has_its_own_schedule_and_the_coarsest_the_plain_one():
+    _, d = small((3, 32, 32), power=2)
+    base = cosine_alpha_bar(1000)
+    for level, ratio in zip(d.levels, (1, 2, 4)):
+        torch.testing.assert_close(level.alpha_bar / (1 - level.alpha_bar), base / (1 - base) / ratio**2)
+    _, video = small((3, 4, 16, 16))
+    assert torch.equal(video.levels[0].alpha_bar, video.levels[1].alpha_bar)        # time is not shifted
+
+
+def test_reduction_takes_block_means_and_the_first_frame():
+    x = torch.arange(2 * 3 * 4 * 8 * 16.).view(2, 3, 4, 8, 16)
+    small_clip = mdm.reduce(x, (3, 4, 2, 4))
+    torch.testing.assert_close(small_clip[1, 2, 3, 1, 2], x[1, 2, 3, 4:8, 8:12].mean())
+    torch.testing.assert_close(mdm.reduce(x, (3, 2, 4)), small_clip[:, :, 0])
+    assert torch.equal(mdm.reduce(x[:, :, 0], (3, 8, 16)), x[:, :, 0])
+
+
+def test_the_noise_of_resolutions_is_independent():
+    """z^1 is not the mean of z^2: at the end of time both are noise, and unrelated."""
+    _, d = small((3, 32, 32))
+    seen = []
+
+    def model(z, t):
+        seen.extend(z)
+        return [torch.zeros_like(y) for y in z]
+    x0, t, noise = batch(d, 64)
+    d.loss(model, x0, torch.full_like(t, 999), noise)
+    for fine, coarse in ((2, 1), (2, 0), (1, 0)):
+        pooled = mdm.reduce(seen[fine], seen[coarse].shape[1:]).flatten()
+        assert abs(torch.corrcoef(torch.stack([pooled, seen[coarse].flatten()]))[0, 1]) < 0.02
+    assert all(abs(z.std() - 1) < 0.02 for z in seen)
+
+
+def test_equal_weights_on_means_are_eq_3s_weights_on_sums():
+    """omega^r / omega^R = N_R / N_r on sums over pixels. On means it would weight twice."""
+    model, d = small((3, 32, 32), predict="x0", error="x0")
+    x0, t, noise = batch(d, 3)
+    noise_r = d.unpack(noise[:, :-1])
+    z = [level.q_sample(mdm.reduce(x0, s), t, e) for level, s, e in zip(d.levels, d.shapes, noise_r)]
+    squares = [(out - mdm.reduce(x0, s)).square().flatten(1).sum(1)
+               for out, s in zip(model(z, t), d.shapes)]
+    N = [math.prod(s) for s in d.shapes]
+    eq3 = sum(N[-1] / n * square for n, square in zip(N, squares))
+    torch.testing.assert_close(d.loss(model, x0, t, noise)["loss"], eq3 / N[-1])
+
+
+@pytest.mark.parametrize("predict", ["v", "x0", "eps"])
+@pytest.mark.parametrize("error", ["v", "x0", "eps"])
+def test_the_error_of_one_quantity_follows_from_that_of_another(predict, error):
+    model, d = small(predict=predict, error=error)
+    x0, _, noise = batch(d, 4)
+    t = torch.tensor([20, 300, 600, 900])
+    terms = d.loss(model, x0, t, noise)
+    for r, (level, s, e) in enumerate(zip(d.levels, d.shapes, d.unpack(noise[:, :-1]))):
+        x = mdm.reduce(x0, s)
+        z = [lev.q_sample(mdm.reduce(x0, q), t, f) for lev, q, f in zip(d.levels, d.shapes, d.unpack(noise[:, :-1]))]
+        x_hat, eps_hat = level.predict_x0_eps(model(z, t)[r], z[r], t)
+        a, b = level.at("signal", t, x), level.at("noise", t, x)
+        wrong = {"x0": x_hat - x, "eps": eps_hat - e, "v": a * (eps_hat - e) - b * (x_hat - x)}[error]
+        torch.testing.assert_close(terms[f"loss_{r + 1}"], wrong.square().flatten(1).mean(1), rtol=2e-3, atol=1e-6)
+
+
+def test_weights_and_the_simple_baseline():
+    model, d = small((3, 32, 32), weights=[1, 0, 0.5])
+    x0, t, noise = batch(d, 3)
+    terms = d.loss(model, x0, t, noise)
+    torch.testing.assert_close(terms["loss"], terms["loss_1"] + 0.5 * terms["loss_3"])
+    terms = small((3, 32, 32), weights="finest")[1].loss(model, x0, t, noise)
+    torch.testing.assert_close(terms["loss"], terms["loss_3"])
+
+
+def test_the_finest_loss_alone_starts_dead_and_all_losses_together_do_not():
+    for weights, moved in (("finest", {"head"}), (None, {"head", "inner"})):
+        model, d = small(awake=False, weights=weights)
+        x0, t, noise = batch(d, 2)
+        d.loss(model, x0, t, noise)["loss"].sum().backward()
+        assert {k.split(".")[0] for k, p in model.named_parameters() if p.grad.any()} == moved
+
+
+# --- nesting ---
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 16, 24), (3, 20, 12), (3, 4, 8, 8), (3, 2, 16, 16)])
+def test_a_fresh_outer_level_leaves_the_inner_network_alone_bit_for_bit(shape):
+    model, _ = small(shape, awake=False, text=12)
+    wake(model.inner)
+    z, t = inputs(model, 3)
+    nested, alone = model(z, t, **words(3)), model.inner(z[:-1], t, **words(3))
+    assert all(torch.equal(a, b) for a, b in zip(nested, alone, strict=False)) and alone[0].std() > 0.1
+    wake(model)
+    assert not torch.allclose(model(z, t, **words(3))[0], alone[0])
+
+
+def test_rows_without_the_fine_level_get_the_inner_networks_answer_bit_for_bit():
+    model, _ = small((3, 32, 32), text=12)
+    z, t = inputs(model, 6)
+    mixed = model([z[0], z[1][:4], z[2][:1]], t, **words(6))
+    assert [len(out) for out in mixed] == [6, 4, 1]
+    core, middle = model.core(z[:1], t, **words(6)), model.inner([z[0], z[1][:4]], t, **words(6))
+    assert torch.equal(mixed[0][4:], core[0][4:]) and not torch.allclose(mixed[0][:4], core[0][:4])
+    assert torch.equal(mixed[0][1:], middle[0][1:]) and torch.equal(mixed[1][1:], middle[1][1:])
+
+
+def test_mixed_batches_count_each_row_right_whatever_its_company():
+    model, whole = small((3, 32, 32), num_classes=3)
+    mixed = small((3, 32, 32), num_classes=3, mixed=[1, 0.5, 0.25])[1]
+    x0, t, noise = batch(mixed, 24)
+    y = torch.arange(24) % 3
+    terms, full = mixed.loss(model, x0, t, noise, y=y), whole.loss(model, x0, t, noise, y=y)
+    has = [terms[f"loss_{r}"] > 0 for r in (1, 2, 3)]
+    assert has[0].all() and (has[1] | ~has[2]).all()        # who has the finest has them all
+    assert 6 <= has[1].sum() <= 18 and 1 <= has[2].sum() <= 11
+    torch.testing.assert_close(terms["loss_1"][has[2]], full["loss_1"][has[2]])
+    torch.testing.assert_close(terms["loss_3"][has[2]], full["loss_3"][has[2]])
+    expected = terms["loss_1"] + terms["loss_2"] / 0.5 + terms["loss_3"] / 0.25
+    torch.testing.assert_close(terms["loss"], expected)
+    part = mixed.loss(model, x0[7:12], t[7:12], noise[7:12], y=y[7:12])
+    torch.testing.assert_close(part["loss"], terms["loss"][7:12])
+
+
+@pytest.mark.parametrize("shape, mixed", [((3, 16, 16), [1, 0.5]), ((3, 4, 16, 16), [1, 0.5, 0.5])])
+def test_a_mixed_batch_may_happen_to_have_no_fine_row(shape, mixed):
+    model, d = small(shape, mixed=mixed)
+    x0, t, noise = batch(d, 8)
+    noise[:, -1] = 3.0                                      # past the median: nobody has it
+    terms = d.loss(model, x0, t, noise)
+    terms["loss"].sum().backward()
+    assert not terms["loss_2"].any() and all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_growing_goes_on_at_the_inner_models_loss_and_checks_every_weight():
+    inner, d_inner = small((3, 8, 8), text=12)
+    middle, d_middle = small((3, 16, 16), text=12, awake=False)
+    x0, t, noise = batch(d_middle, 4)
+    middle.load_inner(inner.state_dict())
+    n = math.prod(d_inner.shapes[0])
+    small_x0 = mdm.reduce(x0, d_inner.shapes[0])
+    alone = d_inner.loss(inner, small_x0, t, torch.cat([noise[:, :n], noise[:, -1:]], 1), **words(4))["loss"]
+    assert torch.equal(d_middle.loss(middle, x0, t, noise, **words(4))["loss_1"], alone)
+    large, _ = small((3, 32, 32), text=12)
+    large.load_inner(inner.state_dict())                    # two levels at once
+    assert torch.equal(large.core.stem.weight, inner.stem.weight)
+    clip, _ = small((3, 4, 16, 16), text=12)
+    clip.load_inner(inner.state_dict())                     # a video from a picture
+    large.load_inner(middle.state_dict())
+    for other, name in ((small((3, 8, 8))[0], "condition"), (small((3, 8, 8), text=12, layers=2)[0], "layers.1")):
+        with pytest.raises(ValueError, match=name):
+            large.load_inner(other.state_dict())
+    with pytest.raises(ValueError, match="weights do not fit"):
+        large.load_inner(small((3, 8, 8), text=12, embedding=16)[0].state_dict())
+    with pytest.raises(ValueError, match="larger --image-size"):
+        inner.load_inner(inner.state_dict())
+
+
+# --- sampling ---
+
+def test_every_sampler_and_clip_finds_the_picture_that_a_perfect_network_knows():
+    _, d = small((3, 32, 32), predict="x0", error="x0")
+    x = normal(torch.tensor([5]), (3, 32, 32)).clamp(-1, 1)
+    truth = [mdm.reduce(x, s) for s in d.shapes]
+
+    def model(z, t):
+        return [y.expand(len(t), -1, -1, -1) for y in truth]
+    for options in (dict(sampler="ddpm", steps="1000"), dict(steps="7"), dict(steps="20", eta=1.0),
+                    dict(steps="5", clip="imagen"), dict(steps="5", clip=False)):
+        levels = d.sample_levels(model, (3, 32, 32), torch.arange(2), **options)
+        for got, want in zip(levels, truth, strict=True):
+            torch.testing.assert_close(got, want.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 1)])
+def test_each_resolution_is_sampled_by_its_own_schedule(sampler, eta):
+    """For pixels that are independent normals of deviation 0.5 the best prediction is linear, and samples
+    made with it must have that deviation, at every resolution."""
+    _, d = small((1, 16, 16), predict="x0", error="x0", power=2)
+
+    def model(z, t):
+        outs = []
+        for y, level in zip(z, d.levels):
+            g = level.at("alpha_bar", t, y)
+            outs.append(g.sqrt() * 0.25 * y / (g * 0.25 + 1 - g))
+        return outs
+    for level in d.sample_levels(model, (1, 16, 16), torch.arange(60), sampler=sampler, eta=eta, steps="250",
+                                 clip=False):
+        assert level.std().item() == pytest.approx(0.5, abs=0.015)
+
+
+def test_samples_do_not_depend_on_their_batch_and_all_levels_agree_with_the_finest():
+    model, d = small((3, 32, 32), num_classes=3)
+    seeds, y = torch.arange(5), torch.tensor([0, 1, 2, -1, 0])
+    films = []
+    options = dict(steps="4", sampler="ddpm", cfg_scale=2.0)
+    whole = d.sample(model, (3, 32, 32), seeds, on_step=lambda i, x, x0: films.append((i, x, x0)), **options, y=y)
+    one = d.sample(model, (3, 32, 32), seeds[2:3], **options, y=y[2:3])
+    torch.testing.assert_close(one, whole[2:3], atol=1e-4, rtol=0)
+    levels = d.sample_levels(model, (3, 32, 32), seeds, **options, y=y)
+    assert [tuple(z.shape[1:]) for z in levels] == d.shapes and torch.equal(levels[-1], whole)
+    assert [i for i, _, _ in films] == [3, 2, 1, 0] and torch.equal(films[-1][1], whole)
+    with pytest.raises(ValueError, match="makes"):
+        d.sample(model, (3, 16, 16), seeds)
+
+
+def test_guidance_pushes_every_resolution_away_from_no_condition():
+    model, _ = small((3, 16, 16), text=12)
+    z, t = inputs(model, 2)
+    none = dict(words(2), text_mask=torch.zeros(2, 5, dtype=torch.bool))
+    for with_c, without, out in zip(model(z, t, **words(2)), model(z, t, **none),
+                                    mdm.guided(model, 3.0)(z, t, **words(2)), strict=True):
+        torch.testing.assert_close(out, without + 3 * (with_c - without), atol=1e-4, rtol=1e-4)
+
+
+# --- the condition ---
+
+def test_no_text_is_a_learned_token_whatever_the_words_behind_the_mask():
+    model, _ = small((3, 16, 16), text=12)
+    z, t = inputs(model, 2)
+    none = torch.zeros(2, 5, dtype=torch.bool)
+    outs = [model(z, t)[1], model(z, t, **(words(2) | dict(text_mask=none)))[1],
+            model(z, t, **(words(2, seed=1) | dict(text_mask=none)))[1]]
+    torch.testing.assert_close(outs[0], outs[1])
+    assert torch.equal(outs[1], outs[2]) and outs[0].isfinite().all()
+    outs[1].square().mean().backward()
+    assert model.core.condition.null.grad.any()
+
+
+def test_masked_words_do_not_matter_and_others_do_twice():
+    """Through cross-attention and through the pooled vector."""
+    model, _ = small((3, 16, 16), text=12)
+    z, t = inputs(model, 2)
+    cond, out = words(2), None
+    out = model(z, t, **cond)[0]
+    behind = cond["text"].masked_fill(~cond["text_mask"][..., None], 9.0)
+    torch.testing.assert_close(model(z, t, text=behind, text_mask=cond["text_mask"])[0], out)
+    other = words(2, seed=1) | dict(text_mask=cond["text_mask"])
+    with torch.no_grad():
+        model.core.condition.pool.weight.zero_()
+        apart = model(z, t, **cond)[0] - model(z, t, **other)[0]
+        assert apart.abs().max() > 1e-3                     # cross-attention alone
+        for m in model.modules():
+            if isinstance(m, mdm.Attention):
+                m.word_kv.weight.zero_()
+        assert torch.equal(model(z, t, **cond)[0], model(z, t, **other)[0])
+
+
+def test_a_class_is_a_caption_of_one_token_and_minus_one_is_none():
+    model, _ = small((3, 16, 16), num_classes=4)
+    z, t = inputs(model, 2)
+    assert torch.equal(model(z, t)[1], model(z, t, y=torch.tensor([-1, -1]))[1])
+    a, b = (model(z, t, y=torch.tensor(y))[1] for y in ([0, -1], [3, -1]))
+    assert not torch.allclose(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_spelling_tells_words_apart_by_their_letters_and_places():
+    torch.manual_seed(0)
+    spell = mdm.Spelling(8)
+    text = torch.zeros(3, 16, 12, dtype=torch.long)
+    for i, word in enumerate((b"star", b"rats", b"star")):
+        text[i, 0, :4] = torch.tensor(list(word))
+    text[2, 0, 11] = 0
+    one, other, same = spell(text)[:, 0]
+    assert not torch.allclose(one, other) and torch.equal(one, same)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 16), (1, 32, 32), (3, 14, 18), (3, 22, 40), (2, 8, 16, 24)])
+@pytest.mark.parametrize("kind", [dict(num_classes=3), dict(text=12), dict(text="bytes"), {}], ids=str)
+def test_any_size_a_batch_of_one_and_every_gradient(shape, kind):
+    options = dict(temporal=dict(channels=(8, 8, 8, 8), blocks=(1, 1, 1, 1)))
+    model, d = small(shape, **kind, **options)
+    assert d.shapes[-1] == shape and len(d.shapes) == len(model.shapes())
+    cond = {}
+    if "num_classes" in kind:
+        cond = dict(y=torch.tensor([1]))
+    elif kind.get("text") == 12:
+        cond = words(1)
+        model.core.condition.null.requires_grad_(False)     # nothing is null here
+    elif kind:
+        cond = dict(text=torch.randint(97, 120, (1, 16, 12)), text_mask=torch.arange(16)[None] < 3)
+        model.core.condition.null.requires_grad_(False)
+    x0, t, noise = batch(d, 1)
+    terms = d.loss(model, x0, t, noise, **cond)
+    assert {k for k in terms} == {"loss", *(f"loss_{r + 1}" for r in range(d.R))}
+    terms["loss"].sum().backward()
+    for name, p in model.named_parameters():
+        assert not p.requires_grad or p.grad.any() and p.grad.isfinite().all(), name
+
+
+# --- video ---
+
+def test_frames_see_each_other_through_the_temporal_level_only():
+    model, _ = small((3, 4, 16, 16))
+    z, t = inputs(model, 1)
+    for fine, blocked in ((True, False), (True, True)):
+        if blocked:                                         # cut the finest level off the temporal one
+            torch.nn.init.zeros_(model.out_adapter.weight)
+        z[-1].requires_grad_()
+        grad, = torch.autograd.grad(model(z, t)[-1][0, :, 3].sum(), z[-1])
+        reach = grad[0].abs().sum((0, 2, 3)) > 0            # of the last frame, to each frame
+        assert reach.tolist() == ([False] * 3 + [True] if blocked else [True] * 4)
+
+
+def test_the_order_of_frames_matters():
+    model, _ = small((3, 4, 8, 8))
+    z, t = inputs(model, 1)
+    forth = model(z, t)[1]
+    back = model([z[0], z[1].flip(2)], t)[1].flip(2)
+    assert not torch.allclose(forth, back, atol=1e-3)
+    attend = mdm.TemporalAttention(32)
+    wake(attend)
+    h = normal(torch.arange(4), (32, 4, 4))
+    assert not torch.allclose(attend(h, 1), attend(h.flip(0), 1).flip(0), atol=1e-3)
+
+
+def test_clips_of_a_batch_do_not_mix():
+    model, _ = small((3, 4, 16, 16), text=12)
+    z, t = inputs(model, 3)
+    whole, one = model(z, t, **words(3)), model([y[1:2] for y in z], t[1:2], **{k: v[1:2] for k, v in words(3).items()})
+    for a, b in zip(whole, one, strict=True):
+        torch.testing.assert_close(a[1:2], b, atol=1e-4, rtol=1e-4)
+
+
+# --- switches ---
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 4, 16, 16)])
+def test_checkpointing_changes_no_gradient(shape):
+    grads = []
+    for on in (False, True):
+        model, d = small(shape, num_classes=3)
+        model.grad_checkpointing = on
+        assert model.grad_checkpointing == on
+        x0, t, noise = batch(d, 2)
+        d.loss(model, x0, t, noise, y=torch.tensor([0, 1]))["loss"].sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_autocast_keeps_the_loss_in_float32():
+    model, d = small((3, 16, 16), text=12)
+    x0, t, noise = batch(d, 2)
+    exact = d.loss(model, x0, t, noise, **words(2))["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = d.loss(model, x0, t, noise, **words(2))["loss"]
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
+
+
+BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 16)), "3 frames"),
+       (dict(shape=(3, 64, 16, 16)), "64 frames"), (dict(num_classes=3, text=12), "not both"),
+       (dict(width=3), "unknown option"), (dict(error="l1"), "unknown error"), (dict(predict="x"), "unknown diffusion"),
+       (dict(weights=[1]), "list of 2"), (dict(weights="all"), "list of 2"), (dict(mixed=[0.5, 1]), "begin with 1"),
+       (dict(mixed=[1, 2]), "begin with 1"), (dict(mixed=[1, 0]), "begin with 1"), (dict(power="two"), "power"),
+       (dict(heads=3, text=12), "heads=3"), (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"),
+       (dict(attention=(0, 0.5)), "attention"), (dict(words=12, text=12), "divisible by 8"), (dict(T=0), "T=0"),
+       (dict(embedding="big"), "embedding"), (dict(micro=1), "micro"), (dict(schedule="sigmoid"), "schedule"),
+       (dict(layers=-1), "layers"), (dict(outer=3), "outer"), (dict(temporal=[1]), "temporal"),
+       (dict(outer=({},)), "outer"), (dict(schedule=[1]), "schedule"), (dict(power=1e5), "0 to 10"),
+       (dict(outer=(dict(channels=(4,), blocks=(1,)),)), "channels=.4,"), (dict(channels=()), "channels=.."),
+       (dict(temporal=dict(channels=(7, 8), blocks=(1, 1))), "even"), (dict(T=10**15), "million"),
+       (dict(weights=[0, 0]), "above 0")]
+
+
+@pytest.mark.parametrize("options, words_", BAD, ids=lambda v: str(v))
+def test_wrong_options_are_told_with_the_fix(options, words_):
+    with pytest.raises(ValueError, match=words_):
+        small(**options)
+
+
+def test_temporal_attention_takes_any_even_width():
+    model, _ = small((3, 2, 8, 8), temporal=dict(channels=(100, 70), blocks=(1, 1)))
+    assert model(*inputs(model))[1].isfinite().all()
+
+
+def test_presets_that_make_no_videos_say_so():
+    with pytest.raises(ValueError, match="tiny-video"):
+        mdm.build("tiny", (3, 8, 16, 16))
+    with pytest.raises(ValueError, match="unknown preset"):
+        mdm.build("huge", (3, 16, 16))
+
+
+# --- the whole way ---
+
+def train_(folder, *flags, name="run", steps=2):
+    train.main(["--model", "mdm", "--results-dir", str(folder), "--name", name, "--max-steps", str(steps),
+                "--sample-every", "0", "--log-every", "1", "--global-batch-size", "4", "--image-size", "16",
+                "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2", *map(str, flags)])
+
+
+def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--data", "shapes", "--cond", "text", "--hold-out", "red star"
+    train_(tmp_path, *flags, steps=4, name="whole")
+    train_(tmp_path, *flags, "--ckpt-every", 2, steps=2)
+    train_(tmp_path, *flags, steps=4)
+    runs = [sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("whole", "run")]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0]["ema"].values(), runs[1]["ema"].values(), strict=True)
+               ) and runs[1]["args"]["num_examples"] < 65536 and len(runs[1]["args"]["prompts"]) == 8
+    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--prompt", "a big red star", "a moon", "--levels",
+                 "--num-samples", "6", "--out", "levels.png", "--save-images", "each"])
+    images = [np.asarray(Image.open(f)) for f in sorted((tmp_path / "each").iterdir())]
+    assert len(images) == 6 and images[0].shape == (16, 32, 3)
+    left = images[0][:, :16]                                # the coarse picture, each pixel four times
+    assert (left[::2, ::2] == left[1::2, 1::2]).all() and not (images[0][::2, 16::2] == images[0][1::2, 17::2]).all()
+    (tmp_path / "prompts.txt").write_text("a big red star\n\na moon\n")
+    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--prompt", "@prompts.txt", "--num-samples", "6",
+                 "--save-images", "again"])
+    again = [np.asarray(Image.open(f)) for f in sorted((tmp_path / "again").iterdir())]
+    assert all((a[:, 16:] == b).all() for a, b in zip(images, again, strict=True))
+    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--num-fid-samples", "3", "--prompt", "a moon",
+                 "--save-images", "fid"])
+    assert np.load(tmp_path / "samples_3x16x16x3.npz")["arr_0"].shape == (3, 16, 16, 3)
+
+
+def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
+    train_(tmp_path, "--image-size", 8, "--data", "shapes", name="small")
+    train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "small", "--lr", 0, name="large")
+    assert "begun       from the network of" in capsys.readouterr().out
+    small_, large = (sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("small", "large"))
+    for k, v in small_["ema"].items():
+        assert torch.equal(v, large["model"][f"inner.{k}"]) and torch.equal(v, large["ema"][f"inner.{k}"])
+    # run again, it goes on from itself and not from the small one
+    train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "small", "--lr", 0,
+           name="large", steps=3)
+    assert "resumed     at step 2" in capsys.readouterr().out
+
+
+def test_videos_become_moving_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_(tmp_path, "--preset", "tiny-video", "--data", "moving", "--cond", "text", "--sample-every", 1)
+    grid = Image.open(tmp_path / "run" / "samples" / "step_0000001.png")
+    assert grid.width > 8 * 16
+    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--prompt", "a small red moon moving up",
+                 "--save-images", "clips", "--out", "a.png"])
+    for path in (tmp_path / "a.gif", *(tmp_path / "clips").iterdir()):
+        assert Image.open(path).n_frames == 8
+    assert len(list((tmp_path / "clips").iterdir())) == 2
+    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "1", "--prompt", "a\nb", "c" * 500, "d", "--num-samples",
+                 "5", "--out", "b.png"])                    # a ragged grid, and captions of all kinds
+    assert Image.open(tmp_path / "b.png").width < 3000
