@@ -640,7 +640,7 @@ def build(preset, shape, num_classes=0, **options):
     preset, option or size that is wrong.
     """
     if len(shape) != 3:
-        raise ValueError("cU-Net makes pictures, and these are videos: pass --model mdm --preset tiny-video")
+        raise ValueError("cU-Net makes pictures, not videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
         raise ValueError(f"unknown preset {preset!r}: cunet has {', '.join(CONFIGS)}")
     config = dict(CONFIGS[preset])

@@ -119,7 +119,7 @@ def hold_out(dataset, phrases):
     return dataset.subset(keep)
 
 
-def load(name, data_dir=None, image_size=None, split="train", text_encoder=None):
+def load(name, data_dir=None, image_size=None, split="train", text_encoder=None, frames=None):
     """A Dataset by name or folder.
 
     data_dir    where the files lie or are downloaded to; None: ~/.cache/four-denoisers
@@ -128,6 +128,7 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None)
     split       "train" or "test"
     text_encoder  whose name: if `python data.py FOLDER --text-encoder NAME` was run on this folder,
                 batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
+    frames      of clips; 1: their first frames, as pictures; None: 8
 
     Raises DataError for all that can be wrong with names, files and sizes.
     """
@@ -135,10 +136,12 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None)
     root = Path(data_dir or "~/.cache/four-denoisers").expanduser()
     if split not in ("train", "test"):
         raise DataError(f"no split {split!r}: choose train or test")
+    if name == "moving":
+        return moving(size or (32, 32), split, 8 if frames is None else frames)
+    if frames is not None:
+        raise DataError(f"{name} has no frames: drop --frames, or pass --data moving")
     if name == "shapes":
         return shapes(size or (32, 32), split)
-    if name == "moving":
-        return moving(size or (32, 32), split)
     if name in ("mnist", "fashion"):
         return digits(name, root, size, split)
     if name == "cifar10":
@@ -284,28 +287,30 @@ def shapes_batch(kind, centre, radius, ink, H, W, rows):
     return draw_shapes(kind[rows], centre[rows], radius[rows], ink[rows], H, W)     # (B, 3, H, W)
 
 
-FRAMES = 8
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}      # as y, x
 
 
-def moving(size, split):
-    """Clips: smaller shapes, each at a constant speed, all the time inside the picture."""
+def moving(size, split, frames):
+    """Clips: smaller shapes, each at a constant speed, all the time inside the picture. One frame: images."""
     i, kind, captions, where, radius, ink = things(split, [0.17, 0.25], min(size))
     direction = i // 96 % 4                                 # every thing goes everywhere, equally often
     captions = [f"{c} moving {list(DIRECTIONS)[d]}" for c, d in zip(captions, direction)]
     room = np.array(size) - 2 * radius[:, None] - 1         # for the centre, (N, 2)
     way = np.array(list(DIRECTIONS.values()))[direction] * np.minimum(0.4 * np.array(size), room)
     start = radius[:, None] + 0.5 + where * (room - abs(way)) - np.minimum(way, 0)  # (N, 2), as way
-    images = functools.partial(moving_batch, kind, start, way, radius, ink, *size)
-    return Dataset("moving", (3, FRAMES, *size), images, len(i), kind, list(SHAPES), captions)
+    shape = (3, frames, *size) if frames > 1 else (3, *size)
+    images = functools.partial(moving_batch, kind, start, way, radius, ink, frames, *size)
+    return Dataset("moving", shape, images, len(i), kind, list(SHAPES), captions)
 
 
-def moving_batch(kind, start, way, radius, ink, H, W, rows):
-    share = np.linspace(0, 1, FRAMES)[:, None]              # of the way, (T, 1)
+def moving_batch(kind, start, way, radius, ink, T, H, W, rows):
+    share = np.linspace(0, 1, T)[:, None]                   # of the way, (T, 1)
     centre = (start[rows, None] + way[rows, None] * share).reshape(-1, 2)           # (B T, 2)
-    kind, radius, ink = (np.repeat(a[rows], FRAMES, 0) for a in (kind, radius, ink))
+    kind, radius, ink = (np.repeat(a[rows], T, 0) for a in (kind, radius, ink))
     frames = draw_shapes(kind, centre, radius, ink, H, W)                           # (B T, 3, H, W)
-    return np.ascontiguousarray(frames.reshape(-1, FRAMES, 3, H, W).swapaxes(1, 2))  # (B, 3, T, H, W)
+    if T == 1:
+        return frames                                                               # (B, 3, H, W)
+    return np.ascontiguousarray(frames.reshape(-1, T, 3, H, W).swapaxes(1, 2))      # (B, 3, T, H, W)
 
 
 # --- arrays: MNIST, Fashion-MNIST, CIFAR-10 ----------------------------------------------------

@@ -495,7 +495,7 @@ def build(preset, shape, num_classes=0, **options):
     patch=2, ratio=1 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
     """
     if len(shape) != 3:
-        raise ValueError("DiffuSSM makes pictures, and these are videos: pass --model mdm --preset tiny-video")
+        raise ValueError("DiffuSSM makes pictures, not videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
         raise ValueError(f"unknown preset {preset!r}: diffussm has {', '.join(CONFIGS)}")
     config = {**CONFIGS[preset], **options}

@@ -510,7 +510,7 @@ def build(preset, shape, num_classes=0, **options):
     skip="add", patch=8 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
     """
     if len(shape) != 3:
-        raise ValueError("DiS makes pictures, and these are videos: pass --model mdm --preset tiny-video")
+        raise ValueError("DiS makes pictures, not videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
         raise ValueError(f"unknown preset {preset!r}: dis has {', '.join(CONFIGS)}")
     config = {**CONFIGS[preset], **options}

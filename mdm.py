@@ -111,7 +111,6 @@ class ExtendedDiffusion:
             if mixed[0] != 1 or mixed[-1] == 0 or sorted(mixed, reverse=True) != mixed:
                 raise ValueError(f"mixed={mixed}: must begin with 1 and not rise, such as "
                                  f"{[1] + [0.5] * (self.R - 1)}")
-        self.error = error
         self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict)
                        for s in self.shapes]
         for d in self.levels:       # (x0 - x0')^2 = (1 - gamma) (v - v')^2, (eps - eps')^2 = gamma (v - v')^2
@@ -141,29 +140,26 @@ class ExtendedDiffusion:
     def loss(self, model, x0, t, noise, **cond):
         """x0 (B, C, [T,] H, W), t (B,), noise (B, n) as by `noise_shape` -> {"loss", "loss_1" .. "loss_R"},
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
-        rank = torch.special.ndtr(noise[:, -1])             # normal -> uniform in 0 .. 1, (B,)
+        u = torch.special.ndtr(noise[:, -1])                # normal -> uniform in 0 .. 1, (B,)
         noise, rows = self.unpack(noise[:, :-1]), [len(x0)] * self.R
         if self.mixed:
             # Rows are sorted so that those with resolution r come first, and a slice selects them. At least
-            # one is computed, even if it does not count: convolutions dislike nothing, and DDP unused weights.
-            order = rank.argsort()                                                    # (B,)
-            has = rank[order, None] <= torch.tensor(self.mixed, device=t.device)      # (B, R)
+            # one is computed, even if it does not count: no weight may go unused under DDP.
+            order = u.argsort()                                                       # (B,)
+            has = u[order, None] <= torch.tensor(self.mixed, device=t.device)         # (B, R)
             rows = has.sum(0).clamp(min=1).tolist()                                   # waits for a GPU
             x0, t, noise = x0[order], t[order], [e[order] for e in noise]
             cond = {k: v[order] for k, v in cond.items() if v is not None}
         x = [reduce(x0[:n], s) for n, s in zip(rows, self.shapes)]                    # [(n, *shape)]
-        z = [d.q_sample(x, t[:n], e[:n]) for d, x, n, e in zip(self.levels, x, rows, noise)]
+        z = [d.q_sample(y, t[:n], e[:n]) for d, y, n, e in zip(self.levels, x, rows, noise)]
         outs = model(z, self.model_t(t), **cond)                                      # [(n, *shape)]
         terms, total = {}, 0
         for r, (d, n, out) in enumerate(zip(self.levels, rows, outs)):
             mse = (out.float() - d.target(x[r], t[:n], noise[r][:n])).square().flatten(1).mean(1)
             mse = F.pad(mse * d.at("rescale", t[:n], mse), (0, len(t) - n))           # (B,)
-            if self.mixed:      # the division keeps the expected loss that of unmixed batches
-                mse = mse * has[:, r]
-                total = total + self.weights[r] / self.mixed[r] * mse
-            else:
-                total = total + self.weights[r] * mse
-            terms[f"loss_{r + 1}"] = mse
+            terms[f"loss_{r + 1}"] = mse = mse * has[:, r] if self.mixed else mse
+            # divided by the chance, so that the expected loss is that of unmixed batches
+            total = total + self.weights[r] / (self.mixed[r] if self.mixed else 1) * mse
         terms["loss"] = total
         if self.mixed:
             terms = {k: torch.zeros_like(v).index_copy(0, order, v) for k, v in terms.items()}
@@ -767,8 +763,8 @@ def check(c):
             raise ValueError(f"{name} level {u!r}: must be a dict of channels, blocks and perhaps attention")
         sizes = len(u["channels"]) if isinstance(u["channels"], (list, tuple)) else 0
         if sizes < (1 if u is core else 2):
-            raise ValueError(f"channels={u['channels']!r} of the {name} level: must be a list, of a number for each "
-                             f"size, such as (8, 16)")
+            raise ValueError(f"channels={u['channels']!r} of the {name} level: must be a list, of a number for "
+                             f"each size, such as (8, 16)")
         for key, low in (("channels", 1), ("blocks", 1), ("attention", 0)):
             values = u.get(key, (0,) * sizes)
             if not isinstance(values, (list, tuple)) or len(values) != sizes or not all(
@@ -801,7 +797,7 @@ def table():
     row("cc12m-64", (3, 64, 64), "461,359,107  182G", **t5)
     row("cc12m-256", (3, 256, 256), "476,613,958  294.5G", **t5)
     row("cc12m-1024", (3, 1024, 1024), "480,970,057  509.3G", **t5)
-    row("paper-256", (3, 64, 64), "435,891,203  their code with two text layers, no size", **t5)
+    row("paper-256", (3, 64, 64), "435,891,203  (two text layers, no size)", **t5)
     row("paper-256", (3, 256, 256), "449,833,286", **t5)
     row("paper-128-256", (3, 256, 256), "453,483,977", **t5)
     row("paper-1024", (3, 1024, 1024), "452,876,617", **t5)

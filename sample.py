@@ -252,6 +252,8 @@ def read_prompts(prompts):
             found += [line for line in Path(prompt[1:]).read_text("utf8").splitlines() if line.strip()]
         else:
             found.append(prompt)
+    if prompts and not found:
+        raise ValueError(f"no line in {' '.join(prompts)[1:]}: write a prompt a line")
     return found
 
 
@@ -550,7 +552,7 @@ def parse(argv):
     what.add_argument("--weights", choices=["ema", "raw"], default="ema",
                       help="the moving average of the weights, or the last ones")
     what.add_argument("--num-samples", type=int, metavar="N",
-                      help="how many images (default: 10 a class, 8 a prompt, 2 if they are videos, or 16)")
+                      help="how many images (default: 10 a class, 8 a prompt, of videos 2, or 16)")
     what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
     what.add_argument("--prompt", nargs="+", metavar="TEXT",
                       help="what to draw, if the model reads text, a row each; @file: one a line (default: "
@@ -676,7 +678,7 @@ def main(argv=None):
             progress=False, **options), settings)
 
     kinds = K if args.class_labels == "all" and 0 < K <= 20 else 0
-    N = args.num_samples or (len(prompts) * (2 if video else 8) or 10 * kinds or 16)
+    N = args.num_samples or (2 if video else 8) * len(prompts) or (2 if video else 10) * kinds or 16
     with told_plainly():
         cond = condition(args.class_labels, torch.arange(N))
     film = [] if args.gif else None

@@ -61,6 +61,8 @@ def parse(argv):
                    help="shapes, moving, mnist, fashion, cifar10, or a folder of images")
     g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
     g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
+    g.add_argument("--frames", type=int,
+                   help="of moving's clips (default: 8); 1: pictures, their first frames")
     g.add_argument("--num-classes", type=int, default=-1,
                    help="-1: as the data has; 0: unconditional")
     g.add_argument("--cond", choices=["auto", "class", "text"], default="auto",
@@ -127,6 +129,8 @@ def parse(argv):
         if not low <= getattr(args, name) < 2**62:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low} "
                  f"and below 2^62")
+    if args.frames is not None and not 1 <= args.frames <= 1024:
+        fail(f"--frames {args.frames}: must be from 1 to 1024")
     for name in ("beta2", "ema_decay", "cond_dropout"):
         if getattr(args, name) >= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
@@ -195,7 +199,8 @@ def choose_text(args, dataset, K, paper, device):
     if args.cond == "text" and not reads:
         raise ValueError(f"{args.model} reads no text: pass --model mdm, or drop --cond text")
     if args.cond != "auto" and args.num_classes >= 0:
-        raise ValueError(f"--cond {args.cond} and --num-classes {args.num_classes} do not go together: drop one")
+        raise ValueError(f"--cond {args.cond} and --num-classes {args.num_classes} do not go together: drop "
+                         f"one")
     auto = reads and dataset.has_captions and not dataset.num_classes and args.num_classes < 0
     if args.cond == "text" or args.cond == "auto" and auto:
         return dataset.texts or data.text_encoder(args.text_encoder, device)
@@ -315,7 +320,8 @@ def main(argv=None):
     # Data: `share` slices of each global batch, this process takes grad_accum of them.
     with told_plainly():
         size = data.parse_size(args.image_size) if args.image_size else None
-        dataset = data.load(args.data, args.data_dir, size, text_encoder=args.text_encoder)
+        dataset = data.load(args.data, args.data_dir, size, text_encoder=args.text_encoder,
+                            frames=args.frames)
         if args.hold_out:
             dataset = data.hold_out(dataset, args.hold_out)
         K = dataset.num_classes if args.num_classes < 0 else args.num_classes

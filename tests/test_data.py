@@ -657,3 +657,13 @@ def test_lazy_folders_name_the_bad_image_when_they_reach_it(tmp_path, monkeypatc
     assert dataset[[0]]["x"].shape == (1, 3, 16, 16)
     with pytest.raises(DataError, match="b.png"):
         dataset[[0, 1]]
+
+
+def test_one_frame_of_a_clip_is_a_picture_and_sixteen_are_a_longer_clip():
+    eight, one, sixteen = (data.load("moving", image_size=16, frames=n) for n in (None, 1, 16))
+    assert (eight.shape, one.shape, sixteen.shape) == ((3, 8, 16, 16), (3, 16, 16), (3, 16, 16, 16))
+    a, b, c = (d[[5, 700]] for d in (eight, one, sixteen))
+    assert torch.equal(a["x"][:, :, 0], b["x"]) and torch.equal(a["x"][:, :, -1], c["x"][:, :, -1])
+    assert a["caption"] == b["caption"] == c["caption"]
+    with pytest.raises(data.DataError, match="--frames"):
+        data.load("shapes", frames=4)

@@ -178,6 +178,8 @@ WRONG = [
     (TRAIN, [*MDM, "--cond", "text", "--num-classes", "8"], "drop one"),
     (TRAIN, [*MDM, "--init-inner", "small.pt", "--resume", "small.pt"], "drop one"),
     (TRAIN, [*MDM, "--image-size", "32", "--init-inner", "other/words"], "trained differently: --text"),
+    (TRAIN, new("--frames", "4"), "drop --frames"),
+    (TRAIN, new("--data", "moving", "--frames", "0"), "from 1 to 1024"),
     (TRAIN, new("--hold-out", "green dragon"), "no caption of shapes contains"),
     (TRAIN, new("--init-inner", "small.pt"), "drop --init-inner, or pass --model mdm"),
     (TRAIN, new("--data", "moving"), "pass --model mdm --preset tiny-video"),
