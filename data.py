@@ -572,9 +572,14 @@ def text_encoder(name, device="cpu"):
     """What makes tensors of captions, by name: "bytes", built in, or a T5 of Hugging Face, or its folder.
 
     encoder(captions) -> text, mask (B, L): True where there is a token; nowhere, if a caption is empty.
-    text is float32 (B, 128, dim), 0 where there is no token; encoder.dim tells a model what comes in.
+    text is long (B, 16, 12) of bytes, or float32 (B, 128, dim); encoder.dim tells a model what comes in.
     """
     return ByteText(device) if name == "bytes" else T5Text(name, device)
+
+
+def full_name(name):
+    """A folder's absolute path, so that a run finds its T5 from anywhere; other names as they are."""
+    return str(Path(name).resolve()) if name != "bytes" and Path(name).is_dir() else name
 
 
 def tidy(caption):
@@ -602,10 +607,13 @@ class ByteText:
         return text, text[:, :, 0] > 0                                              # (B, L, W), (B, L)
 
 
+TOKENS = 128                                                # of a caption that a T5 reads
+
+
 class T5Text:
     """The encoder half of a T5, frozen. Every caption runs by itself, unpadded: so its embedding depends
     on nothing else, and a resumed run, which meets captions in other company, gets the same bits."""
-    L = 128
+    L = TOKENS
 
     def __init__(self, name, device):
         try:
@@ -667,7 +675,7 @@ class StoredText:
 
     def __init__(self, name, path, captions, lengths):
         self.name, self.path, self.lengths = name, path, np.array(lengths)
-        _, self.L, self.dim = np.load(path, mmap_mode="r").shape        # L: of the longest caption
+        self.dim = np.load(path, mmap_mode="r").shape[2]
         self.row = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions, dtype=torch.float32):
@@ -675,9 +683,14 @@ class StoredText:
             rows = [self.row[caption] for caption in captions]
         except KeyError as e:
             raise DataError(f"{self.path} does not know {e}: use captions of its folder") from None
-        text = np.load(self.path, mmap_mode="r")[rows]      # opened each time: a map cannot be pickled
-        mask = np.arange(self.L) < self.lengths[rows, None]
-        return torch.from_numpy(text).to(dtype), torch.from_numpy(mask)             # (B, L, dim), (B, L)
+        try:                                                # opened each time: a map cannot be pickled
+            found = np.load(self.path, mmap_mode="r")[rows]                         # (B, longest, dim)
+        except (OSError, ValueError) as e:
+            raise DataError(f"{self.path} cannot be read ({e}): run python data.py again") from None
+        text = torch.zeros(len(rows), TOKENS, self.dim, dtype=dtype)              # as from the T5 itself
+        text[:, :found.shape[1]] = torch.from_numpy(found)
+        mask = np.arange(TOKENS) < self.lengths[rows, None]
+        return text, torch.from_numpy(mask)                                         # (B, 128, dim), (B, 128)
 
 
 def text_files(folder, captions, name):
@@ -741,7 +754,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = p.parse_args(argv)
     with told_plainly():
-        path = store_text(args.folder.expanduser(), args.text_encoder, pick_device(args.device))
+        path = store_text(args.folder.expanduser(), full_name(args.text_encoder), pick_device(args.device))
     print(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MB)")
 
 

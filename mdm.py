@@ -92,7 +92,8 @@ class ExtendedDiffusion:
     power     resolution r has the signal-to-noise ratio of the coarsest, divided by
               (side_r / side_1)^power
     weights   of the resolutions' mean squared errors, that is, omega^r N_r / N_R of Eq. 3; None: all 1, the
-              paper's; "finest": the last one alone, its "simple DM" (Figure 4)
+              paper's; "finest": the last one alone, its "simple DM" (Figure 4). A resolution of weight 0 is
+              not denoised; the network sees zeros in its place
     mixed     the chance of each row to have resolution r, such as [1, 0.67]: the others have only coarser
               ones, and cost less. None: all rows have all resolutions
     """
@@ -137,6 +138,11 @@ class ExtendedDiffusion:
         parts = numbers.split([math.prod(s) for s in self.shapes], dim=1)
         return [p.view(len(p), *s) for p, s in zip(parts, self.shapes)]
 
+    def shown(self, z):
+        """What the network may see. A resolution that is not trained could not be sampled either; shown in
+        training alone, it would give the picture away."""
+        return [y if w else torch.zeros_like(y) for y, w in zip(z, self.weights)]
+
     def loss(self, model, x0, t, noise, **cond):
         """x0 (B, C, [T,] H, W), t (B,), noise (B, n) as by `noise_shape` -> {"loss", "loss_1" .. "loss_R"},
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
@@ -152,7 +158,7 @@ class ExtendedDiffusion:
             cond = {k: v[order] for k, v in cond.items() if v is not None}
         x = [reduce(x0[:n], s) for n, s in zip(rows, self.shapes)]                    # [(n, *shape)]
         z = [d.q_sample(y, t[:n], e[:n]) for d, y, n, e in zip(self.levels, x, rows, noise)]
-        outs = model(z, self.model_t(t), **cond)                                      # [(n, *shape)]
+        outs = model(self.shown(z), self.model_t(t), **cond)                          # [(n, *shape)]
         terms, total = {}, 0
         for r, (d, n, out) in enumerate(zip(self.levels, rows, outs)):
             mse = (out.float() - d.target(x[r], t[:n], noise[r][:n])).square().flatten(1).mean(1)
@@ -167,20 +173,18 @@ class ExtendedDiffusion:
 
     @torch.no_grad()
     def sample_levels(self, model, shape, seeds, *, sampler="ddim", steps="50", eta=0.0, cfg_scale=1.0,
-                      clip=True, start=None, on_step=None, **cond):
+                      clip=True, on_step=None, **cond):
         """As diffusion.Diffusion.sample -> every resolution, [(B, *shape_r)]. All are denoised in parallel,
         one call of the network a step, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
             raise ValueError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}")
-        if start is not None:
-            raise ValueError("MDM starts from noise at every resolution: start is not for it")
         few = self.respaced(steps)
         size = (sum(math.prod(s) for s in self.shapes),)
         z = self.unpack(normal(fold(seeds, self.T), size))                            # [(B, *shape)]
         model = guided(model, cfg_scale) if cfg_scale != 1 else model
         for i in reversed(range(few.T)):
             t = torch.full_like(seeds, i)
-            outs = model(z, few.model_t(t), **cond)
+            outs = model(self.shown(z), few.model_t(t), **cond)
             noise = [None] * self.R
             if sampler == "ddpm" or eta:
                 noise = self.unpack(normal(fold(seeds, i), size))
@@ -190,7 +194,7 @@ class ExtendedDiffusion:
                  for d, o, y, e in zip(few.levels, outs, z, noise)]
             if on_step:
                 on_step(i, z, x0)
-        return z
+        return self.shown(z)
 
     def sample(self, model, shape, seeds, *, on_step=None, **options):
         """The finest resolution, (B, *shape); on_step gets that one too."""
@@ -759,8 +763,9 @@ def check(c):
     for name, u in (("coarsest", core), *(("outer", u) for u in c["outer"]), ("temporal", c["temporal"])):
         if name == "temporal" and u is None:
             continue
-        if not isinstance(u, dict) or not {"channels", "blocks"} <= u.keys() <= core.keys():
-            raise ValueError(f"{name} level {u!r}: must be a dict of channels, blocks and perhaps attention")
+        allowed = {"channels", "blocks"} | ({"attention"} if name != "temporal" else set())
+        if not isinstance(u, dict) or not {"channels", "blocks"} <= u.keys() <= allowed:
+            raise ValueError(f"{name} level {u!r}: must be a dict of {', '.join(sorted(allowed))}")
         sizes = len(u["channels"]) if isinstance(u["channels"], (list, tuple)) else 0
         if sizes < (1 if u is core else 2):
             raise ValueError(f"channels={u['channels']!r} of the {name} level: must be a list, of a number for "

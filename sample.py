@@ -248,12 +248,16 @@ def read_prompts(prompts):
     """["a moon", "@file"] -> ["a moon", a prompt for each line of the file ...]."""
     found = []
     for prompt in prompts or []:
-        if prompt.startswith("@"):
-            found += [line for line in Path(prompt[1:]).read_text("utf8").splitlines() if line.strip()]
-        else:
+        if not prompt.startswith("@"):
             found.append(prompt)
+            continue
+        try:                                            # -sig: editors write a BOM
+            lines = Path(prompt[1:]).read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"{prompt[1:]!r} cannot be read ({e}): write a prompt a line, in UTF-8") from None
+        found += [line for line in lines if line.strip()]
     if prompts and not found:
-        raise ValueError(f"no line in {' '.join(prompts)[1:]}: write a prompt a line")
+        raise ValueError(f"no prompts in {' '.join(prompts)}: write a prompt a line")
     return found
 
 
@@ -281,20 +285,21 @@ def side_by_side(levels):
     """Every resolution of an mdm, coarsest first -> one picture (N, C, [T,] H, R W), the coarse ones
     magnified, a single frame standing still."""
     size = levels[-1].shape[2:]
-    levels = [x if x.ndim == len(size) + 2 else x[:, :, None] for x in levels]
+    levels = [x if x.ndim == len(size) + 2 else x[:, :, None] for x in levels]   # (N, C, [T or 1,] H_r, W_r)
     return torch.cat([torch.nn.functional.interpolate(x, size, mode="nearest") for x in levels], dim=-1)
 
 
-def save_image(image, path):
+def save_image(image, path, **options):
     """PIL image -> file, written aside and renamed: a killed run leaves no half a picture."""
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")
-    image.save(part)
+    image.save(part, **options)
     os.replace(part, path)
 
 
 def save_gif(frames, path, milliseconds):
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    """PIL images -> file, each shown for so long, over and over."""
+    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def fid_samples(args, generate_part, settings):
@@ -470,10 +475,11 @@ def to_denoise(args, trained):
         raise ValueError("this model never saw images without their class: pass --class-labels 3 "
                          "for class 3")
     if args.denoise == "test":
-        if name not in ("shapes", *data.CLASSES):
+        if name not in ("shapes", "moving", *data.CLASSES):
             raise ValueError(f"this run was trained on the folder {name}, which has no test images: "
                              f"pass --denoise a picture")
-        images = data.load(name, args.data_dir or trained["data_dir"], shape[1:], "test")
+        images = data.load(name, args.data_dir or trained["data_dir"], shape[1:], "test",
+                           frames=trained.get("frames"))
         N = args.num_samples or 16
         if N > len(images):
             raise ValueError(f"--num-samples {N}: {name} has {len(images)} test images")
@@ -554,13 +560,15 @@ def parse(argv):
     what.add_argument("--num-samples", type=int, metavar="N",
                       help="how many images (default: 10 a class, 8 a prompt, of videos 2, or 16)")
     what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
+    what.add_argument("--text-encoder", metavar="NAME",
+                      help="the T5 of the training, if it lies elsewhere now")
     what.add_argument("--prompt", nargs="+", metavar="TEXT",
                       help="what to draw, if the model reads text, a row each; @file: one a line (default: "
                            "some captions of its data)")
     how = p.add_argument_group("how")
     how.add_argument("--cfg-scale", type=float,
                      help="guidance: 1 is off; more is clearer and less varied (default: 2 if the "
-                          "model can, that is, was trained with classes and --cond-dropout)")
+                          "model can, that is, was trained with classes or captions and --cond-dropout)")
     how.add_argument("--sampler", choices=["ddim", "ddpm"],
                      help="which update (default: ddim; ddpm with --denoise)")
     how.add_argument("--steps", help="50: evenly spaced; ddim50; or 10,15,20 (default: 50; every step "
@@ -569,7 +577,7 @@ def parse(argv):
     how.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"], default="hard",
                      help="how to keep predicted pixels in range at every step: cut off, or thresholds as "
                           "in Imagen and DeepFloyd, for strong guidance; none: for latents")
-    how.add_argument("--no-clip", dest="clip", action="store_const", const="none", default="hard",
+    how.add_argument("--no-clip", dest="clip", action="store_const", const="none", default=argparse.SUPPRESS,
                      help="as --clip none")
     how.add_argument("--seed", type=int, default=0, help="image i is made from seed + i")
     how.add_argument("--batch-size", type=int, default=100, help="images at a time")
@@ -589,12 +597,13 @@ def parse(argv):
                      help="show every resolution, coarsest first (mdm)")
     out.add_argument("--save-images", metavar="DIR", help="also every image as DIR/000000.png")
     out.add_argument("--num-fid-samples", type=int, default=0, metavar="N",
-                     help="instead of a grid: N images of random classes into --save-images "
+                     help="instead of a grid: N images of random classes, or of --prompt, into --save-images "
                           "(default: fid-samples) and one .npz, as FID tools read them")
     return p.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv=None, encode=None):
+    """encode: what turns prompts into tensors, if there is one already."""
     args = parse(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
     args.out = args.out or ("denoise.png" if args.denoise else "samples.png")
@@ -639,18 +648,23 @@ def main(argv=None):
             raise ValueError("this model reads no text: drop --prompt, or train with --model mdm --cond text")
         if text and args.class_labels != "all":
             raise ValueError("this model reads text, not classes: pass --prompt instead of --class-labels")
-        if args.levels and (not hasattr(diffusion, "sample_levels") or args.gif or args.num_fid_samples):
-            raise ValueError("--levels is for pictures of an mdm model: drop it")
+        if args.levels and not hasattr(diffusion, "sample_levels"):
+            raise ValueError("--levels shows the resolutions of an mdm, and this model has one: drop it")
+        if args.levels and (args.gif or args.num_fid_samples):
+            raise ValueError("--levels goes without --gif and --num-fid-samples: drop them")
         if video and (args.gif or args.num_fid_samples):
             raise ValueError("a video's .gif is always written, and there is no FID of videos: drop --gif "
                              "and --num-fid-samples")
-        encode = data.text_encoder(trained["text_encoder"], device) if text else None
+        if args.num_fid_samples and text and not args.prompt:
+            raise ValueError("this model reads text: add --prompt @captions.txt, a caption a line")
+        if args.text_encoder and (not text or text == "bytes"):
+            raise ValueError("this model reads no T5: drop --text-encoder")
         prompts = read_prompts(args.prompt) or trained["prompts"] if text else []
         can_guide = (K or text) and trained["cond_dropout"] > 0
         if not can_guide and args.cfg_scale not in (None, 1):
             raise ValueError("this model never saw images without their class or caption, so it cannot be "
                              "guided: drop --cfg-scale" if K or text else
-                             "guidance needs classes, and this model has none: drop --cfg-scale")
+                             "guidance needs classes or captions, and this model has none: drop --cfg-scale")
         if args.cfg_scale is None:
             args.cfg_scale = 2.0 if can_guide else 1.0
         for folder in (out.resolve().parent, args.save_images):
@@ -658,6 +672,8 @@ def main(argv=None):
                 os.makedirs(folder, exist_ok=True)
                 if not os.access(folder, os.W_OK):
                     raise ValueError(f"cannot write into {folder}: choose another --out")
+        if text and not encode:         # last: it may take a while
+            encode = data.text_encoder(args.text_encoder or trained["text_encoder"], device)
     if args.denoise:
         return denoise_main(args, model, diffusion, trained, device, out)
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip,
@@ -678,7 +694,8 @@ def main(argv=None):
             progress=False, **options), settings)
 
     kinds = K if args.class_labels == "all" and 0 < K <= 20 else 0
-    N = args.num_samples or (2 if video else 8) * len(prompts) or (2 if video else 10) * kinds or 16
+    each = 1 if len(prompts) > 20 else 2 if video else 8 if text else 10
+    N = args.num_samples or each * (len(prompts) or kinds) or 16
     with told_plainly():
         cond = condition(args.class_labels, torch.arange(N))
     film = [] if args.gif else None

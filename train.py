@@ -44,7 +44,7 @@ FREE_TO_CHANGE = {                           # between a run and its continuatio
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "data_dir",
     "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond"}
-MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text"}    # to begin from a checkpoint
+MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}   # in any checkpoint
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def parse(argv):
     g.add_argument("--text-encoder", default="bytes", metavar="NAME",
                    help="bytes: learned along; or a T5 of Hugging Face, or a folder with one (needs "
                         "transformers)")
-    g.add_argument("--hold-out", nargs="*", default=[], metavar="WORDS",
+    g.add_argument("--hold-out", nargs="+", default=[], metavar="WORDS",
                    help="leave out examples with these words in the caption: --hold-out 'red star' heart")
     g.add_argument("--hflip", action=flag, default=False, help="mirror half of the images")
     g = p.add_argument_group("length")
@@ -107,8 +107,8 @@ def parse(argv):
                    help="auto: continue the run if it exists; none: begin anew, the old folder is "
                         "renamed; or a new run that begins from a checkpoint, perhaps with another --lr")
     g.add_argument("--init-inner", metavar="PATH",
-                   help="progressive training (mdm): the checkpoint of a run at the next smaller size, with "
-                        "which the inner network begins")
+                   help="progressive training (mdm): a run at a smaller size, with whose weights the inner "
+                        "network begins")
     g.add_argument("--log-every", type=int, default=50,
                    help="steps between lines of log.csv; each checkpoint adds one too")
     g.add_argument("--sample-every", type=int, default=500,
@@ -129,6 +129,7 @@ def parse(argv):
         if not low <= getattr(args, name) < 2**62:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low} "
                  f"and below 2^62")
+    args.text_encoder = data.full_name(args.text_encoder)
     if args.frames is not None and not 1 <= args.frames <= 1024:
         fail(f"--frames {args.frames}: must be from 1 to 1024")
     for name in ("beta2", "ema_decay", "cond_dropout"):
@@ -190,7 +191,7 @@ def make_batch(batch, step_seeds, diffusion, args, num_classes, encode, device):
     return x0, t, noise, {"text": text, "text_mask": mask & ~hide[:, None]}               # (B, L, ..), (B, L)
 
 
-def choose_text(args, dataset, K, paper, device):
+def choose_text(args, dataset, paper, device):
     """What turns captions into tensors, or None if the class, or nothing, is the condition."""
     reads = "text" in inspect.signature(paper.build).parameters
     if args.cond == "class" and not dataset.num_classes or args.cond == "text" and not dataset.has_captions:
@@ -207,6 +208,20 @@ def choose_text(args, dataset, K, paper, device):
     if args.text_encoder != "bytes":
         raise ValueError("--text-encoder is for captions: add --cond text, or drop it")
     return None
+
+
+def begin_inside(model, args):
+    """Progressive training: the averaged weights of args.init_inner into the inner network of the model."""
+    path = Path(args.init_inner)
+    checkpoint = sample.read_checkpoint(path / "latest.pt" if path.is_dir() else path)
+    if not hasattr(model, "load_inner"):
+        raise ValueError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
+    changed = differences(args, checkpoint["args"], {"model", "text", "text_encoder"})
+    changed += [f"--set {k}={v}" for k, v in checkpoint["args"]["set"].items()
+                if k in ("predict", "schedule", "T") and args.set.get(k) != v]
+    if changed:
+        raise ValueError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
+    model.load_inner(checkpoint["ema"])
 
 
 def some_captions(dataset, seed, n=8):
@@ -260,7 +275,8 @@ def memory_mb(device):
 
 def differences(args, saved, keys):
     """What is not as in the checkpoint, as "--lr 0.001 (was 0.002)"."""
-    return [f"--{k.replace('_', '-')} {vars(args)[k]} (was {saved[k]})" for k in vars(args)
+    flags = {"text": "--cond: text", "shape": "--image-size: shape", "num_examples": "--data: examples"}
+    return [f"{flags.get(k, '--' + k.replace('_', '-'))} {vars(args)[k]} (was {saved[k]})" for k in vars(args)
             if k in keys and k in saved and vars(args)[k] != saved[k]]
 
 
@@ -328,12 +344,17 @@ def main(argv=None):
         if K not in (0, dataset.num_classes):
             fail(f"--num-classes {K}, but {args.data} has {dataset.num_classes}: drop the flag")
         paper = sample.load_paper(args.model)
-        encode = choose_text(args, dataset, K, paper, device)
+        encode = choose_text(args, dataset, paper, device)
+        if K and not encode and len(set(dataset.labels.tolist())) < K:
+            fail("without the words held out a class has no examples: hold out less, or add --cond text")
+        if args.hflip and encode and args.data == "moving":
+            fail("--hflip would move what goes left to the right: drop it")
     K = 0 if encode else K
     args.shape, args.num_classes, args.num_examples = list(dataset.shape), K, len(dataset)
     args.class_names = list(dataset.class_names) if K else []
     args.text = encode.dim if encode else 0
     args.prompts = some_captions(dataset, args.seed) if encode else []
+    reader = args.text_encoder + ", stored" * bool(dataset.texts)
     about_text = {"text": args.text} if encode else {}
     micro = args.global_batch_size // share
 
@@ -350,7 +371,7 @@ def main(argv=None):
     say(f"device      {device} ({'--device' if args.device != 'auto' else 'the best found'}), "
         f"{world} process{'es' if world > 1 else ''}, {'bf16 autocast' if bf16 else 'float32'}\n"
         f"data        {args.data}: {len(dataset):,} images of {'x'.join(map(str, dataset.shape))}, "
-        f"{f'{K} classes' if K else f'captions ({args.text_encoder})' if encode else 'no classes'}\n"
+        f"{f'{K} classes' if K else f'captions ({reader})' if encode else 'no classes'}\n"
         f"model       {args.model} {args.preset}: {parameters:,} parameters, {macs} multiply-adds "
         f"per image and forward pass\n"
         f"training    {args.max_steps:,} steps of {args.global_batch_size} images "
@@ -369,6 +390,11 @@ def main(argv=None):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, not you
     with told_plainly():
         latest, checkpoint, origin = folder / "latest.pt", None, None
+        if args.init_inner and args.resume not in ("auto", "none"):
+            raise ValueError("--resume PATH and --init-inner both begin from weights: drop one")
+        if args.init_inner and (not latest.exists() or args.resume == "none"):
+            begin_inside(model, args)
+            say(f"begun       from the network of {args.init_inner}")
         if args.resume == "none" and folder.exists() and main_process and not restarted:
             n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
             folder.rename(f"{folder}.old{n}")
@@ -376,8 +402,6 @@ def main(argv=None):
         if latest.exists() and (args.resume != "none" or restarted):
             origin, keys = latest, vars(args).keys() - FREE_TO_CHANGE
         elif args.resume not in ("auto", "none"):
-            if args.init_inner:
-                raise ValueError("--resume PATH and --init-inner both begin from weights: drop one")
             origin, keys = Path(args.resume), MUST_MATCH
             origin = origin / "latest.pt" if origin.is_dir() else origin
         if origin:
@@ -385,6 +409,11 @@ def main(argv=None):
             if origin == latest and args.resume not in ("auto", checkpoint["args"]["resume"]):
                 raise ValueError(f"{folder} already holds a run that did not begin from "
                                  f"{args.resume}: pass another --name, or drop --resume")
+            began = checkpoint["args"].get("init_inner")
+            if origin == latest and args.init_inner not in (None, began):
+                raise ValueError(f"{folder} already holds a run that did not begin from {args.init_inner}: "
+                                 f"pass another --name, or drop --init-inner")
+            args.init_inner = began if origin == latest else None
             changed = differences(args, checkpoint["args"], keys)
             if changed:
                 raise ValueError(f"{origin} was trained differently: {', '.join(changed)}. Use its "
@@ -397,17 +426,6 @@ def main(argv=None):
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"cannot write into {folder}: pass another --results-dir")
-
-        if args.init_inner and not checkpoint:
-            path = Path(args.init_inner)
-            state = sample.read_checkpoint(path / "latest.pt" if path.is_dir() else path)
-            if not hasattr(model, "load_inner"):
-                raise ValueError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
-            changed = differences(args, state["args"], {"model", "text", "text_encoder"})
-            if changed:
-                raise ValueError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
-            model.load_inner(state["ema"])
-            say(f"begun       from the network of {args.init_inner}, step {state['step']}")
 
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
@@ -604,7 +622,7 @@ def main(argv=None):
                 f"learning rate too.")
             if args.sample_every and not stop:
                 sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"),
-                             "--device", args.device])
+                             "--device", args.device], encode)
 
 
 if __name__ == "__main__":

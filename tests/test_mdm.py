@@ -203,6 +203,16 @@ def test_weights_and_the_simple_baseline():
     torch.testing.assert_close(terms["loss"], terms["loss_3"])
 
 
+def test_resolutions_without_weight_are_neither_shown_nor_sampled():
+    """Shown in training they would give the picture away, and then be missing."""
+    model, d = small((3, 32, 32), weights=[0, 1, 1])
+    x0, t, noise = batch(d, 2)
+    other = torch.cat([torch.randn(2, math.prod(d.shapes[0])), noise[:, math.prod(d.shapes[0]):]], 1)
+    assert torch.equal(d.loss(model, x0, t, noise)["loss"], d.loss(model, x0, t, other)["loss"])
+    levels = d.sample_levels(model, (3, 32, 32), torch.arange(2), steps="3")
+    assert not levels[0].any() and levels[1].std() > 0.1 and levels[2].std() > 0.1
+
+
 def test_the_finest_loss_alone_starts_dead_and_all_losses_together_do_not():
     for weights, moved in (("finest", {"head"}), (None, {"head", "inner"})):
         model, d = small(awake=False, weights=weights)
@@ -489,7 +499,8 @@ BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 1
        (dict(outer=({},)), "outer"), (dict(schedule=[1]), "schedule"), (dict(power=1e5), "0 to 10"),
        (dict(outer=(dict(channels=(4,), blocks=(1,)),)), "channels=.4,"), (dict(channels=()), "channels=.."),
        (dict(temporal=dict(channels=(7, 8), blocks=(1, 1))), "even"), (dict(T=10**15), "million"),
-       (dict(weights=[0, 0]), "above 0")]
+       (dict(weights=[0, 0]), "above 0"),
+       (dict(temporal=dict(channels=(8, 8), blocks=(1, 1), attention=(0, 1))), "dict of blocks, channels")]
 
 
 @pytest.mark.parametrize("options, words_", BAD, ids=lambda v: str(v))
@@ -550,9 +561,14 @@ def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
     small_, large = (sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("small", "large"))
     for k, v in small_["ema"].items():
         assert torch.equal(v, large["model"][f"inner.{k}"]) and torch.equal(v, large["ema"][f"inner.{k}"])
+    with pytest.raises(SystemExit):                         # begun from there, not from elsewhere
+        train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "large", "--lr", 0,
+               name="large")
     # run again, it goes on from itself and not from the small one
     train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "small", "--lr", 0,
            name="large", steps=3)
+    train_(tmp_path, "--image-size", 16, "--data", "shapes", "--lr", 0, name="large", steps=4)
+    assert sample.read_checkpoint(tmp_path / "large" / "latest.pt")["args"]["init_inner"].endswith("small")
     assert "resumed     at step 2" in capsys.readouterr().out
 
 

@@ -227,13 +227,13 @@ def test_stored_is_on_the_fly(make, tmp_path, capsys):
     assert np.load(file).shape == (5, L, 16) and np.load(file).dtype == np.float16      # each caption once
     batch = dataset[[4, 0, 2, 3]]
     assert batch["text"].dtype == torch.float16 and batch["text_mask"].dtype == torch.bool
-    assert torch.equal(batch["text"].float(), text[[4, 0, 2, 3], :L])
-    assert torch.equal(batch["text_mask"], mask[[4, 0, 2, 3], :L])
+    assert torch.equal(batch["text"].float(), text[[4, 0, 2, 3]])
+    assert torch.equal(batch["text_mask"], mask[[4, 0, 2, 3]])
     # as an encoder
     assert (dataset.texts.name, dataset.texts.dim) == (make.name, 16)
     again = dataset.texts(SHORT)
     assert again[0].dtype == torch.float32
-    assert torch.equal(again[0], text[:, :L]) and torch.equal(again[1], mask[:, :L])
+    assert torch.equal(again[0], text) and torch.equal(again[1], mask)
     with pytest.raises(DataError, match="does not know 'a violet heart'"):
         dataset.texts(["a violet heart"])
 
@@ -385,3 +385,23 @@ def test_the_command_from_a_shell(tmp_path):
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: text encoder") and done.stderr.count("\n") == 1
+
+
+def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
+    """From the first step to the last grid; prompts of one's own do need it."""
+    import sample
+    import train
+    folder = stored(tmp_path, monkeypatch)
+    monkeypatch.setattr(data, "text_encoder", None)         # to call it would be an error
+    train.main(["--model", "mdm", "--data", folder, "--text-encoder", "pretend/t5", "--results-dir", str(tmp_path),
+                "--name", "run", "--max-steps", "2", "--global-batch-size", "4", "--sample-every", "1",
+                "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2"])
+    assert (tmp_path / "run" / "samples.png").exists() and (tmp_path / "run" / "samples" / "step_0000001.png").exists()
+    args = sample.read_checkpoint(tmp_path / "run" / "latest.pt")["args"]
+    assert args["text"] == 16 and set(args["prompts"]) == set(SHORT) - {""}
+    with pytest.raises(TypeError):
+        sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart"])
+    monkeypatch.setattr(data, "text_encoder", lambda name, device: PretendT5(name, device))
+    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart", "--steps", "1", "--num-samples", "1",
+                 "--out", str(tmp_path / "heart.png")])
+    assert (tmp_path / "heart.png").exists()
