@@ -207,7 +207,7 @@ def grid_image(images, rows, names=None, zoom=None):
         images = np.pad(images, ((0, -len(images) % rows), *[(0, 0)] * 4), constant_values=255)
         images = rearrange(images, "(col row) t h w c -> (col t row) h w c", row=rows)    # (B T, H, W, C)
     B, H, W, C = images.shape
-    zoom = zoom or max(1, round(56 / max(H, W)))          # a 28 px digit is small on a screen
+    zoom = zoom or max(1, round(56 / min(H, W)))          # a 28 px digit is small on a screen
     images = np.pad(images, ((0, -B % rows), (0, 0), (0, 0), (0, 0)), constant_values=255)
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     sheet = rearrange(images, "(col row) h w c -> (row h) (col w) c", row=rows)
