@@ -768,7 +768,7 @@ def check(c):
             raise ValueError(f"{name} level {u!r}: must be a dict of {', '.join(sorted(allowed))}")
         sizes = len(u["channels"]) if isinstance(u["channels"], (list, tuple)) else 0
         if sizes < (1 if u is core else 2):
-            raise ValueError(f"channels={u['channels']!r} of the {name} level: must be a list, of a number for "
+            raise ValueError(f"channels={u['channels']!r} of the {name} level: must be a list, a number for "
                              f"each size, such as (8, 16)")
         for key, low in (("channels", 1), ("blocks", 1), ("attention", 0)):
             values = u.get(key, (0,) * sizes)

@@ -254,7 +254,7 @@ def read_prompts(prompts):
         try:                                            # -sig: editors write a BOM
             lines = Path(prompt[1:]).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"{prompt[1:]!r} cannot be read ({e}): write a prompt a line, in UTF-8") from None
+            raise ValueError(f"cannot read {prompt[1:]!r} ({e}): write a prompt a line, in UTF-8") from None
         found += [line for line in lines if line.strip()]
     if prompts and not found:
         raise ValueError(f"no prompts in {' '.join(prompts)}: write a prompt a line")

@@ -19,7 +19,8 @@ import train
 
 SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
-MDM = ["--model", "mdm", "--set", "channels=(4,4)", "words=8", "embedding=8", "heads=2", *SMALL[:2], *SMALL[-8:]]
+MDM = ["--model", "mdm", "--set", "channels=(4,4)", "words=8", "embedding=8", "heads=2", *SMALL[:2],
+       *SMALL[-8:]]
 TRAIN, SAMPLE = train.main, sample.main
 
 
@@ -197,7 +198,7 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/words", "--prompt", "@empty.pt"], "no prompts in @empty.pt"),
     (TRAIN, new("--hold-out", "heart"), "a class has no examples"),
     (TRAIN, [*MDM, "--data", "moving", "--preset", "tiny-video", "--cond", "text", "--hflip"], "drop it"),
-    (TRAIN, [*MDM, "--results-dir", "new", "--init-inner", "gone.pt", "--resume", "none"], "no checkpoint at"),
+    (TRAIN, [*MDM, "--results-dir", "new", "--init-inner", "gone.pt", "--resume", "none"], "no checkpoint"),
     (SAMPLE, [*CKPT, "--clip", "soft"], "imagen"),
     (SAMPLE, ["--ckpt", "other/words", "--class-labels", "1"], "pass --prompt"),
     (SAMPLE, ["--ckpt", "other/words", "--prompt", "@gone.txt"], "gone.txt"),

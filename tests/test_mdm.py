@@ -15,8 +15,8 @@ from diffusion import fold, normal, shift_snr, cosine_alpha_bar, uniform
 
 mdm = sample.load_paper("mdm")
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(side=8, channels=(8, 16), blocks=(1, 1), attention=(0, 1), words=16, layers=1, embedding=32, heads=2,
-             outer=(dict(channels=(8, 8), blocks=(1, 1)), dict(channels=(4, 8), blocks=(1, 1))),
+SMALL = dict(side=8, channels=(8, 16), blocks=(1, 1), attention=(0, 1), words=16, layers=1, embedding=32,
+             heads=2, outer=(dict(channels=(8, 8), blocks=(1, 1)), dict(channels=(4, 8), blocks=(1, 1))),
              temporal=dict(channels=(8, 8, 8), blocks=(1, 1, 1)))
 
 
@@ -59,7 +59,8 @@ def batch(diffusion, B, seed=0):
 
 COUNTS = [("cc12m-64", (3, 64, 64), 461_359_107, 182), ("cc12m-256", (3, 256, 256), 476_613_958, 294.5),
           ("cc12m-1024", (3, 1024, 1024), 480_970_057, 509.3), ("paper-256", (3, 64, 64), 435_891_203, None),
-          ("paper-256", (3, 256, 256), 449_833_286, None), ("paper-128-256", (3, 256, 256), 453_483_977, None),
+          ("paper-256", (3, 256, 256), 449_833_286, None),
+          ("paper-128-256", (3, 256, 256), 453_483_977, None),
           ("paper-1024", (3, 1024, 1024), 452_876_617, None)]
 
 
@@ -98,8 +99,8 @@ def test_multiply_adds_agree_with_a_real_forward_pass(shape, kind):
     from torch.utils.flop_counter import FlopCounterMode
     model, _ = small(shape, **kind)
     z, t = inputs(model, 1)
-    cond = {12: words(1, 32), 0: {}, "bytes": dict(text=torch.ones(1, 16, 12, dtype=torch.long),
-                                                  text_mask=torch.ones(1, 16, dtype=torch.bool))}[kind.get("text", 0)]
+    spelt = dict(text=torch.ones(1, 16, 12, dtype=torch.long), text_mask=torch.ones(1, 16, dtype=torch.bool))
+    cond = {12: words(1, 32), 0: {}, "bytes": spelt}[kind.get("text", 0)]
     # the fused attention of a CPU is not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(z, t, **cond)
@@ -107,8 +108,8 @@ def test_multiply_adds_agree_with_a_real_forward_pass(shape, kind):
 
 
 def test_the_table_prints_and_its_counts_are_those_beside_them():
-    lines = subprocess.run([sys.executable, "mdm.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in lines.splitlines() if line.startswith("cc12m")]
+    done = subprocess.run([sys.executable, "mdm.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("cc12m")]
     assert len(rows) == 3
     for row in rows:
         i = next(i for i, word in enumerate(row) if "," in word)
@@ -185,13 +186,15 @@ def test_the_error_of_one_quantity_follows_from_that_of_another(predict, error):
     x0, _, noise = batch(d, 4)
     t = torch.tensor([20, 300, 600, 900])
     terms = d.loss(model, x0, t, noise)
-    for r, (level, s, e) in enumerate(zip(d.levels, d.shapes, d.unpack(noise[:, :-1]))):
+    noises = d.unpack(noise[:, :-1])
+    z = [level.q_sample(mdm.reduce(x0, s), t, e) for level, s, e in zip(d.levels, d.shapes, noises)]
+    for r, (level, s, e) in enumerate(zip(d.levels, d.shapes, noises)):
         x = mdm.reduce(x0, s)
-        z = [lev.q_sample(mdm.reduce(x0, q), t, f) for lev, q, f in zip(d.levels, d.shapes, d.unpack(noise[:, :-1]))]
         x_hat, eps_hat = level.predict_x0_eps(model(z, t)[r], z[r], t)
         a, b = level.at("signal", t, x), level.at("noise", t, x)
         wrong = {"x0": x_hat - x, "eps": eps_hat - e, "v": a * (eps_hat - e) - b * (x_hat - x)}[error]
-        torch.testing.assert_close(terms[f"loss_{r + 1}"], wrong.square().flatten(1).mean(1), rtol=2e-3, atol=1e-6)
+        mse = wrong.square().flatten(1).mean(1)
+        torch.testing.assert_close(terms[f"loss_{r + 1}"], mse, rtol=2e-3, atol=1e-6)
 
 
 def test_weights_and_the_simple_baseline():
@@ -287,7 +290,8 @@ def test_growing_goes_on_at_the_inner_models_loss_and_checks_every_weight():
     clip, _ = small((3, 4, 16, 16), text=12)
     clip.load_inner(inner.state_dict())                     # a video from a picture
     large.load_inner(middle.state_dict())
-    for other, name in ((small((3, 8, 8))[0], "condition"), (small((3, 8, 8), text=12, layers=2)[0], "layers.1")):
+    for options, name in ((dict(), "condition"), (dict(text=12, layers=2), "layers.1")):
+        other, _ = small((3, 8, 8), **options)
         with pytest.raises(ValueError, match=name):
             large.load_inner(other.state_dict())
     with pytest.raises(ValueError, match="weights do not fit"):
@@ -334,7 +338,7 @@ def test_samples_do_not_depend_on_their_batch_and_all_levels_agree_with_the_fine
     seeds, y = torch.arange(5), torch.tensor([0, 1, 2, -1, 0])
     films = []
     options = dict(steps="4", sampler="ddpm", cfg_scale=2.0)
-    whole = d.sample(model, (3, 32, 32), seeds, on_step=lambda i, x, x0: films.append((i, x, x0)), **options, y=y)
+    whole = d.sample(model, (3, 32, 32), seeds, on_step=lambda *step: films.append(step), **options, y=y)
     one = d.sample(model, (3, 32, 32), seeds[2:3], **options, y=y[2:3])
     torch.testing.assert_close(one, whole[2:3], atol=1e-4, rtol=0)
     levels = d.sample_levels(model, (3, 32, 32), seeds, **options, y=y)
@@ -405,7 +409,8 @@ def test_spelling_tells_words_apart_by_their_letters_and_places():
     assert not torch.allclose(one, other) and torch.equal(one, same)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 16), (1, 32, 32), (3, 14, 18), (3, 22, 40), (2, 8, 16, 24)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 16), (1, 32, 32), (3, 14, 18), (3, 22, 40),
+                                   (2, 8, 16, 24)])
 @pytest.mark.parametrize("kind", [dict(num_classes=3), dict(text=12), dict(text="bytes"), {}], ids=str)
 def test_any_size_a_batch_of_one_and_every_gradient(shape, kind):
     options = dict(temporal=dict(channels=(8, 8, 8, 8), blocks=(1, 1, 1, 1)))
@@ -457,7 +462,8 @@ def test_the_order_of_frames_matters():
 def test_clips_of_a_batch_do_not_mix():
     model, _ = small((3, 4, 16, 16), text=12)
     z, t = inputs(model, 3)
-    whole, one = model(z, t, **words(3)), model([y[1:2] for y in z], t[1:2], **{k: v[1:2] for k, v in words(3).items()})
+    whole = model(z, t, **words(3))
+    one = model([y[1:2] for y in z], t[1:2], **{k: v[1:2] for k, v in words(3).items()})
     for a, b in zip(whole, one, strict=True):
         torch.testing.assert_close(a[1:2], b, atol=1e-4, rtol=1e-4)
 
@@ -489,11 +495,14 @@ def test_autocast_keeps_the_loss_in_float32():
 
 BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 16)), "3 frames"),
        (dict(shape=(3, 64, 16, 16)), "64 frames"), (dict(num_classes=3, text=12), "not both"),
-       (dict(width=3), "unknown option"), (dict(error="l1"), "unknown error"), (dict(predict="x"), "unknown diffusion"),
-       (dict(weights=[1]), "list of 2"), (dict(weights="all"), "list of 2"), (dict(mixed=[0.5, 1]), "begin with 1"),
-       (dict(mixed=[1, 2]), "begin with 1"), (dict(mixed=[1, 0]), "begin with 1"), (dict(power="two"), "power"),
-       (dict(heads=3, text=12), "heads=3"), (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"),
-       (dict(attention=(0, 0.5)), "attention"), (dict(words=12, text=12), "divisible by 8"), (dict(T=0), "T=0"),
+       (dict(width=3), "unknown option"), (dict(error="l1"), "unknown error"),
+       (dict(predict="x"), "unknown diffusion"), (dict(weights=[1]), "list of 2"),
+       (dict(weights="all"), "list of 2"), (dict(heads=3, text=12), "heads=3"),
+       (dict(mixed=[0.5, 1]), "begin with 1"), (dict(mixed=[1, 2]), "begin with 1"),
+       (dict(mixed=[1, 0]), "begin with 1"), (dict(power="two"), "power"),
+       (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"),
+       (dict(attention=(0, 0.5)), "attention"),
+       (dict(words=12, text=12), "divisible by 8"), (dict(T=0), "T=0"),
        (dict(embedding="big"), "embedding"), (dict(micro=1), "micro"), (dict(schedule="sigmoid"), "schedule"),
        (dict(layers=-1), "layers"), (dict(outer=3), "outer"), (dict(temporal=[1]), "temporal"),
        (dict(outer=({},)), "outer"), (dict(schedule=[1]), "schedule"), (dict(power=1e5), "0 to 10"),
@@ -536,45 +545,45 @@ def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch):
     train_(tmp_path, *flags, "--ckpt-every", 2, steps=2)
     train_(tmp_path, *flags, steps=4)
     runs = [sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("whole", "run")]
-    assert all(torch.equal(a, b) for a, b in zip(runs[0]["ema"].values(), runs[1]["ema"].values(), strict=True)
-               ) and runs[1]["args"]["num_examples"] < 65536 and len(runs[1]["args"]["prompts"]) == 8
-    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--prompt", "a big red star", "a moon", "--levels",
-                 "--num-samples", "6", "--out", "levels.png", "--save-images", "each"])
+    assert all(torch.equal(runs[0]["ema"][k], runs[1]["ema"][k]) for k in runs[0]["ema"])
+    assert runs[1]["args"]["num_examples"] < 65536 and len(runs[1]["args"]["prompts"]) == 8
+    draw = ["--ckpt", str(tmp_path / "run"), "--steps", "2"]
+    sample.main([*draw, "--prompt", "a big red star", "a moon", "--levels", "--num-samples", "6", "--out",
+                 "levels.png", "--save-images", "each"])
     images = [np.asarray(Image.open(f)) for f in sorted((tmp_path / "each").iterdir())]
     assert len(images) == 6 and images[0].shape == (16, 32, 3)
     left = images[0][:, :16]                                # the coarse picture, each pixel four times
-    assert (left[::2, ::2] == left[1::2, 1::2]).all() and not (images[0][::2, 16::2] == images[0][1::2, 17::2]).all()
+    assert (left[::2, ::2] == left[1::2, 1::2]).all()
+    assert not (images[0][::2, 16::2] == images[0][1::2, 17::2]).all()
     (tmp_path / "prompts.txt").write_text("a big red star\n\na moon\n")
-    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--prompt", "@prompts.txt", "--num-samples", "6",
-                 "--save-images", "again"])
+    sample.main([*draw, "--prompt", "@prompts.txt", "--num-samples", "6", "--save-images", "again"])
     again = [np.asarray(Image.open(f)) for f in sorted((tmp_path / "again").iterdir())]
     assert all((a[:, 16:] == b).all() for a, b in zip(images, again, strict=True))
-    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--num-fid-samples", "3", "--prompt", "a moon",
-                 "--save-images", "fid"])
+    sample.main([*draw, "--num-fid-samples", "3", "--prompt", "a moon", "--save-images", "fid"])
     assert np.load(tmp_path / "samples_3x16x16x3.npz")["arr_0"].shape == (3, 16, 16, 3)
 
 
 def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
+    grow = "--data", "shapes", "--lr", 0, "--init-inner"
     train_(tmp_path, "--image-size", 8, "--data", "shapes", name="small")
-    train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "small", "--lr", 0, name="large")
+    train_(tmp_path, *grow, tmp_path / "small", name="large")
     assert "begun       from the network of" in capsys.readouterr().out
     small_, large = (sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("small", "large"))
     for k, v in small_["ema"].items():
         assert torch.equal(v, large["model"][f"inner.{k}"]) and torch.equal(v, large["ema"][f"inner.{k}"])
     with pytest.raises(SystemExit):                         # begun from there, not from elsewhere
-        train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "large", "--lr", 0,
-               name="large")
+        train_(tmp_path, *grow, tmp_path / "large", name="large")
     # run again, it goes on from itself and not from the small one
-    train_(tmp_path, "--image-size", 16, "--data", "shapes", "--init-inner", tmp_path / "small", "--lr", 0,
-           name="large", steps=3)
-    train_(tmp_path, "--image-size", 16, "--data", "shapes", "--lr", 0, name="large", steps=4)
+    train_(tmp_path, *grow, tmp_path / "small", name="large", steps=3)
+    train_(tmp_path, *grow[:-1], name="large", steps=4)
     assert sample.read_checkpoint(tmp_path / "large" / "latest.pt")["args"]["init_inner"].endswith("small")
     assert "resumed     at step 2" in capsys.readouterr().out
 
 
 def test_videos_become_moving_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_(tmp_path, "--preset", "tiny-video", "--data", "moving", "--cond", "text", "--sample-every", 1)
+    thin = "temporal={'channels':(4,4,4,4),'blocks':(1,1,1,1)}", "outer=[{'channels':(4,4),'blocks':(1,1)}]"
+    train_(tmp_path, *thin, "--preset", "tiny-video", "--data", "moving", "--cond", "text", "--sample-every", 1)
     grid = Image.open(tmp_path / "run" / "samples" / "step_0000001.png")
     assert grid.width > 8 * 16
     sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "2", "--prompt", "a small red moon moving up",
@@ -582,6 +591,6 @@ def test_videos_become_moving_pictures(tmp_path, monkeypatch):
     for path in (tmp_path / "a.gif", *(tmp_path / "clips").iterdir()):
         assert Image.open(path).n_frames == 8
     assert len(list((tmp_path / "clips").iterdir())) == 2
-    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "1", "--prompt", "a\nb", "c" * 500, "d", "--num-samples",
-                 "5", "--out", "b.png"])                    # a ragged grid, and captions of all kinds
+    sample.main(["--ckpt", str(tmp_path / "run"), "--steps", "1", "--prompt", "a\nb", "c" * 500, "d",
+                 "--num-samples", "5", "--out", "b.png"])   # a ragged grid, and captions of all kinds
     assert Image.open(tmp_path / "b.png").width < 3000

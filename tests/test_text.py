@@ -393,15 +393,16 @@ def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     import train
     folder = stored(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "text_encoder", None)         # to call it would be an error
-    train.main(["--model", "mdm", "--data", folder, "--text-encoder", "pretend/t5", "--results-dir", str(tmp_path),
-                "--name", "run", "--max-steps", "2", "--global-batch-size", "4", "--sample-every", "1",
-                "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2"])
-    assert (tmp_path / "run" / "samples.png").exists() and (tmp_path / "run" / "samples" / "step_0000001.png").exists()
+    train.main(["--model", "mdm", "--data", folder, "--text-encoder", "pretend/t5", "--results-dir",
+                str(tmp_path), "--name", "run", "--max-steps", "2", "--global-batch-size", "4",
+                "--sample-every", "1", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2"])
+    assert (tmp_path / "run" / "samples.png").exists()
+    assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
     args = sample.read_checkpoint(tmp_path / "run" / "latest.pt")["args"]
     assert args["text"] == 16 and set(args["prompts"]) == set(SHORT) - {""}
     with pytest.raises(TypeError):
         sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart"])
     monkeypatch.setattr(data, "text_encoder", lambda name, device: PretendT5(name, device))
-    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart", "--steps", "1", "--num-samples", "1",
-                 "--out", str(tmp_path / "heart.png")])
+    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart", "--steps", "1",
+                 "--num-samples", "1", "--out", str(tmp_path / "heart.png")])
     assert (tmp_path / "heart.png").exists()
