@@ -345,7 +345,7 @@ def main(argv=None):
             fail(f"--num-classes {K}, but {args.data} has {dataset.num_classes}: drop the flag")
         paper = sample.load_paper(args.model)
         encode = choose_text(args, dataset, paper, device)
-        if K and not encode and len(set(dataset.labels.tolist())) < K:
+        if args.hold_out and K and not encode and len(set(dataset.labels.tolist())) < K:
             fail("without the words held out a class has no examples: hold out less, or add --cond text")
         if args.hflip and encode and args.data == "moving":
             fail("--hflip would move what goes left to the right: drop it")
