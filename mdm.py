@@ -663,13 +663,11 @@ CONFIGS = {
     # As many outer levels are used, of those listed, as the picture's size asks for.
     "cc12m-64": dict(**_RELEASED, outer=(), **_DIFFUSION),
     "cc12m-256": dict(**_RELEASED, outer=(_X4,), **_DIFFUSION),
-    "cc12m-1024": dict(**_RELEASED, outer=(_X4, _X16),
-                       **{**_DIFFUSION, "power": 2}),
+    "cc12m-1024": dict(**_RELEASED, outer=(_X4, _X16), **{**_DIFFUSION, "power": 2}),
     "paper-256": dict(**_PAPER, outer=(_X4,), **_DIFFUSION),
     "paper-128-256": dict(**_PAPER, outer=(dict(channels=(128, 256), blocks=(2, 1)),
                                            dict(channels=(64, 128), blocks=(2, 1))), **_DIFFUSION),
-    "paper-1024": dict(**_PAPER, outer=(_X4, _X16),
-                       **{**_DIFFUSION, "power": 2}),
+    "paper-1024": dict(**_PAPER, outer=(_X4, _X16), **{**_DIFFUSION, "power": 2}),
     # 16 frames of 256 px; the temporal level's widths are ours
     "paper-video": dict(**_PAPER, temporal=dict(channels=(256,) * 5, blocks=(1,) * 5), outer=(_X4,),
                         **_DIFFUSION),

@@ -2,6 +2,7 @@
 import math
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -118,19 +119,20 @@ def test_the_table_prints_and_its_counts_are_those_beside_them():
 
 # --- the extended space ---
 
-GAMMAS = {(4, 1): [0.999835, 0.896995, 0.580557, 0.196089, 0.0404443, 6.07e-10],
-          (4, 2): [0.999340, 0.685244, 0.257074, 0.0574748, 0.0104274, 1.52e-10],
-          (16, 2): [0.989536, 0.11977, 0.021169, 0.00379676, 6.58e-4, 9.5e-12],
-          (1, 1): [0.999959, 0.972093, 0.847012, 0.493844, 0.144272, 2.43e-9]}
+GAMMAS = {(4, 1): "0.999835 0.896995 0.580557 0.196089 0.0404443 6.07e-10",
+          (4, 2): "0.999340 0.685244 0.257074 0.0574748 0.0104274 1.52e-10",
+          (16, 2): "0.989536 0.11977 0.021169 0.00379676 6.58e-4 9.5e-12",
+          (1, 1): "0.999959 0.972093 0.847012 0.493844 0.144272 2.43e-9"}
 
 
 @pytest.mark.parametrize("ratio, power", GAMMAS)
-def test_shifted_schedules_are_the_released_ones(ratio, power):
+def test_shifted_schedules_are_the_released_ones_to_five_digits(ratio, power):
     """The code's gamma has an entry for "no noise" before the first."""
     gamma = shift_snr(cosine_alpha_bar(1000), ratio, power)[torch.tensor([1, 100, 250, 500, 750, 1000]) - 1]
-    # as exact as the reference's digits
-    assert gamma[:4].tolist() == pytest.approx(GAMMAS[ratio, power][:4], rel=5e-5, abs=1e-6)
-    assert gamma[4:].tolist() == pytest.approx(GAMMAS[ratio, power][4:], rel=3e-3)
+    for ours, theirs in zip(gamma.tolist(), GAMMAS[ratio, power].split(), strict=True):
+        # five digits, or what is printed: the sixth is float32's in the code, float64's here
+        digit = max(Decimal(theirs).as_tuple().exponent, math.floor(math.log10(ours)) - 4)
+        assert abs(ours - float(theirs)) <= 0.6 * 10.0**digit, (ours, theirs)
 
 
 def test_each_resolution_has_its_own_schedule_and_the_coarsest_the_plain_one():
