@@ -522,6 +522,7 @@ class UNet(nn.Module):
         return [self.predict(h, z[-1])], h
 
     def enter(self, x, t, pooled, size, above):
+        """The noised pictures x (B, *shape) -> features (B T, C_1, H, W) and the embedding e (B, E)."""
         rows = len(x)
         e = self.embed_t(sinusoid(t[:rows], self.sines))                              # (B, E)
         if pooled is not None:
@@ -537,6 +538,8 @@ class UNet(nn.Module):
         return h, e
 
     def descend(self, h, e, words):
+        """Down the U -> its lowest features, and all on the way. From one size to the next h and w halve, or,
+        in a temporal level, T."""
         skips, words = [h], self.of_rows(words, len(e))
         for i, stages in enumerate(self.down):
             for stage in stages:
@@ -548,6 +551,7 @@ class UNet(nn.Module):
         return h, skips
 
     def ascend(self, h, skips, e, words):
+        """Up again, each stage with the features from its own height."""
         words = self.of_rows(words, len(e))
         for i, stages in enumerate(self.up):
             for stage in stages:
@@ -705,9 +709,10 @@ def build(preset, shape, num_classes=0, text=0, **options):
     outer, factor = [], 1
     for spec in c["outer"]:
         k = 2 ** (len(spec["channels"]) - 1)
-        if min(shape[-2:]) / (factor * k) >= 0.75 * c["side"]:
-            outer.append(spec)
-            factor *= k
+        if min(shape[-2:]) / (factor * k) < 0.75 * c["side"]:
+            break
+        outer.append(spec)
+        factor *= k
     if any(n % factor for n in shape[-2:]):
         near = "x".join(str(max(1, round(n / factor)) * factor) for n in shape[-2:])
         raise ValueError(f"image size {shape[-2]}x{shape[-1]} is not divisible by {factor}, the ratio of the "
