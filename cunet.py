@@ -251,6 +251,7 @@ class CUNet(nn.Module):
     variance after it."""
 
     LEVELS = 4                                  # and one more below, the bottleneck
+    unit = DynamicBlock                         # what FSDP2 gathers at a time
 
     def __init__(self,
                  shape,                 # (C, H, W) of the image, any H and W
@@ -456,6 +457,8 @@ class PublishedAttention(Attention):
 class Published(CUNet):
     """Differences 1 to 6 undone; 8, the sizes, is kept."""
 
+    unit = PublishedBlock
+
     def __init__(self, shape, nf=16, num_classes=0, attention=True, residual=True, solver="rk4", steps=1,
                  rtol=1e-3, atol=1e-3, gradients="direct", learn_sigma=False):
         nn.Module.__init__(self)
@@ -547,6 +550,8 @@ class UNet(nn.Module):
     the authors compared with (norms before attention and the activation of the time's layers differ): at
     each of four levels two residual blocks and linear attention, at the lowest and in the middle full
     attention."""
+
+    unit = ResBlock
 
     def __init__(self, shape, dim=64, num_classes=0, label_std=0.02, learn_sigma=False):
         super().__init__()

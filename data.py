@@ -20,9 +20,11 @@ prepares batches and nothing is left to collate:
 Your own images need no code: pass the folder. For anything else write a function that returns a
 Dataset, as `shapes` does below, and give it a line in `load`.
 
-`text_encoder` makes tensors of captions. A T5 is slow; this runs it once, on all of a folder's captions:
+What is slow and stays the same can be computed once, before training: what a T5 (`text_encoder`) makes of a
+folder's captions, and what a VAE makes of pictures (latents.py reads that):
 
-    python data.py path/to/pictures --text-encoder google/flan-t5-xl
+    python data.py captions path/to/pictures --text-encoder google/flan-t5-xl
+    python data.py encode path/to/pictures path/to/latents --vae stabilityai/sd-vae-ft-ema --hflip
 """
 import argparse
 import csv
@@ -32,6 +34,7 @@ import glob
 import gzip
 import hashlib
 import http.client
+import inspect
 import json
 import logging
 import math
@@ -39,6 +42,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tarfile
 import urllib.request
 import zlib
@@ -47,7 +51,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from diffusion import fold, normal
+from parallel import Parser, fail, number, pick_device, run, told_plainly
 
 IN_MEMORY = 2**30                                       # bytes; more is decoded batch by batch
 QUIET = os.environ.get("RANK", "0") != "0"              # one of torchrun's processes shows progress
@@ -59,16 +67,20 @@ class DataError(ValueError):
 
 class Dataset:
     """name, shape = (C, H, W), or (C, T, H, W) of clips, num_classes (0: no labels), class_names,
-    has_captions, len(), and batches: dataset[indices], see above."""
+    has_captions, len(), and batches: dataset[indices], see above; `prepare` makes x0 of their "x".
+    latents: None; of latents a dict: vae (a name), scale, shift, and image_shape, of the pictures."""
 
-    def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None):
+    def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None,
+                 latents=None):
         """images: uint8 array (N, C, H, W), or a function: B indices -> (B, C, H, W), which
         must survive pickling to reach workers; labels: N integers; captions: N strings;
-        texts: the StoredText of the captions, if there is one."""
+        texts: the StoredText of the captions, if there is one. With `latents`, images are float16
+        (N, 2C, h, w): means, then standard deviations, of latents of shape (C, h, w)."""
         self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
         self.class_names, self.num_classes = list(class_names), len(class_names)
         self.labels = torch.tensor(labels).long() if self.num_classes else None
         self.captions, self.has_captions, self.texts = captions, captions is not None, texts
+        self.latents = latents
 
     def __len__(self):
         return self.length
@@ -86,6 +98,16 @@ class Dataset:
             batch["text"], batch["text_mask"] = self.texts(batch["caption"], torch.float16)
         return batch                                                    # (B, L, dim), (B, L)
 
+    def prepare(self, x, seeds):
+        """"x" of a batch, on any device -> x0 float32 (B, C, ..), what a network learns: pictures in [-1, 1];
+        latents drawn anew from their distributions, shifted and scaled to about N(0, 1). seeds (B,) long, on
+        x's device, decide the draw; pictures need none."""
+        if not self.latents:
+            return x.float() / 127.5 - 1
+        mean, std = x.float().chunk(2, dim=1)                                       # (B, C, h, w) each
+        z = mean + std * normal(fold(seeds, 4), self.shape)     # train.py draws the rest from 0 to 3
+        return (z - self.latents["shift"]) * self.latents["scale"]
+
     def subset(self, keep):
         """The Dataset of the examples `keep` alone: indices, or a bool for each."""
         keep = np.arange(self.length)[keep]                                         # (M,)
@@ -93,7 +115,7 @@ class Dataset:
         labels = self.labels.numpy()[keep] if self.num_classes else None
         captions = [self.captions[i] for i in keep] if self.has_captions else None
         return Dataset(self.name, self.shape, images, len(keep), labels, self.class_names, captions,
-                       self.texts)
+                       self.texts, self.latents)
 
 
 def take_of(images, keep, indices):
@@ -126,8 +148,8 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
     image_size  in pixels, as `parse_size` takes it; None: native. Digits and garments are padded
                 to larger sizes, other pictures scaled to cover the size and cropped in the middle
     split       "train" or "test"
-    text_encoder  whose name: if `python data.py FOLDER --text-encoder NAME` was run on this folder,
-                batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
+    text_encoder  whose name: if `python data.py captions FOLDER --text-encoder NAME` was run on this
+                folder, batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
     frames      of clips; 1: their first frames, as pictures; None: 8
 
     Raises DataError for all that can be wrong with names, files and sizes.
@@ -686,7 +708,7 @@ class StoredText:
         try:                                                # opened each time: a map cannot be pickled
             found = np.load(self.path, mmap_mode="r")[rows]                         # (B, longest, dim)
         except (OSError, ValueError) as e:
-            raise DataError(f"{self.path} cannot be read ({e}): run python data.py again") from None
+            raise DataError(f"{self.path} cannot be read ({e}): run python data.py captions again") from None
         text = torch.zeros(len(rows), TOKENS, self.dim, dtype=dtype)              # as from the T5 itself
         text[:, :found.shape[1]] = torch.from_numpy(found)
         mask = np.arange(TOKENS) < self.lengths[rows, None]
@@ -712,7 +734,7 @@ def stored_text(folder, captions, name):
             return StoredText(name, path, captions, saved["lengths"])
     except (OSError, ValueError, KeyError, TypeError):      # no or half a file
         pass
-    raise DataError(f"{path} does not fit the captions of {folder}: run python data.py {folder} "
+    raise DataError(f"{path} does not fit the captions of {folder}: run python data.py captions {folder} "
                     f"--text-encoder {name} again")
 
 
@@ -745,19 +767,149 @@ def store_text(folder, name, device):
     return path
 
 
+# --- for train.py ---------------------------------------------------------------------------------
+
+def for_training(args, paper, device):
+    """The command line and the paper's module -> the Dataset, and what turns captions into tensors, or None
+    if the class, or nothing, is the condition. Writes into args what a checkpoint must tell of the data.
+    Raises ValueError."""
+    if args.latents:
+        import latents                                      # which imports this file: not at the top
+        for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir"):
+            if getattr(args, flag):
+                raise DataError(f"--{flag.replace('_', '-')} is for images and --latents are none: drop it, "
+                                f"and if you need it pass it to `python data.py encode`")
+        dataset = latents.load(args.latents)
+    else:
+        if args.vae:
+            raise DataError("--vae decodes latents: add --latents DIR, or drop it")
+        dataset = load(args.data, args.data_dir, args.image_size, text_encoder=args.text_encoder,
+                       frames=args.frames)
+    if args.hold_out:
+        dataset = hold_out(dataset, args.hold_out)
+    K = dataset.num_classes if args.num_classes < 0 else args.num_classes
+    if K not in (0, dataset.num_classes):
+        raise DataError(f"--num-classes {K}, but {dataset.name} has {dataset.num_classes}: drop the flag")
+    encode = choose_text(args, dataset, "text" in inspect.signature(paper.build).parameters, device)
+    K = 0 if encode else K
+    if args.hold_out and K and len(set(dataset.labels.tolist())) < K:
+        raise DataError("without the words held out a class has no examples: hold out less, or add "
+                        "--cond text")
+    if args.hflip and encode and args.data == "moving":
+        raise DataError("--hflip would move what goes left to the right: drop it")
+    args.shape, args.num_classes, args.num_examples = list(dataset.shape), K, len(dataset)
+    args.class_names, args.space = list(dataset.class_names) if K else [], dataset.latents
+    args.text, args.prompts = encode.dim if encode else 0, some_captions(dataset, args.seed) if encode else []
+    stored = ", stored" * bool(dataset.texts)
+    dataset.condition = (f"{K} classes" if K else f"captions ({args.text_encoder}{stored})" if encode
+                         else "no classes")
+    return dataset, encode
+
+
+def choose_text(args, dataset, reads, device):
+    """The text encoder, or None. reads: the model takes text."""
+    if args.cond == "class" and not dataset.num_classes or args.cond == "text" and not dataset.has_captions:
+        raise DataError(f"{dataset.name} has no {'captions' if args.cond == 'text' else 'classes'}: "
+                        f"drop --cond {args.cond}")
+    if args.cond == "text" and not reads:
+        raise DataError(f"{args.model} reads no text: pass --model mdm, or drop --cond text")
+    if args.cond != "auto" and args.num_classes >= 0:
+        raise DataError(f"--cond {args.cond} and --num-classes {args.num_classes} do not go together: drop "
+                        f"one")
+    auto = reads and dataset.has_captions and not dataset.num_classes and args.num_classes < 0
+    if args.cond == "text" or args.cond == "auto" and auto:
+        return dataset.texts or text_encoder(args.text_encoder, device)
+    if args.text_encoder != "bytes":
+        raise DataError("--text-encoder is for captions: add --cond text, or drop it")
+    return None
+
+
+def some_captions(dataset, seed, n=8):
+    """The first n different captions in a random order, for the grids of samples."""
+    order = permutation(seed, 0, len(dataset))[:1000]
+    return list(dict.fromkeys(dataset.captions[i] for i in order if dataset.captions[i]))[:n] or [""]
+
+
+def batches(dataset, order, workers, pinned):
+    """The batches of `order`, read by so many processes beside this one, into memory that a GPU can fetch
+    from if `pinned`. An image that cannot be read is told plainly."""
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pinned,
+                        worker_init_fn=leave_signals_to_the_main_process)
+    try:
+        yield from loader
+    except DataError as e:                  # a worker's message begins with its traceback
+        fail(str(e).splitlines()[-1].removeprefix("data.DataError: "), every_process=True)
+
+
+def leave_signals_to_the_main_process(worker):
+    """At module level, since spawned workers import it. What a scheduler sends reaches workers as well, and a
+    worker that dies of it would take the last step's batch along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def write_images(dataset, folder):
+    """Each as folder/000000.png -> how many."""
+    if len(dataset.shape) != 3:
+        raise DataError(f"{dataset.name} holds clips: choose pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty: choose another folder")
+    for i in tqdm(range(len(dataset)), desc="images", unit="image"):
+        x = dataset[[i]]["x"][0].permute(1, 2, 0).numpy()                           # (H, W, C)
+        Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(folder / f"{i:06d}.png")
+    return len(dataset)
+
+
 def main(argv=None):
-    from sample import Parser, pick_device, told_plainly    # which import this file: not at the top
-    p = Parser("Stores the embeddings of a folder's captions in it, so that training need not compute them.")
-    p.add_argument("folder", type=Path, help="images with a metadata.csv")
-    p.add_argument("--text-encoder", metavar="NAME", required=True, default=argparse.SUPPRESS,
+    import latents                                          # which imports this file: not at the top
+    p = Parser("Computes beforehand what training would compute again and again; or shows the data.")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    about = "Stores the embeddings of a folder's captions in it."
+    c = commands.add_parser("captions", help=about, description=about)
+    c.add_argument("folder", type=Path, help="images with a metadata.csv")
+    c.add_argument("--text-encoder", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="a T5 of Hugging Face, such as google/flan-t5-xl, or its folder")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    about = "Stores a VAE's latents of a data set in a folder; goes on where it was stopped."
+    e = commands.add_parser("encode", help=about, description=about)
+    e.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
+    e.add_argument("out", type=Path, help="the folder to make: 16 KiB a picture of 256 x 256")
+    e.add_argument("--vae", metavar="NAME", required=True, default=argparse.SUPPRESS,
+                   help="an AutoencoderKL of Hugging Face, such as stabilityai/sd-vae-ft-ema, or its folder")
+    e.add_argument("--image-size", default="256", help="in pixels, 256 or 192x256 (height x width)")
+    e.add_argument("--data-dir", help="where files lie or are downloaded to")
+    e.add_argument("--hflip", action="store_true", help="store the mirror images too, which doubles all")
+    e.add_argument("--batch-size", type=number(int, 1), default=32, help="pictures at a time, on each device")
+    for command in (c, e):
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    about = "Writes a data set as PNGs, for example to compare samples with."
+    i = commands.add_parser("images", help=about, description=about)
+    i.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
+    i.add_argument("out", type=Path, help="the folder to make")
+    i.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
+    i.add_argument("--data-dir", help="where files lie or are downloaded to")
     args = p.parse_args(argv)
-    with told_plainly():
-        path = store_text(args.folder.expanduser(), full_name(args.text_encoder), pick_device(args.device))
-    print(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MB)")
+    if args.command == "images":
+        with told_plainly():
+            return print(f"{write_images(load(args.data, args.data_dir, args.image_size), args.out)} PNGs -> "
+                         f"{args.out}")
+    if args.command == "captions":
+        with told_plainly():
+            name = full_name(args.text_encoder)
+            path = store_text(args.folder.expanduser(), name, pick_device(args.device))
+        return print(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MB)")
+    torch.backends.cudnn.allow_tf32 = False                 # which rounds to ten bits in every layer
+    folder = args.out.expanduser()
+    try:
+        dataset = load(args.data, args.data_dir, args.image_size)
+        vae = latents.VAE(full_name(args.vae), pick_device(args.device))
+        about = latents.begin(dataset, folder, vae, args.hflip)
+        latents.encode(dataset, folder, vae, about, args.batch_size)
+        if not QUIET:
+            print(latents.summary(folder, about))
+    except (ValueError, OSError) as e:      # of one process alone, perhaps; torchrun ends the others at once
+        fail(e, every_process=True)
 
 
 if __name__ == "__main__":
-    from sample import run
     run(main)

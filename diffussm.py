@@ -349,6 +349,8 @@ class DiffuSSM(nn.Module):
     """(x_t, t, y) -> prediction (eps, or what the Diffusion says), and with learn_sigma the C channels of
     the variance after it."""
 
+    unit = Block                        # what FSDP2 gathers at a time
+
     def __init__(self,
                  shape,                 # (C, H, W) of the image or latent
                  width,                 # D

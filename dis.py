@@ -63,7 +63,7 @@ what could be read of it here, the abstract and summaries, hence no section numb
 10. `pos_init` and `label_std` are ours; their defaults are the code's. See `CONFIGS["tiny"]`.
 
 In a notebook Python's own module `dis` is loaded already, so `from dis import DiS` finds the wrong
-one: write `from sample import load_paper; DiS = load_paper("dis").DiS`.
+one: write `from checkpoint import load_paper; DiS = load_paper("dis").DiS`.
 """
 if __spec__ and __spec__.name == "dis":
     # This file's name hides Python's own `dis`, which torch needs (through `inspect`): whoever asks
@@ -339,6 +339,8 @@ def timestep_embedding(t, width):
 class DiS(nn.Module):
     """(x_t, t, y) -> prediction (eps, or what the Diffusion says), and with learn_sigma the C channels of
     the variance after it."""
+
+    unit = Block                        # what FSDP2 gathers at a time
 
     def __init__(self,
                  shape,                 # (C, H, W) of the image or latent

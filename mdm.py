@@ -448,6 +448,8 @@ class Grow(nn.Module):
 class UNet(nn.Module):
     """The network of the coarsest resolution, and the U that NestedUNet shares."""
 
+    unit = Stage                        # what FSDP2 gathers at a time
+
     def __init__(self,
                  shape,                 # (C, H, W) of its pictures, or (C, T, H, W) of its clips
                  channels,              # of each of its sizes, largest first: (256, 512, 768)

@@ -14,23 +14,14 @@
 Model, preset, image shape and schedule are read from the checkpoint. Image i is a function of
 (seed + i) and its label or prompt alone: the same at any batch size and on any number of processes.
 
-In a notebook: `from sample import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
+In a notebook: `from checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
 import argparse
-import collections
-import contextlib
-import csv
-import datetime
-import importlib.util
 import json
-import math
 import os
-import pickle
-import re
-import sys
+import shlex
 import textwrap
-import time
-import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -39,153 +30,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import checkpoint
 import data
-from diffusion import fold, normal
-
-VERSION = 1     # of the checkpoint's layout
-
-
-# --- errors: one sentence that tells the fix, exit code 2, no traceback ------------------------
-
-def fail(message, every_process=False):
-    """Under torchrun what all processes find wrong is said once."""
-    if every_process or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def run(main):
-    """What both scripts start with."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None             # the shell's code for Ctrl-C
-    except torch.OutOfMemoryError:
-        fail("the GPU's memory is full: train with --grad-accum 2, --grad-checkpointing or a smaller "
-             "--global-batch-size, sample with a smaller --batch-size", every_process=True)
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help, and says what is wrong in one line instead of a page of usage."""
-
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message):
-        fail(f"{message} (--help lists every flag)")
-
-
-@contextlib.contextmanager
-def told_plainly():
-    """Around the few calls that take the user's values: what these refuse is not a crash."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        fail(e)
-
-
-# --- loading ----------------------------------------------------------------------------------
-
-def load_paper(name):
-    """"dis" -> the module of dis.py beside this file; a path to a .py file -> that file.
-
-    Loaded by path under the name "<file>_paper", because `import dis` means Python's own module.
-    Raises ValueError if there is no such file or it lacks `CONFIGS` or `build`.
-    """
-    here = Path(__file__).resolve().parent
-    path = Path(name) if name.endswith(".py") else here / f"{name}.py"
-    papers = sorted(p.stem for p in here.glob("*.py")
-                    if re.search(r"^CONFIGS = ", p.read_text("utf8", "replace"), re.M))
-    if not path.is_file() or (path.parent == here and path.stem not in papers):
-        raise ValueError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file "
-                         f"with CONFIGS and build()")
-    key = f"{path.stem}_paper"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        module = sys.modules[key] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[key]
-            raise
-    module = sys.modules[key]
-    if not hasattr(module, "CONFIGS") or not hasattr(module, "build"):
-        raise ValueError(f"{path} is no model file: it must define CONFIGS and build()")
-    return module
-
-
-def read_checkpoint(path):
-    """-> the checkpoint's dict, tensors on the CPU. Raises ValueError. Never runs code in it:
-    weights_only=True admits tensors, numbers, strings, lists and dicts."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # the errors below say it better
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
-    except pickle.UnpicklingError:  # before the next: told apart from damage
-        raise ValueError(f"{path} contains more than numbers and text (perhaps code), or is not a "
-                         f"checkpoint: use one that train.py wrote") from None
-    except PermissionError:
-        raise
-    except Exception:               # damage makes the unpickler stumble in all kinds of ways
-        raise ValueError(f"{path} is damaged or cut short: use an earlier file of its "
-                         f"checkpoints folder") from None
-    if not isinstance(checkpoint, dict) or not {"version", "model", "ema", "args"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of this project: use one that train.py wrote")
-    if checkpoint["version"] != VERSION:
-        raise ValueError(f"{path} has layout version {checkpoint['version']}, this code reads "
-                         f"{VERSION}: use the code that wrote it")
-    return checkpoint
-
-
-def load_run(path, weights="ema", device="cpu"):
-    """Checkpoint path -> (model in eval mode, diffusion, args of the training, with its "step").
-    Raises ValueError."""
-    checkpoint = read_checkpoint(path)
-    args = {**checkpoint["args"], "step": checkpoint.get("step")}
-    model, diffusion = load_paper(args["model"]).build(
-        args["preset"], tuple(args["shape"]), args["num_classes"],
-        **({"text": args["text"]} if args.get("text") else {}), **args["set"])
-    try:
-        model.load_state_dict(checkpoint[weights])
-    except RuntimeError:
-        raise ValueError(f"the weights in {path} do not fit {args['model']} {args['preset']} as it "
-                         f"is now: use the code that trained them") from None
-    return model.to(device).eval(), diffusion, args
-
-
-def newest_run(results="results"):
-    runs = sorted(Path(results).glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise ValueError(f"no {results}/*/latest.pt here: run `python train.py` first, or pass "
-                         f"--ckpt PATH")
-    return runs[-1]
-
-
-def pick_device(name):
-    """"auto" -> CUDA, else Apple's MPS, else CPU. Of torchrun's processes each gets its own GPU."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    found = {"cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available() and not several, "cpu": True}
-    if name == "auto":
-        name = next(d for d in found if found[d])
-    kind, _, index = name.partition(":")
-    if not found.get(kind) or index and not (kind == "cuda" and index.isdigit()
-                                             and int(index) < torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not available here: choose "
-                         f"{' or '.join(d for d in found if found[d])}")
-    if kind == "cuda" and several:
-        index = os.environ["LOCAL_RANK"]
-        if int(index) >= torch.cuda.device_count():
-            fail(f"process {index} has no GPU, this machine has {torch.cuda.device_count()}: pass "
-                 f"torchrun --nproc_per_node={torch.cuda.device_count()}", every_process=True)
-    device = torch.device(f"{kind}:{index}" if index else kind)
-    if kind == "cuda" and index:
-        torch.cuda.set_device(device)
-    return device
-
+import latents
+from checkpoint import load_run, newest_run
+from diffusion import fold
+from parallel import Parser, Team, number, pick_device, run, told_plainly
 
 # --- drawing ----------------------------------------------------------------------------------
 
@@ -261,21 +111,29 @@ def read_prompts(prompts):
     return found
 
 
+def decoder(space, vae):
+    """-> a function: latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], by the VAE; without one in false
+    colours. Pictures stay as they are. space: of the training's args; None: of pictures."""
+    if space and vae:
+        return lambda z: vae.decode(z, space["scale"], space["shift"])
+    return (lambda z: z[:, :3] / 3 if z.shape[1] >= 3 else z[:, :1] / 3) if space else lambda x: x
+
+
 def generate(model, diffusion, shape, seeds, cond, batch_size, device,
-             film=None, progress=True, levels=False, **options):
+             film=None, progress=True, levels=False, decode=lambda x: x, **options):
     """Seeds (N,), cond {"y": labels (N,)}, {"text": .., "text_mask": ..} or {} -> images (N, C, [T,] H, W)
     in [-1, 1], on the CPU, `batch_size` at a time. A list given as `film` receives, per step, what the
-    model then believed the N images to be. levels: see `side_by_side`."""
+    model then believed the N images to be. levels: see `side_by_side`; decode: of latents, `decoder`."""
     done, beliefs = [], {}
     if film is not None:
-        options["on_step"] = lambda i, x, x0: beliefs.setdefault(i, []).append(x0.cpu())
+        options["on_step"] = lambda i, x, x0: beliefs.setdefault(i, []).append(decode(x0).cpu())
     for i in tqdm(range(0, len(seeds), batch_size), desc="sampling", unit="batch", leave=False,
                   disable=not progress):
         part = slice(i, i + batch_size)
         draw = diffusion.sample_levels if levels else diffusion.sample
         drawn = draw(model, shape, seeds[part].to(device), **options,
                      **{k: v[part].to(device) for k, v in cond.items()})
-        done.append((side_by_side(drawn) if levels else drawn).cpu())
+        done.append((side_by_side(drawn) if levels else decode(drawn)).cpu())
     if film is not None:
         film += [torch.cat(beliefs[i]) for i in sorted(beliefs, reverse=True)]
     return torch.cat(done)                                               # (N, C, [T,] H, W)
@@ -302,249 +160,79 @@ def save_gif(frames, path, milliseconds):
     save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
-def fid_samples(args, generate_part, settings):
+def fid_samples(args, generate_part, settings, data_name):
     """N images of random classes, or of the prompts in turn, as PNGs, by all processes of torchrun, then one
-    .npz by the first. Goes on where an earlier call with the same settings stopped."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder, N = Path(args.save_images or "fid-samples"), args.num_fid_samples
-    about = folder / "settings.json"
+    .npz by the first. Goes on where an earlier call with the same settings stopped. A batch is always made as
+    a whole, by whomever, since what rounding does to an image may depend on its batch."""
+    team, folder, N = Team(torch.device("cpu")), Path(args.save_images or "fid-samples"), args.num_fid_samples
     names = [folder / f"{i:06d}.png" for i in range(N)]
-    with told_plainly():
+
+    def begin():
+        """-> the first image of every batch that is not complete."""
         os.makedirs(folder, exist_ok=True)
-        same = about.exists() and about.read_text() == json.dumps(settings, indent=1)
-        if not same and any(folder.glob("*.png")):
+        about, text = folder / "settings.json", json.dumps(settings, indent=1)
+        if any(folder.glob("*.png")) and not (about.exists() and about.read_text() == text):
             raise ValueError(f"{folder} holds images made with other settings than these: choose "
                              f"another --save-images")
-    missing = [i for i, name in enumerate(names) if not name.exists()]
-    if world > 1:                                   # all have looked before the first one writes
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
-        torch.distributed.barrier()
-    if rank == 0 and not same:
-        about.write_text(json.dumps(settings, indent=1))
-    todo = missing[rank::world]
-    for start in tqdm(range(0, len(todo), args.batch_size), desc="sampling", unit="batch",
-                      disable=rank > 0):
-        part = torch.tensor(todo[start:start + args.batch_size])
-        images = to_uint8(generate_part(part))
-        for i, image in zip(part.tolist(), images):
-            save_image(to_pil(image), names[i])
-    if world > 1:
-        torch.distributed.barrier()
-    if rank == 0:
-        images = np.stack([np.asarray(Image.open(name)) for name in names])
-        images = images[..., None] if images.ndim == 3 else images           # (N, H, W, C)
-        npz = f"samples_{'x'.join(str(n) for n in images.shape)}.npz"
-        np.savez(npz, arr_0=images)
-        print(f"{N} images -> {folder} and {npz} (arr_0, uint8, NHWC)")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+        checkpoint.replace(about, lambda f: f.write(text.encode()))
+        for part in folder.glob(".*.png"):                  # of a process that was killed
+            part.unlink()
+        return [i for i in range(0, N, args.batch_size)
+                if not all(name.exists() for name in names[i:i + args.batch_size])]
 
-
-# --- denoising: "The Missing U", Calvo-Ordonez et al. 2024 (2310.20092), Section 5.2 ------------
-# A clean image is noised to step T, taken back step by step, and compared with itself after each.
-
-SIGMAS = 0.5, 0.75, 1, 1.5, 2, 3        # of the Gaussian blurs to compare with, in pixels
-SHOWN = 8                               # pictures in the strip
-
-
-def gaussian(x, sigma, radius):
-    """(B, C, H, W) -> means weighted by exp(-r^2 / 2 sigma^2), (B, C, H - 2 radius, W - 2 radius)."""
-    w = [math.exp(-0.5 * (r / sigma) ** 2) for r in range(-radius, radius + 1)]
-    # sums of shifted pictures: a GPU's convolution may round to ten bits (TF32)
-    for dim in (2, 3):
-        n = x.shape[dim] - 2 * radius
-        x = sum(w[k] / sum(w) * x.narrow(dim, k, n) for k in range(2 * radius + 1))
-    return x                                                 # (B, C, H - 2 radius, W - 2 radius)
-
-
-def psnr(x, y):
-    """Two (B, C, H, W) in [-1, 1] -> (B,) in dB; infinite where they are equal."""
-    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))                 # (B,)
-
-
-def ssim(x, y):
-    """Two (B, C, H, W) in [-1, 1], at least 11 pixels a side -> structural similarity, (B,), 1 where
-    they are equal. Wang et al. 2004, Eq. 13: Gaussian window 11x11, sigma 1.5, within the borders;
-    a mean over channels."""
-    x, y = x + 1, y + 1             # black must be 0, or brightness counts differently; L = 2
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    mx, my, xx, yy, xy = gaussian(torch.cat([x, y, x * x, y * y, x * y]), 1.5, 5).chunk(5)
-    score = ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
-             / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2)))
-    return score.flatten(1).mean(1)                                                  # (B,)
-
-
-def load_lpips(shape, device):
-    """Learned perceptual distance (Zhang et al. 2018, AlexNet) as a metric like `ssim`, or None, having
-    said why. Its weights are never downloaded from here."""
-    if min(shape[1:]) < 31:
-        print("LPIPS was not computed: its network needs images of at least 31 pixels a side.")
-        return None
-    try:
-        import lpips
-        if not list(Path(torch.hub.get_dir(), "checkpoints").glob("alexnet-*.pth")):
-            raise ImportError
-    except ImportError:
-        print("LPIPS was not computed: it needs `pip install lpips` and once, for its weights (233 MB), "
-              "`python -c \"import lpips; lpips.LPIPS(net='alex')\"`.")
-        return None
-    net = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
-    rgb = lambda x: x.expand(-1, 3, -1, -1)                                          # (B, 3, H, W)
-    return lambda x, y: net(rgb(x), rgb(y)).flatten()                                # (B,)
-
-
-def noise_to(diffusion, clean, seeds, T):
-    """(B, C, H, W) at step T; row i depends on clean[i], seeds[i] and T only."""
-    eps = normal(fold(seeds, T, 1), clean.shape[1:])        # (seeds, T) alone is the reverse step's
-    return diffusion.q_sample(clean, torch.full_like(seeds, T), eps)
-
-
-@torch.no_grad()
-def denoise(model, diffusion, clean, seeds, labels, T, steps, metrics, batch_size, device, **options):
-    """Noise clean (N, C, H, W) in [-1, 1] to step T and sample back, `steps` of the T + 1.
-
-    -> scores {(metric, state): mean over images}, seconds {k: per image, up to k}, film {state: list
-    of uint8 (H, W, C)}; the states are "clean", "noisy", ("blur", sigma), "one step" (what the network
-    believes x_0 to be at T) and k = 1, 2, ..: after k reverse steps.
-    """
-    N, S = len(clean), diffusion.respaced(steps, T).T
-    scores, film, spent = (collections.defaultdict(kind) for kind in (float, list, float))
-    bar = tqdm(total=math.ceil(N / batch_size) * S, desc=f"from step {T}", unit="step", leave=False)
-    for first in range(0, N, batch_size):
-        part = slice(first, first + batch_size)
-        target, seed = clean[part].to(device), seeds[part].to(device)
-
-        def judge(state, x):
-            x = x.clamp(-1, 1)
-            for name, metric in metrics.items():
-                scores[name, state] += metric(x, target).sum().item() / N
-            if first < SHOWN:       # 8 pictures of 3x64x64 over 1000 steps: 98 MB
-                film[state] += list(to_uint8(x[:SHOWN - first]))
-
-        def on_step(i, x, belief):
-            nonlocal began
-            x.flatten()[0].item()                       # waits for a GPU to have done the step
-            spent[S - i] += (time.perf_counter() - began) / N
-            judge(S - i, x)
-            if i == S - 1:
-                judge("one step", belief)
-            bar.update()
-            began = time.perf_counter()                 # the comparing itself is not counted
-
-        x = noise_to(diffusion, target, seed, T)                                # (B, C, H, W)
-        noisy = x / diffusion.alpha_bar[T].sqrt().item()
-        judge("clean", target)
-        judge("noisy", noisy)
-        for sigma in SIGMAS:
-            r = math.ceil(3 * sigma)
-            wide = torch.nn.functional.pad(noisy, [r] * 4, mode="replicate")    # (B, C, H + 2r, W + 2r)
-            judge(("blur", sigma), gaussian(wide, sigma, r))
-        cond = {} if labels is None else {"y": labels[part].to(device)}
-        began = time.perf_counter()
-        diffusion.sample(model, clean.shape[1:], seed, steps=steps, start=(x, T), on_step=on_step,
-                         **options, **cond)
-    bar.close()
-    seconds = dict(zip(range(1, S + 1), np.cumsum([spent[k] for k in range(1, S + 1)]).tolist()))
-    return scores, seconds, film
-
-
-def strip_image(film, T, best):
-    """The film of `denoise` -> uint8 (H, W, 3): a picture a row, states side by side, named above."""
-    S = max(state for state in film if isinstance(state, int))
-    chain = [max(1, S * j // 5) for j in range(1, 5)]
-    columns = [("clean", "clean"), (f"noisy {T}", "noisy"), *((f"step {k}", k) for k in chain),
-               ("best SSIM", best), ("last", S)]
-    images = np.stack([image for _, state in columns for image in film[state]])  # (8 rows, H, W, C)
-    zoom = math.ceil(64 / images.shape[2])                  # wide enough for the words
-    grid = grid_image(images, len(film["clean"]), zoom=zoom)
-    sheet = Image.new("RGB", (grid.width, grid.height + 16), "white")
-    sheet.paste(grid, (0, 16))
-    for j, (name, _) in enumerate(columns):
-        ImageDraw.Draw(sheet).text((j * grid.width / len(columns) + 3, 3), name, fill="black")
-    return np.asarray(sheet)
-
-
-def to_denoise(args, trained):
-    """The command line -> clean images (N, C, H, W) in [-1, 1], their labels (N,) or None, and what
-    they are, in words. Raises ValueError."""
-    shape, K, name = tuple(trained["shape"]), trained["num_classes"], trained["data"]
-    if min(shape[1:]) < 11:
-        raise ValueError(f"SSIM's window is 11x11 and this model's images are {shape[1]}x{shape[2]}: "
-                         f"train one with --image-size 16")
-    if K and args.class_labels == "all" and not trained["cond_dropout"]:
-        raise ValueError("this model never saw images without their class: pass --class-labels 3 "
-                         "for class 3")
-    if args.denoise == "test":
-        if name not in ("shapes", "moving", *data.CLASSES):
-            raise ValueError(f"this run was trained on the folder {name}, which has no test images: "
-                             f"pass --denoise a picture")
-        images = data.load(name, args.data_dir or trained["data_dir"], shape[1:], "test",
-                           frames=trained.get("frames"))
-        N = args.num_samples or 16
-        if N > len(images):
-            raise ValueError(f"--num-samples {N}: {name} has {len(images)} test images")
-        x, what = images[range(N)]["x"], f"{N} test images of {name}"
-    else:
-        if Path(args.denoise).is_dir():
-            raise ValueError(f"{args.denoise} is a folder: pass --denoise one picture, or test")
-        mode = "L" if shape[0] == 1 else "RGB"
-        x = torch.from_numpy(data.read_image(args.denoise, mode, shape[1:]).copy())[None]
-        with Image.open(args.denoise) as photo:
-            if (photo.mode, photo.height, photo.width) != (mode, *shape[1:]):
-                print(f"{args.denoise} is {photo.height}x{photo.width} {photo.mode}: scaled, cropped and "
-                      f"converted to this model's {shape[1]}x{shape[2]} {mode}")
-        what = args.denoise
-    if args.class_labels == "all":
-        labels, said = (torch.full((len(x),), -1), "none (label -1)") if K else (None, "none")
-    else:
-        labels, said = choose_labels(args.class_labels, K, torch.arange(len(x))), args.class_labels
-    return x / 127.5 - 1, labels, f"{what}, class: {said}"
-
-
-def denoise_main(args, model, diffusion, trained, device, out):
-    """The tables of Section 5.2 on the screen, every step in a CSV, pictures in `out`."""
     with told_plainly():
-        if not hasattr(diffusion, "q_sample"):
-            raise ValueError(f"{trained['model']} denoises several resolutions at once, and --denoise is of "
-                             f"one: use another model")
-        if not re.fullmatch(r"\d+(,\d+)*", args.from_step):
-            raise ValueError(f"--from-step {args.from_step!r} not understood: write 150, or 50,150,400")
-        starts = [int(T) for T in args.from_step.split(",")]
-        for T in starts:
-            if T >= diffusion.T:
-                raise ValueError(f"--from-step {T}: this model's steps are 0 to {diffusion.T - 1}")
-            diffusion.respaced(args.steps or T + 1, T)      # refuse a bad --steps before any work
-        clean, labels, what = to_denoise(args, trained)
-    seeds = args.seed + torch.arange(len(clean))
-    metrics = {"psnr": psnr, "ssim": ssim, "lpips": load_lpips(clean.shape[1:], device)}
-    metrics = {name: metric for name, metric in metrics.items() if metric}
-    results = {T: denoise(model, diffusion, clean, seeds, labels, T, args.steps or T + 1, metrics,
-                          args.batch_size, device, sampler=args.sampler, eta=args.eta, clip=args.clip)
-               for T in starts}
+        todo = team.first(begin)[team.rank::team.world]
+        for start in tqdm(todo, desc="sampling", unit="batch", disable=team.rank > 0):
+            part = torch.arange(start, min(start + args.batch_size, N))
+            for i, image in zip(part.tolist(), to_uint8(generate_part(part))):
+                if not names[i].exists():
+                    save_image(to_pil(image), names[i])
+    team.any(False)                                         # all have come so far
+    if team.rank == 0:
+        shape = (N, *np.atleast_3d(np.asarray(Image.open(names[0]))).shape)                # (N, H, W, C)
+        npz = f"samples_{'x'.join(map(str, shape))}.npz"
+        with told_plainly():
+            checkpoint.replace(npz, lambda f: write_npz(f, names, shape))
+        print(f"{N} images -> {folder} and {npz} (arr_0, uint8, NHWC)")
+        print(fid_commands(folder, npz, data_name, shape))
+    team.leave()
 
-    print(f"{what}; {args.sampler}; means over images, seconds per image in batches of "
-          f"{min(args.batch_size, len(clean))}\nblur: the best of sigma {', '.join(map(str, SIGMAS))} px; "
-          f"1 step: the network's first belief; best: after so many reverse steps")
-    strips, lines = [], [["from_step", "reverse_steps", *metrics, "seconds"]]
-    for name in metrics:
-        pick, order = (min, "lower") if name == "lpips" else (max, "higher")
-        digits = 2 if name == "psnr" else 4
-        print(f"\n{name.upper()}{' in dB' * (name == 'psnr')}, {order} is better\n"
-              f"from step    noisy     blur   1 step     best    steps  seconds     last")
-        for T, (scores, seconds, film) in results.items():
-            best = pick(seconds, key=lambda k: scores[name, k])
-            noisy, blur = scores[name, "noisy"], pick(scores[name, ("blur", s)] for s in SIGMAS)
-            shown = [noisy, blur, scores[name, "one step"], scores[name, best], scores[name, len(seconds)]]
-            *shown, last = [f"{value:9.{digits}f}" for value in shown]
-            print(f"{T:9}", *shown, f"{f'{best}/{len(seconds)}':>9}{seconds[best]:9.3g}{last}", sep="")
-            if name == "ssim":
-                strips.append(strip_image(film, T, best))
-                lines += [[T, k, *(f"{scores[m, k]:.6g}" for m in metrics), f"{seconds[k]:.6g}"]
-                          for k in seconds]
-    save_image(Image.fromarray(np.vstack(strips)), out)
-    with open(out.with_suffix(".csv"), "w", newline="") as f:
-        csv.writer(f).writerows(lines)
-    print(f"\npictures -> {out}, every step -> {out.with_suffix('.csv')}")
+
+def write_npz(file, names, shape):
+    """What np.savez(file, arr_0=images) writes, an image at a time: 50,000 of 256 x 256 are 9.8 GB."""
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:    # without a date
+            np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=shape))
+            for name in names:
+                with Image.open(name) as image:
+                    array.write(np.asarray(image).tobytes())
+
+
+def fid_commands(folder, npz, data_name, shape):
+    """What to type for the Frechet distance; figures of different tools must not be compared."""
+    H, W = shape[1:3]
+    known = data_name == "cifar10" and (H, W) == (32, 32)   # the tools bring its statistics along
+    real = "cifar10-train" if known else "real"
+    clean = "dataset_name='cifar10', dataset_res=32, dataset_split='train'" if known else "'real'"
+    once = f"  python data.py images {shlex.quote(data_name)} real --image-size {H}x{W}     # once\n"
+    return f"""for FID, one of
+{once * (not known)}\
+  fidelity --gpu 0 --fid --isc --input1 {folder} --input2 {real}     # pip install torch-fidelity
+  python -c "from cleanfid import fid; print(fid.compute_fid('{folder}', {clean}))"   # pip install clean-fid
+  python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {npz}     # ImageNet: openai/guided-diffusion"""
+
+
+def preview(model, diffusion, args, encode, vae, device):
+    """A small grid of samples from the same noise every time, for looking on while training -> PIL image."""
+    rows = min(args.num_classes, 10) or len(args.prompts) or 4
+    columns = 4 if len(args.shape) == 3 else 1                      # a video is a row by itself
+    cond = {"y": torch.arange(rows).repeat(columns)} if args.num_classes else {}
+    if encode:
+        cond = dict(zip(("text", "text_mask"), encode(args.prompts * columns)))
+    images = generate(model, diffusion, tuple(args.shape), torch.arange(columns * rows), cond, columns * rows,
+                      device, progress=False, steps="25", clip=not args.space,
+                      decode=decoder(args.space, vae), cfg_scale=2.0 if cond and args.cond_dropout else 1.0)
+    return grid_image(to_uint8(images), rows, args.class_names[:rows] or args.prompts)
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -555,9 +243,11 @@ def parse(argv):
     what.add_argument("--ckpt", default="latest", metavar="PATH",
                       help="a checkpoint, a run's folder, or latest: the newest results/*/latest.pt")
     what.add_argument("--results-dir", default="results", help="where latest looks")
+    what.add_argument("--model", metavar="PATH",
+                      help="the .py file of a model of your own, if it lies elsewhere now")
     what.add_argument("--weights", choices=["ema", "raw"], default="ema",
                       help="the moving average of the weights, or the last ones")
-    what.add_argument("--num-samples", type=int, metavar="N",
+    what.add_argument("--num-samples", type=number(int, 1), metavar="N",
                       help="how many images (default: 10 a class, 8 a prompt, of videos 2, or 16)")
     what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
     what.add_argument("--text-encoder", metavar="NAME",
@@ -573,14 +263,15 @@ def parse(argv):
                      help="which update (default: ddim; ddpm with --denoise)")
     how.add_argument("--steps", help="50: evenly spaced; ddim50; or 10,15,20 (default: 50; every step "
                                      "with --denoise)")
-    how.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
-    how.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"], default="hard",
-                     help="how to keep predicted pixels in range at every step: cut off, or thresholds as "
-                          "in Imagen and DeepFloyd, for strong guidance; none: for latents")
+    how.add_argument("--eta", type=number(float), default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
+    how.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"],
+                     help="how to keep predicted pixels in range at every step: cut off (the default), or "
+                          "thresholds as in Imagen and DeepFloyd, for strong guidance; none: the default for "
+                          "latents")
     how.add_argument("--no-clip", dest="clip", action="store_const", const="none", default=argparse.SUPPRESS,
                      help="as --clip none")
-    how.add_argument("--seed", type=int, default=0, help="image i is made from seed + i")
-    how.add_argument("--batch-size", type=int, default=100, help="images at a time")
+    how.add_argument("--seed", type=number(int), default=0, help="image i is made from seed + i")
+    how.add_argument("--batch-size", type=number(int, 1), default=100, help="images at a time")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     clean = p.add_argument_group("denoising instead of drawing")
     clean.add_argument("--denoise", metavar="PICTURE",
@@ -592,11 +283,14 @@ def parse(argv):
     out = p.add_argument_group("output")
     out.add_argument("--out", help="the grid's file (default: samples.png, or denoise.png; the curves "
                                    "of --denoise go into a .csv beside it)")
+    out.add_argument("--vae", metavar="NAME",
+                     help="of a model of latents: what decodes them, or its folder (default: what encoded "
+                          "them); none: show them in false colours")
     out.add_argument("--gif", action="store_true", help="also a film of the denoising, beside --out")
     out.add_argument("--levels", action="store_true",
                      help="show every resolution, coarsest first (mdm)")
     out.add_argument("--save-images", metavar="DIR", help="also every image as DIR/000000.png")
-    out.add_argument("--num-fid-samples", type=int, default=0, metavar="N",
+    out.add_argument("--num-fid-samples", type=number(int), default=0, metavar="N",
                      help="instead of a grid: N images of random classes, or of --prompt, into --save-images "
                           "(default: fid-samples) and one .npz, as FID tools read them")
     return p.parse_args(argv)
@@ -607,16 +301,9 @@ def main(argv=None, encode=None):
     args = parse(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
     args.out = args.out or ("denoise.png" if args.denoise else "samples.png")
-    args.clip = {"hard": True, "none": False}.get(args.clip, args.clip)
     if not args.denoise:                # there the default is every step
         args.steps = args.steps or "50"
     with told_plainly():
-        for flag, low in (("num_samples", 1), ("batch_size", 1), ("num_fid_samples", 0), ("eta", 0),
-                          ("seed", 0)):
-            value = getattr(args, flag)
-            if value is not None and not low <= value < 2**62:
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {low} "
-                                 f"and below 2^62")
         if args.eta and args.sampler == "ddpm":
             raise ValueError("--eta is DDIM's: drop it, or pass --sampler ddim")
         if bool(args.denoise) != bool(args.from_step):
@@ -635,11 +322,13 @@ def main(argv=None, encode=None):
         if args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"):
             raise ValueError("--num-fid-samples draws random classes into a folder: drop "
                              "--gif, --num-samples and --class-labels")
-        path = newest_run(args.results_dir) if args.ckpt == "latest" else Path(args.ckpt)
-        path = path / "latest.pt" if path.is_dir() else path
+        path = newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
         device = pick_device(args.device)
         weights = "model" if args.weights == "raw" else "ema"
-        model, diffusion, trained = load_run(path, weights, device)
+        model, diffusion, trained = load_run(path, weights, device, args.model)
+        space = trained.get("space")                        # of latents, or None
+        clip = args.clip or ("none" if space else "hard")
+        args.clip = {"hard": True, "none": False}.get(clip, clip)
         if not args.denoise:
             diffusion.respaced(args.steps)              # refuse a bad --steps before any work
         shape, K = tuple(trained["shape"]), trained["num_classes"]
@@ -652,6 +341,11 @@ def main(argv=None, encode=None):
             raise ValueError("--levels shows the resolutions of an mdm, and this model has one: drop it")
         if args.levels and (args.gif or args.num_fid_samples):
             raise ValueError("--levels goes without --gif and --num-fid-samples: drop them")
+        if args.vae and not space:
+            raise ValueError("this model was trained on pictures, not on latents: drop --vae")
+        if args.denoise and space:
+            raise ValueError("this model was trained on latents, and --denoise is of pictures: use another "
+                             "model")
         if video and (args.gif or args.num_fid_samples):
             raise ValueError("a video's .gif is always written, and there is no FID of videos: drop --gif "
                              "and --num-fid-samples")
@@ -674,10 +368,13 @@ def main(argv=None, encode=None):
                     raise ValueError(f"cannot write into {folder}: choose another --out")
         if text and not encode:         # last: it may take a while
             encode = data.text_encoder(args.text_encoder or trained["text_encoder"], device)
+        vae = latents.VAE(args.vae or space["vae"], device) if space and args.vae != "none" else None
     if args.denoise:
-        return denoise_main(args, model, diffusion, trained, device, out)
+        import denoise                                      # which imports this file: not at the top
+        return denoise.main(args, model, diffusion, trained, device, out)
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip,
                    cfg_scale=args.cfg_scale)
+    decode = decoder(space, vae)
 
     def condition(spec, numbers):
         """Of the images with these numbers (N,)."""
@@ -687,11 +384,12 @@ def main(argv=None, encode=None):
         return {} if labels is None else {"y": labels}
 
     if args.num_fid_samples:
-        settings = {"ckpt": str(path), "step": trained["step"], "weights": weights,
-                    "seed": args.seed, **options, **({"prompts": prompts} if text else {})}
+        settings = {"ckpt": str(path), "step": trained["step"], "weights": weights, "seed": args.seed,
+                    "batch_size": args.batch_size, **options, **({"prompts": prompts} if text else {}),
+                    **({"vae": args.vae or space["vae"]} if space else {})}
         return fid_samples(args, lambda numbers: generate(
             model, diffusion, shape, args.seed + numbers, condition("random", numbers), len(numbers), device,
-            progress=False, **options), settings)
+            progress=False, decode=decode, **options), settings, trained["data"])
 
     kinds = K if args.class_labels == "all" and 0 < K <= 20 else 0
     each = 1 if len(prompts) > 20 else 2 if video else 8 if text else 10
@@ -700,7 +398,8 @@ def main(argv=None, encode=None):
         cond = condition(args.class_labels, torch.arange(N))
     film = [] if args.gif else None
     images = to_uint8(generate(model, diffusion, shape, args.seed + torch.arange(N), cond, args.batch_size,
-                               device, film=film, levels=args.levels, **options))  # (N, [T,] H, W, C)
+                               device, film=film, levels=args.levels, decode=decode,
+                               **options))                                         # (N, [T,] H, W, C)
     rows, names = min(4, N), None
     if text:                                                      # a prompt a row
         rows, names = min(N, len(prompts)), prompts[:N]

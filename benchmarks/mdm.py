@@ -23,6 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import checkpoint
 import sample
 import train
 
@@ -113,7 +114,7 @@ def main():
     own, floor = scores(judge, x[2048:], captions[2048:], real)
     print(f"the judge recognises {own:.1%} of real test pictures; distance of 192 to 2048 of them {floor:.3g}")
 
-    mdm = sample.load_paper("mdm")
+    mdm = checkpoint.load_paper("mdm")
     cost = {s: mdm.build("tiny", (3, s, s), text="bytes")[0].macs() for s in SIZES}
     plans = {"finest": [(32, args.steps, ["--set", "weights=finest"])], "all": [(32, args.steps, [])],
              "progressive": [(s, round(args.steps / 2 * cost[32] / cost[s]), []) for s in SIZES]}
@@ -133,11 +134,11 @@ def main():
                             "--max-steps", str(steps), "--seed", str(seed), "--sample-every", "0",
                             "--warmup-steps", "50", "--results-dir", str(folder), "--name", name, *flags,
                             *(["--init-inner", str(folder / previous)] if previous else [])])
-                if sample.read_checkpoint(folder / name / "latest.pt")["step"] < steps:
+                if checkpoint.read(folder / name / "latest.pt")["step"] < steps:
                     sys.exit("stopped; the same command goes on")
                 previous = name
                 minutes += minutes_of(folder / name / "log.csv")
-            model, diffusion, _ = sample.load_run(folder / previous / "latest.pt")
+            model, diffusion, _ = checkpoint.load_run(folder / previous / "latest.pt")
             text, mask = data.text_encoder("bytes")(captions[:192])             # every caption twice
             drawn = sample.generate(model, diffusion, (3, 32, 32), torch.arange(192),
                                     {"text": text, "text_mask": mask}, 64, "cpu", sampler="ddpm",

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from sample import load_paper  # noqa: E402
+from checkpoint import load_paper  # noqa: E402
 
 diffussm = load_paper("diffussm")
 

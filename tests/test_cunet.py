@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sample
+import checkpoint
 import train
 from diffusion import fold, normal
 
-cunet = sample.load_paper("cunet")
+cunet = checkpoint.load_paper("cunet")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 import data
+import denoise
 import sample
 import train
 from diffusion import Diffusion, cosine_alpha_bar, fold, normal
 from test_train import SMALL
 
 D = Diffusion(cosine_alpha_bar(1000), "eps")
-METRICS = {"psnr": sample.psnr, "ssim": sample.ssim}
+METRICS = {"psnr": denoise.psnr, "ssim": denoise.ssim}
 
 
 def pictures(n=3, size=16):
@@ -52,9 +53,9 @@ def naive_ssim(x, y):
 
 def test_ssim_of_equal_images_is_one_and_of_others_less():
     x = pictures()
-    torch.testing.assert_close(sample.ssim(x, x), torch.ones(3))
-    assert (sample.ssim(x, -x) < 0.5).all()
-    torch.testing.assert_close(sample.ssim(x, x.flip(0)), sample.ssim(x.flip(0), x))
+    torch.testing.assert_close(denoise.ssim(x, x), torch.ones(3))
+    assert (denoise.ssim(x, -x) < 0.5).all()
+    torch.testing.assert_close(denoise.ssim(x, x.flip(0)), denoise.ssim(x.flip(0), x))
 
 
 def test_ssim_is_the_double_loop():
@@ -62,8 +63,8 @@ def test_ssim_is_the_double_loop():
     x = rng.uniform(-1, 1, (2, 3, 13, 17))
     y = np.clip(x + 0.4 * rng.standard_normal(x.shape), -1, 1)
     naive = [np.mean([naive_ssim(a + 1, b + 1) for a, b in zip(*pair)]) for pair in zip(x, y)]
-    np.testing.assert_allclose(sample.ssim(torch.tensor(x), torch.tensor(y)), naive, rtol=1e-10)
-    single = sample.ssim(torch.tensor(x).float(), torch.tensor(y).float())
+    np.testing.assert_allclose(denoise.ssim(torch.tensor(x), torch.tensor(y)), naive, rtol=1e-10)
+    single = denoise.ssim(torch.tensor(x).float(), torch.tensor(y).float())
     np.testing.assert_allclose(single, naive, atol=1e-5)
 
 
@@ -71,21 +72,21 @@ def test_ssim_is_the_double_loop():
 def test_ssim_of_two_constants_is_the_luminance_term(a, b):
     x, y = (torch.full((1, 1, 12, 12), v, dtype=torch.float64) for v in (a, b))
     a, b = a + 1, b + 1
-    assert sample.ssim(x, y).item() == pytest.approx((2 * a * b + 4e-4) / (a * a + b * b + 4e-4), rel=1e-9)
+    assert denoise.ssim(x, y).item() == pytest.approx((2 * a * b + 4e-4) / (a * a + b * b + 4e-4), rel=1e-9)
 
 
 def test_psnr_by_hand():
     """An error of 0.2 everywhere, peak 2: 20 log10(2 / 0.2) = 20 dB."""
     x, y = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.2)
     y[1] = 1
-    torch.testing.assert_close(sample.psnr(x, y), torch.tensor([20.0, 20 * math.log10(2)]))
+    torch.testing.assert_close(denoise.psnr(x, y), torch.tensor([20.0, 20 * math.log10(2)]))
 
 
 def test_gaussian_keeps_means_and_spreads_a_point():
-    torch.testing.assert_close(sample.gaussian(torch.ones(1, 1, 9, 9), 2, 3), torch.ones(1, 1, 3, 3))
+    torch.testing.assert_close(denoise.gaussian(torch.ones(1, 1, 9, 9), 2, 3), torch.ones(1, 1, 3, 3))
     point = torch.zeros(1, 1, 9, 9)
     point[..., 4, 4] = 1
-    out = sample.gaussian(point, 1, 3)[0, 0]                                 # (3, 3)
+    out = denoise.gaussian(point, 1, 3)[0, 0]                                 # (3, 3)
     assert out[0, 1] / out[1, 1] == pytest.approx(math.exp(-0.5)) and out[0, 0] < out[0, 1]
 
 
@@ -94,21 +95,21 @@ def test_gaussian_keeps_means_and_spreads_a_point():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_perfect_model_returns_the_clean_picture(sampler):
     x0 = pictures()
-    scores, seconds, film = sample.denoise(knowing(x0), D, x0, torch.arange(3), None, 150, "151",
+    scores, seconds, film = denoise.denoise(knowing(x0), D, x0, torch.arange(3), None, 150, "151",
                                            METRICS, 3, torch.device("cpu"), sampler=sampler)
     assert list(seconds) == list(range(1, 152)) and sorted(seconds.values()) == list(seconds.values())
     assert scores["psnr", 151] > 80 and scores["ssim", 151] > 0.9999 and scores["psnr", "one step"] > 80
     for name in METRICS:
         curve = [scores[name, k] for k in (1, 40, 80, 120, 151)]
         assert curve == sorted(curve)
-        assert scores[name, "noisy"] < max(scores[name, ("blur", s)] for s in sample.SIGMAS)
+        assert scores[name, "noisy"] < max(scores[name, ("blur", s)] for s in denoise.SIGMAS)
     assert len(film["noisy"]) == 3 and np.abs(film[151][0].astype(int) - film["clean"][0]).max() <= 1
 
 
 def test_scores_do_not_depend_on_the_batch_size():
     x0, seeds = pictures(10), 5 + torch.arange(10)
     model = lambda x, t: 0.9 * x
-    a, b = [sample.denoise(model, D, x0, seeds, None, 30, "31", METRICS, size, torch.device("cpu"),
+    a, b = [denoise.denoise(model, D, x0, seeds, None, 30, "31", METRICS, size, torch.device("cpu"),
                            sampler="ddpm") for size in (10, 3)]
     assert a[0].keys() == b[0].keys()
     assert all(a[0][key] == pytest.approx(b[0][key], rel=1e-5) for key in a[0])
@@ -117,12 +118,12 @@ def test_scores_do_not_depend_on_the_batch_size():
 
 def test_noise_depends_on_seed_and_step_alone():
     x0, seeds = pictures(), torch.tensor([4, 9, 2])
-    x = sample.noise_to(D, x0, seeds, 200)
-    assert torch.equal(sample.noise_to(D, x0[1:2], seeds[1:2], 200), x[1:2])
-    assert torch.equal(sample.noise_to(D, x0.flip(0), seeds.flip(0), 200), x.flip(0))
+    x = denoise.noise_to(D, x0, seeds, 200)
+    assert torch.equal(denoise.noise_to(D, x0[1:2], seeds[1:2], 200), x[1:2])
+    assert torch.equal(denoise.noise_to(D, x0.flip(0), seeds.flip(0), 200), x.flip(0))
     eps = (x - D.alpha_bar[200].sqrt() * x0) / (1 - D.alpha_bar[200]).sqrt()
     assert eps.std().item() == pytest.approx(1, abs=0.05)
-    other = sample.noise_to(D, x0, seeds, 201)
+    other = denoise.noise_to(D, x0, seeds, 201)
     assert (other - x).std() > 0.1
     for t in range(202):                                    # and is none the reverse chain will use
         assert (normal(fold(seeds, t), (3, 16, 16)) - eps).abs().mean() > 0.5
@@ -173,7 +174,7 @@ def rows(path):
 
 def test_test_images_give_tables_pictures_and_every_step(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)         # as if it were not installed
-    monkeypatch.setattr(sample, "load_lpips", lambda shape, device, real=sample.load_lpips:
+    monkeypatch.setattr(denoise, "load_lpips", lambda shape, device, real=denoise.load_lpips:
                         real((3, 64, 64), device))          # large enough for it
     sample.main(["--ckpt", str(trained), "--denoise", "test", "--num-samples", "3", "--from-step", "12,30",
                  "--device", "cpu", "--out", str(tmp_path / "d.png")])
@@ -200,14 +201,14 @@ def test_a_photo_is_converted_and_lpips_is_a_column_if_it_is_there(trained, tmp_
             return (x - y).square().mean((1, 2, 3), keepdim=True)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert sample.load_lpips((3, 64, 64), torch.device("cpu")) is None          # weights are missing
+    assert denoise.load_lpips((3, 64, 64), torch.device("cpu")) is None          # weights are missing
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
-    assert sample.load_lpips((3, 28, 28), torch.device("cpu")) is None          # too small for AlexNet
+    assert denoise.load_lpips((3, 28, 28), torch.device("cpu")) is None          # too small for AlexNet
     assert "at least 31 pixels" in capsys.readouterr().out
-    metric = sample.load_lpips((1, 64, 64), torch.device("cpu"))
+    metric = denoise.load_lpips((1, 64, 64), torch.device("cpu"))
     assert metric(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)).tolist() == [1, 1]
-    monkeypatch.setattr(sample, "load_lpips", lambda shape, device: metric)
+    monkeypatch.setattr(denoise, "load_lpips", lambda shape, device: metric)
 
     Image.new("L", (50, 40), 90).save(tmp_path / "photo.png")
     sample.main(["--ckpt", str(trained), "--denoise", str(tmp_path / "photo.png"), "--from-step", "100",

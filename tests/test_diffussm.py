@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import sample
+import checkpoint
 import train
 from diffusion import fold, normal
 
-diffussm = sample.load_paper("diffussm")
+diffussm = checkpoint.load_paper("diffussm")
 ROOT = Path(__file__).resolve().parent.parent
 
 

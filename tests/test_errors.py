@@ -21,7 +21,7 @@ SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--glo
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
 MDM = ["--model", "mdm", "--set", "channels=(4,4)", "words=8", "embedding=8", "heads=2", *SMALL[:2],
        *SMALL[-8:]]
-TRAIN, SAMPLE = train.main, sample.main
+TRAIN, SAMPLE, DATA = train.main, sample.main, data.main
 
 
 def idx(array):
@@ -180,7 +180,7 @@ WRONG = [
     (TRAIN, [*MDM, "--init-inner", "small.pt", "--resume", "small.pt"], "drop one"),
     (TRAIN, [*MDM, "--image-size", "32", "--init-inner", "other/words"], "trained differently: --cond: text"),
     (TRAIN, new("--frames", "4"), "drop --frames"),
-    (TRAIN, new("--data", "moving", "--frames", "0"), "from 1 to 1024"),
+    (TRAIN, new("--data", "moving", "--frames", "0"), "at most 1024"),
     (TRAIN, new("--hold-out", "green dragon"), "no caption of shapes contains"),
     (TRAIN, new("--init-inner", "small.pt"), "drop --init-inner, or pass --model mdm"),
     (TRAIN, new("--data", "moving"), "pass --model mdm --preset tiny-video"),
@@ -206,6 +206,18 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/deaf", "--cfg-scale", "2"], "drop --cfg-scale"),
     (SAMPLE, ["--ckpt", "other/clips", "--gif"], "drop --gif"),
     (SAMPLE, ["--ckpt", "other/clips", "--num-fid-samples", "2"], "drop --gif"),
+    # processes, latents
+    (TRAIN, new("--shard"), "start more by torchrun"),
+    (TRAIN, new("--dry-run", "3"), "over 3 processes.*try 6"),
+    (TRAIN, new("--dry-run", "0"), "at least 1"),
+    (TRAIN, ["--latents", "nothing"], "no latents.json"),
+    (TRAIN, new("--latents", "nothing"), "--image-size is for images"),
+    (TRAIN, new("--vae", "nothing"), "add --latents"),
+    (SAMPLE, [*CKPT, "--vae", "nothing"], "drop --vae"),
+    (DATA, ["images", "shapes", "results"], "not empty"),
+    (DATA, ["images", "moving", "new"], "holds clips"),
+    (DATA, ["pictures", "shapes", "new"], "invalid choice"),
+    (DATA, ["encode", "shapes", "new", "--vae", "nothing"], "pip install diffusers|cannot be loaded"),
     # sampling
     (SAMPLE, [*CKPT, "--class-labels", "8"], "0 to 7"),
     (SAMPLE, [*CKPT, "--class-labels", "-1"], "--help|0 to 7"),

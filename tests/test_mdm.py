@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import sample
 import train
 from diffusion import fold, normal, shift_snr, cosine_alpha_bar, uniform
 
-mdm = sample.load_paper("mdm")
+mdm = checkpoint.load_paper("mdm")
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(side=8, channels=(8, 16), blocks=(1, 1), attention=(0, 1), words=16, layers=1, embedding=32,
              heads=2, outer=(dict(channels=(8, 8), blocks=(1, 1)), dict(channels=(4, 8), blocks=(1, 1))),
@@ -546,7 +547,7 @@ def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch):
     train_(tmp_path, *flags, steps=4, name="whole")
     train_(tmp_path, *flags, "--ckpt-every", 2, steps=2)
     train_(tmp_path, *flags, steps=4)
-    runs = [sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("whole", "run")]
+    runs = [checkpoint.read(tmp_path / n / "latest.pt") for n in ("whole", "run")]
     assert all(torch.equal(runs[0]["ema"][k], runs[1]["ema"][k]) for k in runs[0]["ema"])
     assert runs[1]["args"]["num_examples"] < 65536 and len(runs[1]["args"]["prompts"]) == 8
     draw = ["--ckpt", str(tmp_path / "run"), "--steps", "2"]
@@ -570,7 +571,7 @@ def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
     train_(tmp_path, "--image-size", 8, "--data", "shapes", name="small")
     train_(tmp_path, *grow, tmp_path / "small", name="large")
     assert "begun       from the network of" in capsys.readouterr().out
-    small_, large = (sample.read_checkpoint(tmp_path / n / "latest.pt") for n in ("small", "large"))
+    small_, large = (checkpoint.read(tmp_path / n / "latest.pt") for n in ("small", "large"))
     for k, v in small_["ema"].items():
         assert torch.equal(v, large["model"][f"inner.{k}"]) and torch.equal(v, large["ema"][f"inner.{k}"])
     with pytest.raises(SystemExit):                         # begun from there, not from elsewhere
@@ -578,7 +579,7 @@ def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
     # run again, it goes on from itself and not from the small one
     train_(tmp_path, *grow, tmp_path / "small", name="large", steps=3)
     train_(tmp_path, *grow[:-1], name="large", steps=4)
-    assert sample.read_checkpoint(tmp_path / "large" / "latest.pt")["args"]["init_inner"].endswith("small")
+    assert checkpoint.read(tmp_path / "large" / "latest.pt")["args"]["init_inner"].endswith("small")
     assert "resumed     at step 2" in capsys.readouterr().out
 
 

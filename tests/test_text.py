@@ -217,7 +217,7 @@ SHORT = ["a red circle", "a blue star", "", "a red circle", "ünïcode 猫", "a 
 def test_stored_is_on_the_fly(make, tmp_path, capsys):
     folder = pictures(tmp_path / "pictures", SHORT)
     assert "text" not in load(folder, text_encoder=make.name)[[0]]
-    data.main([folder, "--text-encoder", make.name, "--device", "cpu"])
+    data.main(["captions", folder, "--text-encoder", make.name, "--device", "cpu"])
     assert ".npy" in capsys.readouterr().out
     assert "text" not in load(folder)[[0]] and "text" not in load(folder, text_encoder="other/t5")[[0]]
     dataset = load(folder, text_encoder=make.name)
@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, damage):
         about.write_text(json.dumps({**json.loads(about.read_text()), "encoder": "pretend-t5"}))
     with pytest.raises(DataError) as e:
         load(str(folder), text_encoder="pretend/t5")
-    assert f"python data.py {folder} --text-encoder pretend/t5" in str(e.value)
+    assert f"python data.py captions {folder} --text-encoder pretend/t5" in str(e.value)
     load(str(folder))                                           # who does not ask is not bothered
     data.store_text(folder, "pretend/t5", "cpu")
     batch = load(str(folder), text_encoder="pretend/t5")[range(6)]
@@ -371,7 +371,7 @@ def test_the_command_says_what_is_wrong(arguments, needed, tmp_path, monkeypatch
     pictures(tmp_path / "plain", SHORT)
     (tmp_path / "plain" / "metadata.csv").unlink()
     with pytest.raises(SystemExit) as e:
-        data.main(arguments)
+        data.main(["captions", *arguments])
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in needed), err
@@ -381,7 +381,8 @@ def test_the_command_says_what_is_wrong(arguments, needed, tmp_path, monkeypatch
 def test_the_command_from_a_shell(tmp_path):
     """Without transformers, or with it but without this T5: the same kind of answer."""
     folder = pictures(tmp_path / "pictures", SHORT)
-    done = subprocess.run([sys.executable, "data.py", folder, "--text-encoder", str(tmp_path / "nowhere")],
+    done = subprocess.run([sys.executable, "data.py", "captions", folder, "--text-encoder",
+                           str(tmp_path / "nowhere")],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: text encoder") and done.stderr.count("\n") == 1
@@ -389,6 +390,7 @@ def test_the_command_from_a_shell(tmp_path):
 
 def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     """From the first step to the last grid; prompts of one's own do need it."""
+    import checkpoint
     import sample
     import train
     folder = stored(tmp_path, monkeypatch)
@@ -398,7 +400,7 @@ def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
                 "--sample-every", "1", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2"])
     assert (tmp_path / "run" / "samples.png").exists()
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
-    args = sample.read_checkpoint(tmp_path / "run" / "latest.pt")["args"]
+    args = checkpoint.read(tmp_path / "run" / "latest.pt")["args"]
     assert args["text"] == 16 and set(args["prompts"]) == set(SHORT) - {""}
     with pytest.raises(TypeError):
         sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart"])

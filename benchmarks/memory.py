@@ -1,0 +1,93 @@
+"""Does memory.py tell the truth? Its estimate beside the peak of a real forward and backward pass.
+
+    python benchmarks/memory.py             some minutes; with a GPU that one, float32 and bf16
+
+On a CPU (Linux, float32) the peak is that of the process's resident memory; on a GPU that of PyTorch's
+allocator. Each line is a process of its own. A first pass, not measured, makes the gradients and warms up.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))               # before this folder: the module is called memory, too
+import memory  # noqa: E402
+from checkpoint import load_paper  # noqa: E402
+
+# paper, preset, shape, images, what else build takes
+CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
+         ("diffussm", "DiffuSSM-S", (4, 32, 32), 4, {"num_classes": 10}),
+         ("mdm", "tiny", (3, 32, 32), 32, {"text": "bytes"}),
+         ("cunet", "cunet", (3, 64, 64), 4, {}),
+         ("cunet", "unet", (3, 64, 64), 4, {})]
+
+
+def status(key):
+    """VmRSS or VmHWM, resident memory and its peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def measured(model, diffusion, batch, bf16, device):
+    """The peak of the second forward and backward pass above what was there before, in bytes."""
+    batch = {k: torch.ones(v.shape, dtype=v.dtype, device=device) for k, v in batch.items()}
+    model.to(device).train()
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = diffusion.loss(model, **batch)["loss"].mean()
+        loss.backward()
+
+    step()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")           # the peak begins anew
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def line(case, bf16, checkpointing, device):
+    paper, preset, shape, size, options = CASES[case]
+    build = load_paper(paper).build
+    with torch.device("meta"):
+        model, diffusion = build(preset, shape, **options)
+    if checkpointing and not hasattr(model, "grad_checkpointing"):
+        return
+    batch = memory.blank_batch(diffusion, shape, size, **options)
+    guess = memory.activations(model, diffusion, batch, bf16, checkpointing, device)
+    model, diffusion = build(preset, shape, **options)
+    if checkpointing:
+        model.grad_checkpointing = True
+    peak = measured(model, diffusion, batch, bf16, device)
+    print(f"{preset:12s} {'x'.join(map(str, shape)):10s} {size:6d} {'bf16' if bf16 else 'fp32':>9s} "
+          f"{'yes' if checkpointing else 'no':>11s} {guess / 2**20:9.1f} {peak / 2**20:9.1f} "
+          f"{guess / peak:6.3f}", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--line", type=int, nargs=3, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.line:
+        return line(args.line[0], *map(bool, args.line[1:]), device)
+    print("preset       shape      images precision checkpoints  estimate  measured  ratio (MiB)", flush=True)
+    # so that what is freed is given back at once, and resident memory is what is alive
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for case in range(len(CASES)):
+        for bf16 in "01" if device == "cuda" else "0":
+            for checkpointing in "01":
+                subprocess.run([sys.executable, __file__, "--line", str(case), bf16, checkpointing],
+                               env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()

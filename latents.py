@@ -1,0 +1,282 @@
+"""Latents: diffusion in the space of a frozen autoencoder (VAE), which a picture enters once, beforehand.
+
+    python data.py encode DATA OUT --vae stabilityai/sd-vae-ft-ema --image-size 256 --hflip
+    torchrun --standalone --nproc_per_node=8 data.py encode DATA OUT ...      the same files, sooner
+
+    dataset = latents.load(OUT)                     a data.Dataset; x0 = dataset.prepare(batch["x"], seeds)
+    images = latents.VAE(name, device).decode(z0, scale, shift)
+
+A VAE's encoder tells a mean and a standard deviation for each element of a latent. Both are stored, so that
+training draws a new latent each time, as DiT (Peebles & Xie 2022, 2212.09748) does by encoding on the fly:
+
+    latents.json    what this is; written first
+    labels.npy      int64 (N,), if there are classes
+    00000.npy ...   float16 (n, 2C, h, w): means, then standard deviations, of n = 1024 examples, fewer in
+                    the last. Examples 0 to N - 1 are the pictures; with --hflip, N to 2N - 1 their mirrors
+
+A file appears when it is whole, and its number decides what is in it (device and batch size, how that is
+rounded). So stop at any time: the same command goes on, on any number of processes. diffusers is needed
+to encode and decode, not to train.
+"""
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import QUIET, DataError, Dataset
+
+CHUNK = 1024                                            # examples a file: 16 MiB of 4x32x32 latents
+AGAIN = "delete it and run the same python data.py encode again"
+
+
+class VAE:
+    """A diffusers AutoencoderKL, frozen, in float32. name: of Hugging Face, or a folder. Attributes: scale
+    and shift, as its config has them; C, a latent's channels; colours, a picture's; factor, the pixels a side
+    of a latent's element. Raises DataError if diffusers is missing or the VAE cannot be loaded."""
+
+    def __init__(self, name, device="cpu"):
+        if QUIET:                                           # one of torchrun's processes shows the download
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        try:
+            from diffusers import AutoencoderKL             # nothing else here needs it
+        except ImportError:
+            raise DataError("a VAE (--vae) needs one more package: pip install diffusers") from None
+        for library in ("diffusers", "huggingface_hub"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        for local in [True] if Path(name).is_dir() else [True, False]:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")         # between two libraries, none for our users
+                    model, report = AutoencoderKL.from_pretrained(
+                        name, local_files_only=local, output_loading_info=True)
+                if report["missing_keys"]:                  # these would be random numbers
+                    raise ValueError("it holds no AutoencoderKL")
+                break
+            except Exception as e:                          # damage and typos come as all kinds
+                problem = (str(e).strip() or repr(e)).splitlines()[0]
+        else:
+            raise DataError(f"VAE {name} cannot be loaded ({problem}): pass a VAE's name, such as "
+                            f"stabilityai/sd-vae-ft-ema, or, where it cannot be downloaded, its folder")
+        config = model.config
+        self.name, self.device = name, torch.device(device)
+        self.scale, self.shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+        self.C, self.colours = config.latent_channels, config.in_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.model = model.float().eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Pictures (B, colours, H, W) in [-1, 1] -> mean, std (B, C, h, w), as the encoder tells them."""
+        with torch.autocast(self.device.type, enabled=False):
+            latent = self.model.encode(x.to(self.device).float()).latent_dist
+        return latent.mean, latent.std
+
+    @torch.no_grad()
+    def decode(self, z0, scale, shift):
+        """Latents (B, C, h, w) as a network learns them -> pictures (B, colours, H, W) in [-1, 1]. All at
+        once, and a picture of 256 x 256 takes a quarter of a GiB on the way: pass few at a time."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.decode(z0.to(self.device).float() / scale + shift).sample.clamp(-1, 1)
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+def chunk_path(folder, k):
+    return Path(folder) / f"{k:05d}.npy"
+
+
+def ranks():
+    """This process's number, and how many there are. They share files and exchange no messages."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def digest(labels):
+    return None if labels is None else hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
+
+def put(path, content):
+    """An array or a str to a file, aside, then renamed. Not mapped: a full disk would be a crash then."""
+    buffer = io.BytesIO()
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        np.save(buffer, content, allow_pickle=False)
+    part = path.with_name(f".{path.name}.rank{ranks()[0]}.part")
+    try:
+        with open(part, "xb") as f:
+            f.write(buffer.getbuffer())
+        os.replace(part, path)
+    except FileExistsError:
+        raise DataError(f"another process is writing {path}: run one, or several by torchrun") from None
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path} ({e.strerror}): make room, or the folder writable") from None
+
+
+def begin(dataset, folder, vae, hflip=False):
+    """Check that the pictures fit the VAE and the folder these latents, and describe them in it; every rank
+    does the same here. -> the description, for `encode`. Raises DataError."""
+    if len(dataset.shape) != 3:
+        raise DataError(f"{dataset.name} holds clips, and a VAE takes pictures: choose other data")
+    colours, H, W = dataset.shape
+    f = vae.factor
+    if colours not in (1, vae.colours):
+        raise DataError(f"{dataset.name} has {colours} channels, but {vae.name} takes {vae.colours}: choose "
+                        f"another VAE")
+    if H % f or W % f:
+        raise DataError(f"{vae.name} turns {f}x{f} pixels into one, which does not divide {H}x{W}: pass "
+                        f"--image-size {-(-H // f) * f}x{-(-W // f) * f}")
+    labels = dataset.labels.numpy() if dataset.num_classes else None
+    about = {"vae": vae.name, "scale": vae.scale, "shift": vae.shift, "data": dataset.name,
+             "images": len(dataset), "copies": 2 if hflip else 1, "shape": [vae.C, H // f, W // f],
+             "image_shape": [vae.colours, H, W], "class_names": dataset.class_names,
+             "labels": digest(labels), "chunk": CHUNK}
+    folder, (rank, world) = Path(folder), ranks()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob(".*.part"):             # of killed runs, perhaps of more processes
+            owner = re.search(r"\.rank(\d+)\.part$", part.name)
+            if owner and int(owner[1]) % world == rank:
+                part.unlink(missing_ok=True)
+    except OSError as e:
+        raise DataError(f"cannot write into {folder} ({e.strerror}): choose a folder of yours") from None
+    used = any(folder.glob("[0-9]*.npy"))               # first: ranks write these after the description
+    if used or (folder / "latents.json").exists():
+        found = read_description(folder)
+        changed = [k for k in about if found.get(k) != about[k]]
+        if changed:
+            raise DataError(f"{folder} holds latents made with other settings ({', '.join(changed)}): choose "
+                            f"another folder, or delete it")
+    if labels is not None and not (folder / "labels.npy").exists():
+        put(folder / "labels.npy", labels)
+    if not (folder / "latents.json").exists():
+        put(folder / "latents.json", json.dumps(about, indent=1))
+    return about
+
+
+def encode(dataset, folder, vae, about, batch_size=32):
+    """Write this rank's share of the missing chunks. about: of `begin`. Raises DataError."""
+    (rank, world), N, n = ranks(), len(dataset), about["copies"] * len(dataset)
+    todo = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)][rank::world]
+    todo = [chunk for chunk in todo if not chunk_path(folder, chunk[0] // CHUNK).exists()]
+    # reading pictures takes longer than a GPU needs for them; decoders of files let threads run at once
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+          tqdm(total=sum(map(len, todo)), desc="encoding", unit="image", disable=rank > 0) as bar):
+        for chunk in todo:
+            batches = [np.array(chunk[i:i + batch_size]) for i in range(0, len(chunk), batch_size)]
+            stored = []
+            for i, batch in zip(batches, pool.map(lambda i: dataset[i % N], batches)):
+                x = dataset.prepare(batch["x"].to(vae.device), None)                # (B, 1 or colours, H, W)
+                mirror = torch.from_numpy(i >= N).to(x.device).view(-1, 1, 1, 1)    # (B, 1, 1, 1)
+                x = torch.where(mirror, x.flip(-1), x).expand(-1, vae.colours, -1, -1)
+                z = torch.cat(vae.encode(x), dim=1).half()                          # (B, 2C, h, w)
+                if not z.isfinite().all():
+                    raise DataError(f"{vae.name} makes numbers of {dataset.name} that float16 cannot hold: "
+                                    f"choose another VAE")
+                stored.append(z.cpu())
+                bar.update(len(i))
+            put(chunk_path(folder, chunk[0] // CHUNK), torch.cat(stored).numpy())
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+class Chunks:
+    """Indices -> float16 (B, 2C, h, w). Files are mapped when first needed, by each worker anew."""
+
+    def __init__(self, folder, about):
+        C, h, w = about["shape"]
+        self.folder, self.shape, self.chunk = Path(folder), (2 * C, h, w), about["chunk"]
+        self.n, self.maps = about["copies"] * about["images"], {}
+        self.paths = [chunk_path(folder, k) for k in range(-(-self.n // self.chunk))]
+
+    def __getstate__(self):                             # maps would be pickled as all their numbers
+        return {**vars(self), "maps": {}}
+
+    def shape_of(self, k):
+        return min(self.chunk, self.n - k * self.chunk), *self.shape
+
+    def map(self, k):
+        if k not in self.maps:
+            try:
+                found = np.load(self.paths[k], mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as e:
+                raise DataError(f"{self.paths[k]} cannot be read ({e}): {AGAIN}") from None
+            if getattr(found, "shape", None) != self.shape_of(k) or found.dtype != np.float16:
+                raise DataError(f"{self.paths[k]} is no float16 array of shape {self.shape_of(k)}: {AGAIN}")
+            self.maps[k] = found
+        return self.maps[k]                                                         # (n, 2C, h, w)
+
+    def __call__(self, indices):
+        x = np.empty((len(indices), *self.shape), np.float16)
+        for row, i in zip(x, indices.tolist()):
+            row[:] = self.map(i // self.chunk)[i % self.chunk]
+        return x                                                                    # (B, 2C, h, w)
+
+
+def read_description(folder):
+    try:
+        about = json.loads((Path(folder) / "latents.json").read_text("utf8"))
+        for key in ("vae", "scale", "shift", "image_shape", "class_names", "labels"):
+            about[key]
+        Chunks(folder, about)
+        return about
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no latents.json, so python data.py encode did not make it: choose "
+                        f"another folder") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{folder}/latents.json cannot be read ({e!r}): encode into a new folder") from None
+
+
+def statistics(folder, about):
+    """Mean and standard deviation (C,) over the first chunk, as a network sees it."""
+    mean, std = torch.from_numpy(Chunks(folder, about).map(0).astype(np.float32)).chunk(2, dim=1)
+    over = (0, 2, 3)
+    variance = mean.var(over, correction=0) + std.square().mean(over)                                # (C,)
+    return (mean.mean(over) - about["shift"]) * about["scale"], variance.sqrt() * about["scale"]
+
+
+def summary(folder, about):
+    """What to tell the user at the end."""
+    chunks = Chunks(folder, about)
+    left = sum(not path.exists() for path in chunks.paths)
+    mean, std = (" ".join(f"{x:.2f}" for x in xs.tolist()) for xs in statistics(folder, about))
+    shape = "x".join(map(str, about["shape"]))
+    return (f"{folder}: {chunks.n:,} latents of {shape}"
+            + (f", of {len(chunks.paths)} files other processes have yet to write {left}" if left else "")
+            + f"\nchannels have mean {mean} and std {std} (about 0 and 1, if the VAE suits these pictures)")
+
+
+def load(folder):
+    """The Dataset of what `python data.py encode` stored: shape (C, h, w); "x" of a batch is float16
+    (B, 2C, h, w), for `Dataset.prepare`. Looks at the files' sizes, not into them. Raises DataError."""
+    folder = Path(folder).expanduser()
+    about = read_description(folder)
+    chunks, labels = Chunks(folder, about), None
+    sizes = [path.stat().st_size if path.exists() else None for path in chunks.paths]
+    if None in sizes:
+        raise DataError(f"{folder} lacks {sizes.count(None)} of {len(sizes)} files of latents: run the same "
+                        f"python data.py encode again, it goes on where it stopped")
+    for k, size in enumerate(sizes):
+        if size <= 2 * math.prod(chunks.shape_of(k)):       # bytes; a header comes on top
+            raise DataError(f"{chunks.paths[k]} is cut short: {AGAIN}")
+    if about["class_names"]:
+        try:
+            labels = np.load(folder / "labels.npy", allow_pickle=False)             # (N,)
+            damaged = digest(labels) != about["labels"]
+        except (OSError, ValueError, EOFError):
+            damaged = True
+        if damaged:
+            raise DataError(f"{folder}/labels.npy is missing or damaged: {AGAIN}")
+        labels = np.tile(labels, about["copies"])                                   # (copies N,)
+    return Dataset(str(folder), about["shape"], chunks, chunks.n, labels, about["class_names"],
+                   latents={k: about[k] for k in ("vae", "scale", "shift", "image_shape")})

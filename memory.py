@@ -1,0 +1,216 @@
+"""What training keeps in a GPU's memory, counted without a GPU: one forward and backward pass of tensors that
+have a shape, a type and no numbers.
+
+    table(model, diffusion, blank_batch(diffusion, shape, 32, num_classes=1000), world=8, bf16=True)
+
+Counted is what PyTorch's allocator would be asked for. Not seen: what kernels take for themselves (workspaces
+of cuDNN, cuBLAS, cuFFT), the allocator's gaps, NCCL's buffers. benchmarks/memory.py compares with real runs.
+"""
+import copy
+import sys
+import weakref
+from contextlib import ExitStack, suppress
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CONTEXT = 1e9               # bytes that CUDA, its kernels and the libraries take before the first tensor
+aten = torch.ops.aten
+
+
+class Tracker(TorchDispatchMode):
+    """Adds up the bytes of storages made while it is active, takes off those that are freed: `now`, `peak`. A
+    view, or what an in-place operation returns, has the storage of another tensor: nothing counts twice.
+    Storages of `known` tensors do not count at all."""
+    IN_PLACE = {aten.addcmul_.default, aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor,
+                aten.exp_.default}
+
+    def __init__(self, known=(), cuda=False):
+        super().__init__()
+        self.now = self.peak = 0
+        self.cuda, self.alive = cuda, {}
+        for tensor in known:
+            self.add(tensor, 0)
+
+    def add(self, tensor, size=None):
+        storage = tensor.untyped_storage()
+        key = storage._cdata                                # its address
+        if key not in self.alive:
+            size = storage.nbytes() if size is None else size
+            self.alive[key] = weakref.ref(storage, lambda _: self.free(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def free(self, key, size):
+        del self.alive[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], FakeTensor):        # short cuts of most calls, for the scan's loops
+            if func is torch.ops.prim.device.default:
+                return args[0].fake_device
+            if func in self.IN_PLACE:
+                return args[0]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        if self.cuda and func is aten._fft_c2r.default:     # cuFFT destroys its input, so it gets a copy
+            self.peak = max(self.peak, self.now + args[0].numel() * args[0].itemsize)
+        return out
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """CUDA's kernel keeps its input and a number per row; the CPU does it in steps and keeps more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x[..., :1].clone())
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class FirstTwo(list):
+    """A list with its whole length that is read no further than its second entry."""
+
+    def __iter__(self):
+        return iter(self[:2])
+
+
+def stand_ins(model, cuda):
+    """A context in which tensors without numbers, which are "on the CPU", need what others need on CUDA; and
+    in which the autograd functions of the model's file that work in blocks (`blocks`, `ELEMENTS` in dis.py)
+    do two of them: the others use the same memory again, and DiS-H would take minutes."""
+    stack = ExitStack()
+
+    def replace(where, name, value):
+        stack.enter_context(mock.patch.object(where, name, value))
+
+    for f in list(vars(sys.modules[type(model).__module__]).values()):
+        if isinstance(f, type) and issubclass(f, torch.autograd.Function) and hasattr(f, "blocks"):
+            def two(*args, blocks=f.blocks):
+                parts = blocks(*args)
+                return tuple(map(FirstTwo, parts)) if isinstance(parts, tuple) else FirstTwo(parts)
+            stack.enter_context(mock.patch.dict(f.ELEMENTS, clear=cuda))
+            replace(f, "blocks", staticmethod(two))
+    if not cuda:
+        return stack
+
+    if hasattr(aten, "_fused_rms_norm"):                    # PyTorch 2.9
+        replace(F, "rms_norm",
+                lambda x, shape, weight=None, eps=None: FusedRMSNorm.apply(x.float(), weight))
+    # Autocast takes these to float32 on CUDA, but not on the CPU. (Of the list, what networks use.)
+    for where, names in ((F, "layer_norm group_norm softmax softplus normalize interpolate"),
+                         (torch.Tensor, "softmax")):
+        for name in names.split():
+            def in_float32(x, *args, function=getattr(where, name), **kwargs):
+                return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+            replace(where, name, in_float32)
+    return stack
+
+
+def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
+    """The arguments of diffusion.loss for `size` images of `shape`, on the meta device. num_classes and text
+    as for the paper's build; `words` of a caption, for embeddings (text="bytes": 16 words of 12 bytes)."""
+    with torch.device("meta"):
+        batch = dict(x0=torch.empty(size, *shape), t=torch.empty(size, dtype=torch.long),
+                     noise=torch.empty(size, *diffusion.noise_shape(shape)))
+        if num_classes:
+            batch["y"] = torch.empty(size, dtype=torch.long)
+        if text:
+            batch["text"] = (torch.empty(size, 16, 12, dtype=torch.long) if text == "bytes" else
+                             torch.empty(size, words, text))
+            batch["text_mask"] = torch.empty(batch["text"].shape[:2], dtype=torch.bool)
+    return batch
+
+
+def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda"):
+    """The peak, in bytes, of what is alive in one forward and backward pass besides the weights, the batch,
+    and gradients where they are kept (a gradient on its way there counts).
+
+    model on the meta device (any other is left alone, too); batch as by `blank_batch`; bf16: under autocast;
+    checkpointing: with model.grad_checkpointing; device: "cuda", or "cpu" as a CPU would do it. Takes as long
+    for large batches as for small ones. Raises ValueError for solvers that choose their steps by numbers.
+    """
+    cuda, twin, diffusion = device != "cpu", copy.deepcopy(model).train(), copy.copy(diffusion)
+    if checkpointing:
+        twin.grad_checkpointing = True
+    if hasattr(diffusion, "mixed"):
+        diffusion.mixed = None          # mdm: which rows have which resolutions is random; here all have all
+    # What is made from these tensors has no numbers either. The mode is not left on: solvers of ODEs need the
+    # numbers of their times.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
+        for module in twin.modules():
+            for store in (module._parameters, module._buffers):
+                for name, old in store.items():
+                    if old is not None:
+                        store[name] = torch.empty_like(old, device="cpu")
+                    if isinstance(old, torch.nn.Parameter):
+                        store[name] = torch.nn.Parameter(store[name], old.requires_grad)
+                        # as in DDP's buckets: there before, and added to
+                        store[name].grad = torch.empty_like(store[name]) if old.requires_grad else None
+    weights = [*twin.parameters(), *twin.buffers()]
+    known = [*weights, *(p.grad for p in weights if p.grad is not None), *batch.values()]
+    try:
+        with stand_ins(model, cuda), Tracker(known, cuda) as tracker:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = diffusion.loss(twin, **batch)["loss"].mean()
+            loss.backward()
+    except DataDependentOutputException:
+        raise ValueError("the work of this model depends on its numbers, as that of adaptive solvers does: "
+                         "its memory cannot be told before") from None
+    return tracker.peak
+
+
+def table(model, diffusion, batch, world, bf16, units=None):
+    """-> a dict for each way to train on `world` GPUs, in bytes on one GPU: weights, gradients, optimizer
+    (AdamW), ema, activations, total; and its name. All in float32 but, with bf16, what autocast makes.
+
+    The ways: DDP (with gradient_as_bucket_view, so that gradients exist once); sharded (`fully_shard`), where
+    each GPU keeps 1/world of all that; and both with activation checkpointing, if the model has it. Sharded,
+    the modules in `units` (None: those of type model.unit) are gathered one after the other, the next while
+    one computes, and all other parameters from the forward pass to the end of the backward pass.
+    """
+    def size(parameters):
+        return 4 * sum(p.numel() for p in parameters)
+
+    if units is None:
+        units = [m for m in model.modules() if isinstance(m, getattr(model, "unit", ()))]
+    everything = size(model.parameters())
+    trained = size(p for p in model.parameters() if p.requires_grad)
+    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
+    gathered = sorted((size(u.parameters()) for u in units), reverse=True)
+    root = everything - sum(gathered)
+    memo = {"": activations(model, diffusion, batch, bf16)}                 # sharding changes none
+    if hasattr(model, "grad_checkpointing"):
+        with suppress(ValueError):          # cunet: no checkpoints where gradients are by the adjoint
+            memo[", checkpointing"] = activations(model, diffusion, batch, bf16, checkpointing=True)
+    rows = []
+    for name, n, weights, gradients in (("DDP", 1, 0, 0), (
+            "sharded", world, root + sum(gathered[:2]), root + sum(gathered[:1])))[:1 + (world > 1)]:
+        for end, kept in memo.items():
+            row = dict(weights=everything / n + buffers + weights, gradients=trained / n + gradients,
+                       optimizer=2 * trained / n, ema=everything / n + buffers, activations=kept)
+            rows.append({"name": (name if world > 1 else "one GPU") + end, **row,
+                         "total": sum(row.values())})
+    return rows
+
+
+def report(rows, capacity=80e9):
+    """`rows` of `table` as lines of text, in GiB; totals that `capacity` bytes cannot hold are marked."""
+    columns = [key for key in rows[0] if key != "name"]
+    lines = [f"{'GiB on each GPU':22s}" + "".join(f"{c:>12s}" for c in columns)]
+    for row in rows:
+        lines.append(f"{row['name']:22s}" + "".join(f"{row[c] / 2**30:12.2f}" for c in columns)
+                     + "  does not fit" * (row["total"] + CONTEXT > capacity))
+    lines.append(f"A GPU of {capacity / 1e9:g} GB has room for {(capacity - CONTEXT) / 2**30:.1f} GiB: "
+                 f"{CONTEXT / 1e9:g} GB are CUDA's own. Workspaces and gaps, not counted, need more.")
+    return "\n".join(lines)

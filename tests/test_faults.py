@@ -1,0 +1,261 @@
+"""What can go wrong in training, made to go wrong: bits, disks, processes, clocks. Nothing is lost, nothing
+runs that should not, and one sentence says what to do. SIGKILL at random moments: benchmarks/kill.py."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import parallel
+import train
+from test_train import SMALL, losses, run, same
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A run of 8 steps with checkpoints at 2, 4, 6, 8, of which the last two are kept."""
+    folder = tmp_path_factory.mktemp("good")
+    run(folder, "--max-steps", 8, "--ckpt-every", 2, "--log-every", 1)
+    return folder
+
+
+def copy_of(good, tmp_path):
+    shutil.copytree(good / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def parts(folder):
+    return [p for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".")]
+
+
+# --- damage ---
+
+def test_every_flipped_bit_is_found_or_harmless(good, tmp_path):
+    """PyTorch itself would load most of these, with other weights."""
+    whole = checkpoint.read(good / "run" / "latest.pt")
+    raw = (good / "run" / "latest.pt").read_bytes()
+    draw, found, path = random.Random(0), 0, tmp_path / "flipped.pt"
+    for _ in range(150):
+        i = draw.randrange(len(raw))
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << draw.randrange(8)]) + raw[i + 1:])
+        try:
+            assert same(checkpoint.read(path), whole), i          # in the gaps between records
+        except ValueError as e:
+            found += 1
+            assert "damaged" in str(e)
+    assert found > 100
+
+
+def test_every_truncation_is_found(good, tmp_path):
+    raw = (good / "run" / "latest.pt").read_bytes()
+    for size in (0, 100, len(raw) // 2, len(raw) - 100, len(raw) - 1):
+        (tmp_path / "cut.pt").write_bytes(raw[:size])
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            checkpoint.read(tmp_path / "cut.pt")
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(good, tmp_path, capsys):
+    """latest.pt and the file it names are one: both are cut. The one before goes on, to the same bits."""
+    folder = copy_of(good, tmp_path)
+    for path in (folder / "latest.pt", folder / "checkpoints" / "0000008.pt"):
+        path.unlink(missing_ok=True)
+        path.write_bytes((good / "run" / "latest.pt").read_bytes()[:5000])
+    again = run(tmp_path, "--max-steps", 8, "--ckpt-every", 2, "--log-every", 1)
+    said = capsys.readouterr().out
+    assert "damaged" in said and "resumed     at step 6" in said
+    assert same(again["model"], checkpoint.read(good / "run" / "latest.pt")["model"])
+    assert losses(tmp_path) == losses(good)
+
+
+def test_a_run_of_which_all_is_damaged_is_left_alone(good, tmp_path, capsys):
+    folder = copy_of(good, tmp_path)
+    for path in folder.rglob("*.pt"):
+        path.unlink()
+        path.write_bytes(b"PK\3\4 half a file")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--max-steps", 8)
+    assert "damaged" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_what_a_kill_left_half_written_is_swept_out(good, tmp_path):
+    folder = copy_of(good, tmp_path)
+    for name in ("latest.pt.tmp", "log.csv.tmp", "checkpoints/0000010.pt.tmp", "samples/.77.step_10.png"):
+        (folder / name).write_bytes(b"half")
+    with open(folder / "log.csv", "a") as f:
+        f.write("9,72,0.1")                                     # half a line
+    (folder / "latest.pt").unlink()                             # killed between the two names
+    assert run(tmp_path, "--max-steps", 9, "--log-every", 1)["step"] == 9
+    assert not parts(folder) and sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+# --- the disk ---
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    for error in (OSError(28, "No space left"), RuntimeError("unexpected pos 64 vs 0"), KeyError("bug")):
+        def write(f):
+            f.write(b"ne")
+            raise error
+        with pytest.raises(OSError if isinstance(error, RuntimeError) else type(error)):
+            checkpoint.replace(path, write)
+        assert path.read_text() == "old" and not parts(tmp_path)
+
+
+def mounts():
+    return shutil.which("unshare") and subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not mounts(), reason="may not mount a small file system here")
+def test_full_disk_ends_all_processes_and_more_room_continues(tmp_path):
+    """Two processes on a disk that holds one checkpoint and a half; then on a larger one."""
+    whole = run(tmp_path / "whole", "--max-steps", 6, "--ckpt-every", 2, "--log-every", 1)
+    size = (tmp_path / "whole" / "run" / "latest.pt").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = " ".join(map(str, [*TORCHRUN, "train.py", *SMALL, "--results-dir", disk, "--name", "run",
+                                 "--max-steps", 6, "--ckpt-every", 2, "--log-every", 1]))
+    script = f"""mount -t tmpfs -o size={int(1.5 * size)} none {disk}
+        {command}; echo "code $?"; find {disk} -type f
+        mount -o remount,size=50m {disk}
+        {command} && cp -r {disk}/run {tmp_path}/copy"""
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          env=ENV, timeout=200)
+    first, second = done.stdout.split("code ")
+    assert done.stderr.count("error: step 4 could not be saved") == 1 and "No space left" in done.stderr
+    assert not first.count("trained") and not second.startswith("0")
+    files = second.split("device")[0]
+    assert "0000002.pt" in files and "0000004.pt" not in files and ".tmp" not in files
+    assert "resumed     at step 2" in second and "trained     6 of 6" in second, done.stderr
+    other = checkpoint.read(tmp_path / "copy" / "latest.pt")
+    assert other["step"] == 6
+    for k, v in whole["model"].items():
+        torch.testing.assert_close(v, other["model"][k], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+def test_a_quota_is_told_in_one_sentence(tmp_path):
+    limit = "import resource as r, train; r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); train.main()"
+    done = subprocess.run([sys.executable, "-c", limit, *SMALL, "--results-dir", tmp_path, "--name", "run",
+                           "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1 and "error: step 2 could not be saved" in done.stderr
+    assert not list((tmp_path / "run").rglob("*.pt")) and not parts(tmp_path)
+
+
+# --- processes ---
+
+def started(tmp_path, command, *flags, **options):
+    """A training process that has logged four steps."""
+    flags = [*SMALL, "--results-dir", tmp_path, "--name", "run", "--max-steps", 50000, "--log-every", 1,
+             *flags]
+    process = subprocess.Popen([*map(str, command), *map(str, flags)], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    log = tmp_path / "run" / "log.csv"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 5):
+        time.sleep(0.01)
+    return process
+
+
+def test_preemption_saves_and_exits_0(tmp_path):
+    """SIGTERM to the whole group, data workers included, as schedulers send it."""
+    process = started(tmp_path, [sys.executable, "train.py"], "--num-workers", 2, start_new_session=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "The same command continues" in out and "Traceback" not in err
+    assert checkpoint.read(tmp_path / "run" / "latest.pt")["step"] == max(losses(tmp_path)) >= 4
+
+
+def test_preemption_before_the_first_step_exits_0(tmp_path):
+    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--results-dir", str(tmp_path)], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    process.stdout.readline()                                   # the plan; now weights are made
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(c) for c in tasks.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find a rank")
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
+    process = started(tmp_path, [*TORCHRUN, "train.py"], "--ckpt-every", 1)
+    first, second = sorted(children(process.pid))[:2]
+    os.kill(second, signal.SIGKILL)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert "process 0 lost another one" in err and "The same command goes on" in err
+    saved = checkpoint.read(tmp_path / "run" / "latest.pt")["step"]
+    assert saved >= 3
+    assert run(tmp_path, "--max-steps", saved + 1, "--ckpt-every", 1, "--log-every", 1)["step"] == saved + 1
+    assert not parts(tmp_path)
+
+
+# --- other machines ---
+
+def test_the_clock_does_not_matter(good, tmp_path):
+    folder = copy_of(good, tmp_path)
+    for i, path in enumerate(sorted(folder.rglob("*.pt"), reverse=True)):
+        os.utime(path, (0, 10 * i))                             # 1970, the older the later
+    assert run(tmp_path, "--max-steps", 10, "--ckpt-every", 2, "--log-every", 1)["step"] == 10
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["0000008.pt", "0000010.pt"]
+
+
+def offline():
+    return shutil.which("unshare") and subprocess.run(["unshare", "-rn", "true"],
+                                                      capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not offline(), reason="may not hide the network here")
+def test_a_host_without_network(tmp_path):
+    """The default needs none; a download that cannot be is one sentence."""
+    for flags, code, says in ((["--data", "mnist", "--data-dir", tmp_path], 2, "error: cannot download"),
+                              (["--max-steps", "1"], 0, "")):
+        done = subprocess.run(["unshare", "-rn", sys.executable, "train.py", *SMALL, "--results-dir",
+                               tmp_path, *flags], cwd=ROOT, capture_output=True, text=True, env=ENV, timeout=100)
+        assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_another_precision_goes_on_and_says_so(good, tmp_path, capsys):
+    copy_of(good, tmp_path)
+    later = run(tmp_path, "--max-steps", 10, "--precision", "bf16")
+    assert "was float32 and changes" in capsys.readouterr().out
+    assert later["step"] == 10 and later["args"]["bf16"]
+    assert all(v.dtype == torch.float32 for v in later["model"].values() if v.is_floating_point())
+
+
+# --- agreement ---
+
+def test_one_process_agrees_with_itself():
+    team = parallel.Team(torch.device("cpu"))
+    assert team.any(True) and not team.any(False) and team.first(lambda: 3) == 3
+    for error in (ValueError("a fix"), OSError(28, "No space left on device")):
+        def fails():
+            raise error
+        with pytest.raises(ValueError, match="a fix|No space"):
+            team.first(fails)
+
+
+def test_numbers_and_options_of_the_command_line():
+    assert parallel.option("patch=8") == ("patch", 8) and parallel.option("skip=add") == ("skip", "add")
+    with pytest.raises(SystemExit):
+        train.parse(["--beta2", "1"])
+    assert train.parse(["--beta2", "0.5", "--set", "a=[1, 2]"]).set == {"a": [1, 2]}

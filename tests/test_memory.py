@@ -1,0 +1,164 @@
+"""memory.py: what it counts, by hand; that it is what a real pass takes; and the arithmetic of its table."""
+import pytest
+import torch
+from torch import nn
+
+import memory
+from checkpoint import load_paper
+
+N, D, H = 64, 32, 256
+
+
+class Sum:
+    """A diffusion whose loss keeps nothing: what is counted is the model's."""
+
+    def loss(self, model, x0):
+        return {"loss": model(x0).sum(1)}
+
+
+class Blocks(nn.Sequential):
+    grad_checkpointing = False
+
+    def forward(self, x):
+        for block in self:
+            x = (torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing
+                 else block(x))
+        return x
+
+
+class Block(nn.Sequential):
+    pass
+
+
+def block():
+    return Block(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def tiny(paper, size, **options):
+    name, preset, shape, kind = {
+        "dis": ("dis", "tiny", (3, 16, 16), {"num_classes": 4}),
+        "diffussm": ("diffussm", "tiny", (1, 16, 16), {"num_classes": 4}),
+        "mdm": ("mdm", "tiny", (3, 32, 32), {"text": "bytes"}),
+        "mdm-16": ("mdm", "tiny", (3, 16, 16), {"num_classes": 4}),
+        "cunet": ("cunet", "tiny", (1, 16, 16), {})}[paper]
+    module = load_paper(name)
+    if name in ("dis", "diffussm"):
+        options["depth"] = 2
+    model, diffusion = on_meta(lambda: module.build(preset, shape, **kind, **options))
+    return model, diffusion, memory.blank_batch(diffusion, shape, size, **kind)
+
+
+# --- the count ---------------------------------------------------------------------------------------
+
+def test_by_hand():
+    """The peak is in the backward of the second layer. Alive: GELU's input and output and the latter's
+    gradient, (N, H); the gradients of the layer, on their way; the losses, their mean and its gradient."""
+    count = memory.activations(on_meta(block), Sum(), {"x0": torch.empty(N, D, device="meta")}, False)
+    assert count == 4 * (3 * N * H + (H * D + D) + N + 2)
+
+
+def test_views_in_place_and_temporaries():
+    with memory.Tracker() as tracker:
+        x = torch.empty(1000)                               # 4000 bytes
+        view = x.view(10, 100)[2:].mul_(2)
+        assert tracker.now == tracker.peak == 4000
+        (x + 1).exp()                       # two temporaries; the first dies after the second is made
+        assert (tracker.now, tracker.peak) == (4000, 12000)
+        del x
+        assert tracker.now == 4000                          # the view holds it
+        del view
+        assert tracker.now == 0
+    known = torch.empty(1000)
+    with memory.Tracker([known]) as tracker:
+        known.view(-1).add_(1)
+        assert tracker.peak == 0
+
+
+def test_checkpointing_and_batches():
+    model = on_meta(lambda: Blocks(*(block() for _ in range(6))))
+
+    def count(n, checkpointing=False):
+        batch = {"x0": torch.empty(n, D, device="meta")}
+        return memory.activations(model, Sum(), batch, False, checkpointing)
+    # six blocks keep GELU's input and output, and all but the first, whose is the batch, their own input
+    assert count(N) > 4 * N * (6 * 2 * H + 5 * D)
+    assert count(N, True) < 6 * N * D * 4 + N * (4 * H + 2 * D) * 4
+    assert count(64 * N) / count(32 * N) == pytest.approx(2, rel=0.02)
+    assert not model.grad_checkpointing and all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_as_on_cuda():
+    """CUDA's autocast gives the results of norms and softplus in float32, the CPU's in bf16."""
+    model = on_meta(lambda: nn.Sequential(nn.Linear(D, H, bias=False), nn.Softplus()))
+    batch = {"x0": torch.empty(N, D, device="meta")}
+    cpu, cuda, fp32 = (memory.activations(model, Sum(), batch, bf16, device=device)
+                       for bf16, device in ((True, "cpu"), (True, "cuda"), (False, "cuda")))
+    assert cpu < fp32 and cuda > cpu + N * H * 2
+
+
+@pytest.mark.parametrize("paper", ["dis", "diffussm", "mdm", "cunet"])
+def test_papers(paper):
+    model, diffusion, batch = tiny(paper, 4)
+    plain = memory.activations(model, diffusion, batch, True)
+    assert plain > 2**18
+    assert memory.activations(model, diffusion, batch, True, True) < 0.75 * plain
+
+
+@pytest.mark.parametrize("paper", ["dis", "diffussm", "mdm-16"])
+def test_real_tensors(paper):
+    """The same tracker around a pass that computes: numbers, and the blocks left out, change nothing."""
+    model, diffusion, batch = tiny(paper, 2)
+    guess = memory.activations(model, diffusion, batch, False, device="cpu")
+    batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in batch.items()}
+    model = model.to_empty(device="cpu").train()
+    for p in model.parameters():
+        nn.init.constant_(p, 0.01)
+        p.grad = torch.zeros_like(p)
+    for b in model.buffers():
+        b.zero_()
+    diffusion.loss(model, **batch)                          # puts its tables where it wants them
+    known = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers(), *batch.values()]
+    with memory.Tracker(known) as tracker:
+        diffusion.loss(model, **batch)["loss"].mean().backward()
+    assert guess == pytest.approx(tracker.peak, rel=0.02)
+
+
+def test_adaptive_solvers_are_refused():
+    with pytest.raises(ValueError, match="adaptive solvers"):
+        memory.activations(*tiny("cunet", 2, solver="dopri5"), False)
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+def test_table():
+    model = on_meta(lambda: Blocks(*(block() for _ in range(6)), nn.Linear(D, D, bias=False)))
+    batch = {"x0": torch.empty(N, D, device="meta")}
+    unit, root = 4 * (2 * D * H + H + D), 4 * D * D
+    P = 6 * unit + root
+    ddp, ddp_less, shard, shard_less = memory.table(model, Sum(), batch, 4, False, units=list(model)[:-1])
+    assert [ddp[k] for k in ("weights", "gradients", "optimizer", "ema")] == [P, P, 2 * P, P]
+    assert shard["weights"] == P / 4 + root + 2 * unit and shard["gradients"] == P / 4 + root + unit
+    assert (shard["optimizer"], shard["ema"]) == (P / 2, P / 4)
+    assert shard["activations"] == ddp["activations"] > ddp_less["activations"] == shard_less["activations"]
+    for row in (ddp, ddp_less, shard, shard_less):
+        parts = ("weights", "gradients", "optimizer", "ema", "activations")
+        assert row["total"] == sum(row[k] for k in parts)
+    assert [row["name"] for row in memory.table(model, Sum(), batch, 1, False)] == [
+        "one GPU", "one GPU, checkpointing"]
+    model.unit = Block                                      # the default units: by type
+    assert memory.table(model, Sum(), batch, 4, False)[2] == shard
+
+
+def test_report_marks_what_does_not_fit():
+    row = dict(weights=2**30, gradients=2**30, optimizer=2**31, ema=2**30)
+    rows = [{"name": name, **row, "activations": a, "total": 5 * 2**30 + a}
+            for name, a in (("DDP", 74 * 2**30), ("sharded", 68 * 2**30))]
+    lines = memory.report(rows).splitlines()
+    assert lines[1].split() == ["DDP", "1.00", "1.00", "2.00", "1.00", "74.00", "79.00", "does", "not", "fit"]
+    assert lines[2].split()[-1] == "73.00" and "73.6 GiB" in lines[3]
+    assert len(lines[0]) == len(lines[2])
