@@ -24,6 +24,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:                         # Windows
+    fcntl = None
+
 VERSION = 1     # of the checkpoint's layout
 FREE_TO_CHANGE = {                           # between a run and its continuation
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
@@ -166,7 +171,9 @@ def differences(args, saved, keys):
 def origin(args, folder, restarted, say=print):
     """Where training begins -> the path of a checkpoint, or None: with fresh weights. Raises ValueError where
     the command line and the files do not agree. restarted: by torchrun, after a failure of this very run."""
+    hold(folder)
     if args.resume == "none" and folder.exists() and not restarted:
+        let_go()
         n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
         folder.rename(f"{folder}.old{n}")
         say(f"renamed     the earlier run is now {folder}.old{n}")
@@ -211,6 +218,31 @@ def begin_inside(model, args):
     model.load_inner(checkpoint["ema"])
 
 
+# --- one process at a time ------------------------------------------------------------------------
+
+HELD = {}                                   # folder: its file descriptor
+
+
+def hold(folder):
+    """Raises ValueError if another process is training in this folder, such as one that outlived its torchrun.
+    No file is made, and a process that is killed lets go."""
+    if not fcntl or folder in HELD or not folder.is_dir():
+        return
+    HELD[folder] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        let_go()
+        raise ValueError(f"another process is training in {folder}: stop it, or pass another --name") from None
+    except OSError:                         # not every file system can
+        pass
+
+
+def let_go():
+    while HELD:
+        os.close(HELD.popitem()[1])
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 def replace(path, write):
@@ -234,6 +266,7 @@ def prepare(folder):
     """Make the run's folder, and sweep out what an earlier process left half written when it was killed."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
+    hold(folder)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write into {folder}: pass another --results-dir")
     for part in [*folder.rglob("*.tmp"), *folder.rglob(".*.png")]:

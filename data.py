@@ -54,6 +54,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import checkpoint
 from diffusion import fold, normal
 from parallel import Parser, fail, number, pick_device, run, told_plainly
 
@@ -68,7 +69,7 @@ class DataError(ValueError):
 class Dataset:
     """name, shape = (C, H, W), or (C, T, H, W) of clips, num_classes (0: no labels), class_names,
     has_captions, len(), and batches: dataset[indices], see above; `prepare` makes x0 of their "x".
-    latents: None; of latents a dict: vae (a name), scale, shift, and image_shape, of the pictures."""
+    latents: None; of latents a dict: data and image_shape of the pictures, vae (a name), scale, shift."""
 
     def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None,
                  latents=None):
@@ -843,7 +844,8 @@ def batches(dataset, order, workers, pinned):
 
 def leave_signals_to_the_main_process(worker):
     """At module level, since spawned workers import it. What a scheduler sends reaches workers as well, and a
-    worker that dies of it would take the last step's batch along."""
+    worker that dies of it would take the last step's batch along. Nor do workers hold the run's folder."""
+    checkpoint.let_go()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -279,4 +279,4 @@ def load(folder):
             raise DataError(f"{folder}/labels.npy is missing or damaged: {AGAIN}")
         labels = np.tile(labels, about["copies"])                                   # (copies N,)
     return Dataset(str(folder), about["shape"], chunks, chunks.n, labels, about["class_names"],
-                   latents={k: about[k] for k in ("vae", "scale", "shift", "image_shape")})
+                   latents={k: about[k] for k in ("data", "vae", "scale", "shift", "image_shape")})

@@ -389,7 +389,7 @@ def main(argv=None, encode=None):
                     **({"vae": args.vae or space["vae"]} if space else {})}
         return fid_samples(args, lambda numbers: generate(
             model, diffusion, shape, args.seed + numbers, condition("random", numbers), len(numbers), device,
-            progress=False, decode=decode, **options), settings, trained["data"])
+            progress=False, decode=decode, **options), settings, space["data"] if space else trained["data"])
 
     kinds = K if args.class_labels == "all" and 0 < K <= 20 else 0
     each = 1 if len(prompts) > 20 else 2 if video else 8 if text else 10

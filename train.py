@@ -399,6 +399,7 @@ def main(argv=None):
     # which waits for threads that may want the lock: seen to hang.
     net = loss = None
     team.leave()
+    checkpoint.let_go()
     stop.over()
     if main_process:
         log.close()

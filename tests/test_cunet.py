@@ -329,13 +329,14 @@ def test_evaluations_are_logged(tmp_path):
     assert lines[0].endswith(",nfe") and lines[-1].endswith(",8")
 
 
-@pytest.mark.parametrize("options", [[], ["steps=4", "gradients=adjoint"]], ids=["direct", "adjoint"])
-def test_two_processes_match_one(tmp_path, options):
+@pytest.mark.parametrize("options, split", [([], ["--shard"]), (["steps=4", "gradients=adjoint"], [])],
+                         ids=["shards", "adjoint"])
+def test_two_processes_match_one(tmp_path, options, split):
     flags = [*FLAGS, "--set", "nf=4", *options, "--max-steps", "5", "--log-every", "1"]
     train.main([*flags, "--results-dir", str(tmp_path / "one")])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-         *flags, "--results-dir", str(tmp_path / "two")],
+         *flags, *split, "--results-dir", str(tmp_path / "two")],
         cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / name / "cunet-shapes" for name in ("one", "two")]

@@ -172,8 +172,11 @@ def started(tmp_path, command, *flags, **options):
 
 
 def test_preemption_saves_and_exits_0(tmp_path):
-    """SIGTERM to the whole group, data workers included, as schedulers send it."""
+    """SIGTERM to the whole group, data workers included, as schedulers send it. Before, the folder is taken."""
     process = started(tmp_path, [sys.executable, "train.py"], "--num-workers", 2, start_new_session=True)
+    again = subprocess.run([sys.executable, "train.py", *SMALL, "--results-dir", str(tmp_path), "--name", "run"],
+                           cwd=ROOT, capture_output=True, text=True, env=ENV)
+    assert again.returncode == 2 and "another process is training in" in again.stderr
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "The same command continues" in out and "Traceback" not in err

@@ -133,7 +133,8 @@ def test_stored_is_what_the_vae_tells(name, tmp_path, hflip):
     copies = 2 if hflip else 1
     assert len(dataset) == copies * N and dataset.shape == (4, 8, 8)
     assert dataset.class_names == source.class_names and not dataset.has_captions
-    assert dataset.latents == {"vae": name, "scale": SCALE, "shift": SHIFT, "image_shape": [3, 16, 16]}
+    assert dataset.latents == {"data": "shapes", "vae": name, "scale": SCALE, "shift": SHIFT,
+                               "image_shape": [3, 16, 16]}
     batch = dataset[np.arange(len(dataset))]
     assert batch["x"].dtype == torch.float16 and batch["x"].shape == (len(dataset), 8, 8, 8)
     assert torch.equal(batch["y"], source.labels.repeat(copies))
