@@ -20,6 +20,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ VERSION = 1     # of the checkpoint's layout
 FREE_TO_CHANGE = {                           # between a run and its continuation
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "shard", "data_dir",
-    "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae"}
+    "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae",
+    "image_size", "frames"}                  # the shape is compared
 MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}   # in any checkpoint
 
 
@@ -45,6 +47,12 @@ def check(path):
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():
             raise zipfile.BadZipFile
+
+
+def sums(path):
+    """A number that changes with any bit of a checkpoint."""
+    with zipfile.ZipFile(path) as archive:
+        return zlib.crc32(repr([record.CRC for record in archive.infolist()]).encode())
 
 
 def read(path, checked=False):
@@ -88,12 +96,16 @@ def newest_run(results="results"):
     return runs[-1]
 
 
+def numbered(folder):
+    """The checkpoints of a run, the newest last."""
+    return sorted((folder / "checkpoints").glob("[0-9]*.pt"), key=lambda p: (len(p.name), p.name))
+
+
 def newest_good(folder, say=print):
     """-> path and contents of the newest checkpoint of a run that is whole, or two Nones if there is none at
     all. Raises ValueError if all are damaged."""
-    numbered = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     problems = []
-    for path in [folder / "latest.pt"] * (folder / "latest.pt").exists() + numbered:
+    for path in [folder / "latest.pt"] * (folder / "latest.pt").exists() + numbered(folder)[::-1]:
         try:
             checkpoint = read(path)
         except ValueError as e:
@@ -119,7 +131,8 @@ def load_paper(name):
     path = Path(name) if name.endswith(".py") else here / f"{name}.py"
     papers = sorted(p.stem for p in here.glob("*.py")
                     if re.search(r"^CONFIGS = ", p.read_text("utf8", "replace"), re.M))
-    if not path.is_file() or (path.parent == here and path.stem not in papers):
+    if not path.is_file() or not name.endswith(".py") and name not in papers or (
+            path.parent == here and path.stem not in papers):
         raise ValueError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file "
                          f"with CONFIGS and build()")
     key = f"{path.stem}_paper"
@@ -140,16 +153,15 @@ def load_paper(name):
 def load_run(path, weights="ema", device="cpu", model=None):
     """Checkpoint path -> (model in eval mode, diffusion, args of the training, with its "step").
 
-    model: the .py file with the code, for a run of a model of your own that lies elsewhere: a checkpoint's
-    word is not enough to run a file of any name on this machine. Raises ValueError.
+    model: for a run of a model of your own its .py file: a checkpoint's word is not enough to run a file.
+    Raises ValueError.
     """
     checkpoint = read(path)
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
-    code = model or args["model"]
-    if not model and code.endswith(".py") and not Path(code).resolve().is_relative_to(Path.cwd()):
-        raise ValueError(f"{path} asks for the code in {code}, which is not below this folder: if you trust "
-                         f"it, pass --model {code}")
-    net, diffusion = load_paper(code).build(
+    if args["model"].endswith(".py") and not model:
+        raise ValueError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model "
+                         f"{args['model']}")
+    net, diffusion = load_paper(model or args["model"]).build(
         args["preset"], tuple(args["shape"]), args["num_classes"],
         **({"text": args["text"]} if args.get("text") else {}), **args["set"])
     try:
@@ -185,6 +197,8 @@ def origin(args, folder, restarted, say=print):
     if path is None:
         return None
     saved = checkpoint["args"]
+    if Path(args.data).is_dir() and Path(saved["data"]).name == Path(args.data).name:
+        keys = keys - {"data"}              # it may have moved; how many there are is compared
     for flag, given in (("resume", {"auto", "none", saved["resume"]}),
                         ("init_inner", {None, saved.get("init_inner")})):
         if own and getattr(args, flag) not in given:
@@ -224,8 +238,8 @@ HELD = {}                                   # folder: its file descriptor
 
 
 def hold(folder):
-    """Raises ValueError if another process is training in this folder, such as one that outlived its torchrun.
-    No file is made, and a process that is killed lets go."""
+    """Raises ValueError if another process is training in this folder, perhaps one that outlived its torchrun.
+    No file is made for it, and a process that is killed lets go."""
     if not fcntl or folder in HELD or not folder.is_dir():
         return
     HELD[folder] = os.open(folder, os.O_RDONLY)
@@ -233,7 +247,7 @@ def hold(folder):
         fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         let_go()
-        raise ValueError(f"another process is training in {folder}: stop it, or pass another --name") from None
+        raise ValueError(f"another process is training in {folder}: stop it, or pass --name NEW") from None
     except OSError:                         # not every file system can
         pass
 
@@ -269,29 +283,29 @@ def prepare(folder):
     hold(folder)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write into {folder}: pass another --results-dir")
-    for part in [*folder.rglob("*.tmp"), *folder.rglob(".*.png")]:
+    for part in [*folder.rglob("*.tmp"), *folder.rglob(".[0-9]*.png")]:
         part.unlink()
 
 
 def save(checkpoint, folder, keep):
     """Write checkpoints/<step>.pt and point latest.pt at it. Earlier ones are deleted, but for the newest
     `keep`, when the new one has been read back and found whole."""
-    numbered = folder / "checkpoints"
-    path = numbered / f"{checkpoint['step']:07d}.pt"
+    path = folder / "checkpoints" / f"{checkpoint['step']:07d}.pt"
     try:
         replace(path, lambda f: torch.save(checkpoint, f))
         check(path)
-        latest = folder / "latest.pt.tmp"
-        latest.unlink(missing_ok=True)
+        latest, part = folder / "latest.pt", folder / "latest.pt.tmp"
+        part.unlink(missing_ok=True)
         try:
-            os.link(path, latest)           # a second name for the same bytes
+            os.link(path, part)             # a second name for the same bytes
+            os.replace(part, latest)
         except OSError:                     # not every file system can
-            shutil.copyfile(path, latest)
-        os.replace(latest, folder / "latest.pt")
+            with open(path, "rb") as f:
+                replace(latest, lambda copy: shutil.copyfileobj(f, copy))
     except (OSError, zipfile.BadZipFile) as e:
         raise OSError(f"step {checkpoint['step']} could not be saved ({e}): make room and run the same "
                       f"command again, it goes on from what was saved before") from None
-    for old in sorted(numbered.glob("*.pt"))[:-keep]:
+    for old in numbered(folder)[:-keep]:
         old.unlink()
 
 
@@ -305,6 +319,16 @@ def describe(folder, args, argv, processes):
     about = {**vars(args), "command": shlex.join(["train.py", *argv]), "git": git,
              "torch": torch.__version__, "processes": processes}
     replace(folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+
+
+def write_line(log, values):
+    """To log.csv. Raises OSError with what to do."""
+    try:
+        log.write(",".join(map(str, values)) + "\r\n")
+        log.flush()
+    except OSError as e:
+        raise OSError(f"cannot write {log.name} ({e.strerror}): make room and run the same command again, it "
+                      f"goes on from what was saved before") from None
 
 
 def open_log(path, fields, step):

@@ -75,7 +75,7 @@ class Dataset:
                  latents=None):
         """images: uint8 array (N, C, H, W), or a function: B indices -> (B, C, H, W), which
         must survive pickling to reach workers; labels: N integers; captions: N strings;
-        texts: the StoredText of the captions, if there is one. With `latents`, images are float16
+        texts: what makes tensors of captions fast, a StoredText or ByteText, if there is one. With `latents`, images are float16
         (N, 2C, h, w): means, then standard deviations, of latents of shape (C, h, w)."""
         self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
         self.class_names, self.num_classes = list(class_names), len(class_names)
@@ -96,7 +96,7 @@ class Dataset:
         if self.has_captions:
             batch["caption"] = [self.captions[i] for i in indices]
         if self.texts:              # half the bytes to move: .float() is for where they are used
-            batch["text"], batch["text_mask"] = self.texts(batch["caption"], torch.float16)
+            batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)
         return batch                                                    # (B, L, dim), (B, L)
 
     def prepare(self, x, seeds):
@@ -597,7 +597,7 @@ def text_encoder(name, device="cpu"):
     encoder(captions) -> text, mask (B, L): True where there is a token; nowhere, if a caption is empty.
     text is long (B, 16, 12) of bytes, or float32 (B, 128, dim); encoder.dim tells a model what comes in.
     """
-    return ByteText(device) if name == "bytes" else T5Text(name, device)
+    return ByteText() if name == "bytes" else T5Text(name, device)
 
 
 def full_name(name):
@@ -616,17 +616,14 @@ class ByteText:
     name = dim = "bytes"
     L, W = 16, 12                                           # words, and bytes of a word
 
-    def __init__(self, device):
-        self.device = device
-
-    def __call__(self, captions):
+    def __call__(self, captions, half=False):               # bytes have no halves; as StoredText is called
         text = np.zeros((len(captions), self.L, self.W), np.int64)                  # (B, L, W)
         for rows, caption in zip(text, captions):
             words = [word.encode() for word in tidy(caption).lower().split()]
             pieces = [word[i:i + self.W] for word in words for i in range(0, len(word), self.W)]
             for row, piece in zip(rows, pieces):            # ends with the shorter: L pieces at most
                 row[:len(piece)] = list(piece)
-        text = torch.from_numpy(text).to(self.device)
+        text = torch.from_numpy(text)
         return text, text[:, :, 0] > 0                                              # (B, L, W), (B, L)
 
 
@@ -701,7 +698,7 @@ class StoredText:
         self.dim = np.load(path, mmap_mode="r").shape[2]
         self.row = {caption: row for row, caption in enumerate(captions)}
 
-    def __call__(self, captions, dtype=torch.float32):
+    def __call__(self, captions, half=False):
         try:
             rows = [self.row[caption] for caption in captions]
         except KeyError as e:
@@ -710,7 +707,7 @@ class StoredText:
             found = np.load(self.path, mmap_mode="r")[rows]                         # (B, longest, dim)
         except (OSError, ValueError) as e:
             raise DataError(f"{self.path} cannot be read ({e}): run python data.py captions again") from None
-        text = torch.zeros(len(rows), TOKENS, self.dim, dtype=dtype)              # as from the T5 itself
+        text = torch.zeros(len(rows), TOKENS, self.dim, dtype=torch.float16 if half else torch.float32)
         text[:, :found.shape[1]] = torch.from_numpy(found)
         mask = np.arange(TOKENS) < self.lengths[rows, None]
         return text, torch.from_numpy(mask)                                         # (B, 128, dim), (B, 128)
@@ -772,8 +769,8 @@ def store_text(folder, name, device):
 
 def for_training(args, paper, device):
     """The command line and the paper's module -> the Dataset, and what turns captions into tensors, or None
-    if the class, or nothing, is the condition. Writes into args what a checkpoint must tell of the data.
-    Raises ValueError."""
+    if the class, or nothing, is the condition. Writes into args what a checkpoint must tell of the data: shape,
+    num_classes, class_names, num_examples, text, prompts, space. Raises ValueError."""
     if args.latents:
         import latents                                      # which imports this file: not at the top
         for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir"):
@@ -802,6 +799,8 @@ def for_training(args, paper, device):
     args.class_names, args.space = list(dataset.class_names) if K else [], dataset.latents
     args.text, args.prompts = encode.dim if encode else 0, some_captions(dataset, args.seed) if encode else []
     stored = ", stored" * bool(dataset.texts)
+    if encode and args.text == "bytes":
+        dataset.texts = encode              # so that workers do it, into memory that a GPU fetches from
     dataset.condition = (f"{K} classes" if K else f"captions ({args.text_encoder}{stored})" if encode
                          else "no classes")
     return dataset, encode

@@ -507,8 +507,9 @@ CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="
 def build(preset, shape, num_classes=0, **options):
     """-> (model, diffusion): all that train.py and sample.py ask of a paper.
 
-    model(x_t (B, C, H, W), t (B,), y (B,) or None) -> what diffusion.loss and .sample expect; if it has
-    macs(), that is printed. shape (C, H, W); num_classes 0: no y. `options` override the preset:
+    model(x_t (B, C, H, W), t (B,), y (B,) or None) -> what diffusion.loss and .sample expect. What it may
+    have: macs(), to be printed; grad_checkpointing, which --grad-checkpointing sets; unit, the class of the
+    modules that --shard gathers one at a time. shape (C, H, W); num_classes 0: no y. `options` override the preset:
     skip="add", patch=8 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
     """
     if len(shape) != 3:

@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 
 import torch
@@ -27,12 +28,19 @@ import torch.distributed as dist
 # --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------
 
 def fail(message, every_process=False):
-    """Under torchrun what all processes find wrong is said once."""
-    if every_process or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)                   # torchrun ends all when one has left: the one that speaks goes first
+    """Under torchrun what all processes find wrong is said once: the first one speaks and leaves, and torchrun
+    ends the others. One that is still there after a while has found something of its own."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not every_process:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    where = "" if rank == "0" else f" on process {rank}"
+    print(f"error{where}:", " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+# what gloo and NCCL say when they no longer hear from a process
+LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
 
 
 def run(main):
@@ -49,12 +57,15 @@ def run(main):
         print("error: the GPU's memory is full: train with --grad-accum 2, --grad-checkpointing, --shard or "
               "a smaller --global-batch-size, sample with a smaller --batch-size", file=sys.stderr)
         code = 2
-    except RuntimeError as e:                           # a process is gone: connections to it break
-        if not several or not re.search("gloo|nccl|connection|socket|timed? ?out", str(e), re.I):
+    except Exception as e:
+        goes_on, gone = "The same command goes on from what was saved.", ""
+        if several and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
+            gone = f"process {os.environ['RANK']} lost another one: above, or in its machine's log, stands why"
+        elif isinstance(e, ConnectionError) or "DataLoader worker" in str(e):
+            gone = "a process that reads data is gone, perhaps for want of memory: try fewer --num-workers"
+        elif not several:
             raise
-        what = str(e).strip().splitlines()[0][:100]
-        print(f"error: process {os.environ['RANK']} lost another one ({what}): above, or in the other "
-              f"machine's log, stands why. The same command goes on from what was saved.", file=sys.stderr)
+        traceback.print_exc() if not gone else print(f"error: {gone}. {goes_on} ({e})", file=sys.stderr)
         code = 1
     if several:         # the interpreter would free models and connections in any order: seen to hang and to
         sys.stdout.flush()                              # abort; and without the others none is good
@@ -134,6 +145,16 @@ def pick_device(name):
     return device
 
 
+def set_precision(name, device):
+    """auto, fp32 or bf16 -> is there to be bf16 autocast? On CUDA also decides on TF32: float32 matrix products
+    with 10 bits of mantissa."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
+        if name == "auto":                  # emulated bf16, on older GPUs, would be slower
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return name == "bf16"
+
+
 def memory_mb(device):
     """Peak so far: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
@@ -197,14 +218,14 @@ class Team:
             # about views changed in place: no model does that to what a block returns
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for whole in (model, *averages):
-                for p in whole.parameters():
+            for network in (model, *averages):
+                for p in network.parameters():
                     p.data = p.data.contiguous()            # shards are rows: no channels_last
-                for module in list(whole.modules()):
-                    if isinstance(module, getattr(whole, "unit", ())):
+                for module in list(network.modules()):
+                    if isinstance(module, getattr(network, "unit", ())):
                         fully_shard(module, mesh=mesh)
-                # what is in no unit stays whole between the model's forward and backward; averages have none
-                fully_shard(whole, mesh=mesh, reshard_after_forward=whole is not model)
+                # what is in no unit stays whole from the model's forward to its backward; averages have none
+                fully_shard(network, mesh=mesh, reshard_after_forward=network is not model)
         net = torch.compile(model) if compiled else model
         if self.world == 1 or shard:
             return net
@@ -250,7 +271,8 @@ def load_optimizer(optimizer, state):
             from torch.distributed.tensor import distribute_tensor
             moments.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements)
                             for k, v in moments.items() if v.ndim})
-    optimizer.load_state_dict(state)
+    # rates and decays are the command line's, not the file's
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Interruption:

@@ -151,8 +151,11 @@ def save_image(image, path, **options):
     """PIL image -> file, written aside and renamed: a killed run leaves no half a picture."""
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")
-    image.save(part, **options)
-    os.replace(part, path)
+    try:
+        image.save(part, **options)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_gif(frames, path, milliseconds):
@@ -384,7 +387,7 @@ def main(argv=None, encode=None):
         return {} if labels is None else {"y": labels}
 
     if args.num_fid_samples:
-        settings = {"ckpt": str(path), "step": trained["step"], "weights": weights, "seed": args.seed,
+        settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, **options, **({"prompts": prompts} if text else {}),
                     **({"vae": args.vae or space["vae"]} if space else {})}
         return fid_samples(args, lambda numbers: generate(

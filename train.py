@@ -11,6 +11,7 @@ Run the same command again and it continues, bit for bit, from results/<model>-<
 """
 import argparse
 import copy
+import functools
 import math
 import os
 import re
@@ -39,7 +40,7 @@ BINS = 5                                     # the loss is also logged in this m
 
 def parse(argv):
     p = parallel.Parser(__doc__.splitlines()[0])
-    flag, whole, share = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
+    flag, count, below_1 = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
     g = p.add_argument_group("what")
     g.add_argument("--model", default="dis", help="a paper's file, or a path to your own .py")
     g.add_argument("--preset", default="tiny", help="a name in the file's CONFIGS, e.g. DiS-S/2")
@@ -63,25 +64,25 @@ def parse(argv):
                    help="leave out examples with these words in the caption: --hold-out 'red star' heart")
     g.add_argument("--hflip", action=flag, default=False, help="mirror half of the images")
     g = p.add_argument_group("length")
-    g.add_argument("--max-steps", type=whole, default=4000, help="optimizer steps")
-    g.add_argument("--global-batch-size", type=whole, default=32, help="images per step, over all processes")
-    g.add_argument("--grad-accum", type=whole, default=1, help="split each step's share into this many")
+    g.add_argument("--max-steps", type=count, default=4000, help="optimizer steps")
+    g.add_argument("--global-batch-size", type=count, default=32, help="images per step, over all processes")
+    g.add_argument("--grad-accum", type=count, default=1, help="split each step's share into this many")
     g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=number(float), default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--lr-schedule", choices=["cosine", "constant"], default="cosine",
                    help="after the warm-up: to zero at --max-steps, or no change")
     g.add_argument("--warmup-steps", type=number(int), default=100, help="the rate rises linearly over these")
-    g.add_argument("--beta2", type=share, default=0.99, help="AdamW's second-moment decay")
+    g.add_argument("--beta2", type=below_1, default=0.99, help="AdamW's second-moment decay")
     g.add_argument("--weight-decay", type=number(float), default=0.0, help="AdamW's")
     g.add_argument("--grad-clip", type=number(float), default=1.0, help="largest gradient norm; 0: no limit")
-    g.add_argument("--ema-decay", type=share, default=0.9999,
+    g.add_argument("--ema-decay", type=below_1, default=0.9999,
                    help="of the averaged weights; lower in early steps: (1 + step) / (10 + step)")
-    g.add_argument("--cond-dropout", type=share, default=0.1,
+    g.add_argument("--cond-dropout", type=below_1, default=0.1,
                    help="chance to hide an image's class or caption, so that guidance can ask for none")
     g = p.add_argument_group("system")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="auto: bf16 autocast on GPUs that have it")
+                   help="auto: bf16 autocast and TF32 on GPUs that have them; fp32: neither")
     g.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
     g.add_argument("--grad-checkpointing", action=flag, default=False,
                    help="recompute activations in backward: less memory, a third more time")
@@ -98,20 +99,20 @@ def parse(argv):
     g.add_argument("--init-inner", metavar="PATH",
                    help="progressive training (mdm): a run at a smaller size, with whose weights the inner "
                         "network begins")
-    g.add_argument("--log-every", type=whole, default=50,
+    g.add_argument("--log-every", type=count, default=50,
                    help="steps between lines of log.csv; each checkpoint adds one too")
     g.add_argument("--sample-every", type=number(int), default=500,
                    help="steps between sample grids, the first after 100 already; 0: none")
     g.add_argument("--vae", metavar="NAME",
                    help="decodes the grids of latents (default: they are shown in false colours)")
-    g.add_argument("--ckpt-every", type=whole, default=500, help="steps between checkpoints")
-    g.add_argument("--keep-ckpts", type=whole, default=2, help="how many numbered checkpoints to keep")
+    g.add_argument("--ckpt-every", type=count, default=500, help="steps between checkpoints")
+    g.add_argument("--keep-ckpts", type=count, default=2, help="how many numbered checkpoints to keep")
     g = p.add_argument_group("checking")
     g.add_argument("--overfit-one-batch", action=flag, default=False,
                    help="the same images and noise at every step: the loss must fall towards 0")
     g.add_argument("--smoke", action="store_true",
                    help="one step, save, resume, one more, sample; leaves nothing behind")
-    g.add_argument("--dry-run", type=whole, nargs="?", const=0, default=None, metavar="GPUS",
+    g.add_argument("--dry-run", type=count, nargs="?", const=0, default=None, metavar="GPUS",
                    help="print the plan, what memory so many GPUs need each (default: this machine's "
                         "processes), and exit")
     args = p.parse_args(argv)
@@ -162,6 +163,13 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     return x0, t, noise, {"text": text, "text_mask": mask & ~hide[:, None]}               # (B, L, ..), (B, L)
 
 
+def final_samples(folder, args, *flags, encode=None):
+    """What `python sample.py` draws, into the run's folder."""
+    sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"), "--device", args.device, *flags,
+                 *["--vae", args.vae or "none"] * bool(args.latents),
+                 *["--model", args.model] * args.model.endswith(".py")], encode)
+
+
 def smoke(argv, args):
     """One step of everything, in a temporary folder."""
     if args.dry_run is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -172,8 +180,7 @@ def smoke(argv, args):
                          "--sample-every", "0", "--log-every", "1", "--ckpt-every", "1"]
         main(common + ["--max-steps", "1"])
         main(common + ["--max-steps", "2"])
-        sample.main(["--ckpt", f"{folder}/smoke", "--steps", "2", "--num-samples", "4",
-                     "--out", f"{folder}/samples.png", "--device", args.device])
+        final_samples(Path(folder) / "smoke", args, "--steps", "2", "--num-samples", "4")
     print("smoke: one step, save, resume, one step and sampling all worked")
 
 
@@ -185,7 +192,8 @@ def main(argv=None):
     if args.smoke:
         return smoke(argv, args)
 
-    # Processes. torchrun starts one per GPU and tells each its rank; without it there is just one.
+    # Processes. torchrun starts one per GPU and tells each its rank; without it there is just one. A dry run
+    # pretends that there are as many as it is asked for.
     rank, world = int(os.environ.get("RANK", 0)), args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
     share = world * args.grad_accum
     if args.global_batch_size % share:
@@ -196,19 +204,12 @@ def main(argv=None):
     micro = args.global_batch_size // share
     main_process = rank == 0
 
-    def say(text):
-        if main_process:
-            print(text, flush=True)
+    say = functools.partial(print, flush=True) if main_process else lambda text: None
     with told_plainly():
         device = parallel.pick_device(args.device)
-    args.bf16 = args.precision == "bf16"
-    if device.type == "cuda":
-        if args.precision == "auto":        # emulated bf16, on older GPUs, would be slower
-            args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        tf32 = args.precision != "fp32"     # float32 matrix products with 10 bits of mantissa
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    args.bf16 = parallel.set_precision(args.precision, device)
 
-    # Data, and what it says of the model: shape, classes or captions.
+    # Data, and what it says of the model: args.shape, .num_classes, .text and more are written here.
     with told_plainly():
         paper = checkpoint.load_paper(args.model)
         dataset, encode = data.for_training(args, paper, device)
@@ -224,8 +225,8 @@ def main(argv=None):
         fail(f"{args.model} has no activation checkpointing: drop --grad-checkpointing")
     parameters = sum(p.numel() for p in model.parameters())
     macs = f"{model.macs() / 1e6:,.1f}M" if hasattr(model, "macs") else "unknown"
-    folder = Path(args.results_dir) / (args.name or re.sub(
-        r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.latents or args.data).name}"))
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.latents or args.data).name}")
+    folder = Path(args.results_dir) / (args.name or name)
     say(f"device      {device} ({'--device' if args.device != 'auto' else 'the best found'}), "
         f"{world} process{'es' if world > 1 else ''}, {'bf16 autocast' if args.bf16 else 'float32'}\n"
         f"data        {dataset.name}: {len(dataset):,} of {'x'.join(map(str, dataset.shape))}, "
@@ -253,34 +254,44 @@ def main(argv=None):
             raise ValueError("--resume PATH and --init-inner both begin from weights: drop one")
         origin = team.first(lambda: checkpoint.origin(args, folder, restarted, say))
         team.first(lambda: checkpoint.prepare(folder))
-        begun = checkpoint.read(origin, checked=True) if origin else None
-        if begun:
-            args.init_inner = begun["args"].get("init_inner") if folder in origin.parents else None
+        saved = checkpoint.read(origin, checked=True) if origin else None
+        if saved:
+            own = folder in origin.parents      # what it once began from stays true
+            args.init_inner = saved["args"].get("init_inner") if own else None
+            if own and args.resume == "auto" and saved["args"]["resume"] != "none":
+                args.resume = saved["args"]["resume"]
         elif args.init_inner:
             checkpoint.begin_inside(model, args)
             say(f"begun       from the network of {args.init_inner}")
 
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    first = 0
-    try:
-        if begun:
-            first = begun["step"]
-            model.load_state_dict(begun["model"])
-            ema.load_state_dict(begun["ema"])
-        net = team.spread(model, ema, compiled=args.compile, shard=args.shard)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
-                                      weight_decay=args.weight_decay, fused=device.type != "mps")
-        if begun:
-            parallel.load_optimizer(optimizer, begun["opt"])
-            say(f"resumed     at step {first}")
-    except (RuntimeError, ValueError, KeyError):
-        if not begun:
-            raise
-        fail(f"the weights in {origin} do not fit {args.model} {args.preset} as it is now: use the "
-             f"code that trained them, or --name NEW for a run of its own")
-    begun = None                            # a large file may be mapped: let go of it
+    start = 0                               # steps taken before
+    if saved:
+        start = saved["step"]
+        try:
+            model.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+        except (RuntimeError, KeyError):
+            fail(f"the weights in {origin} do not fit {args.model} {args.preset} as it is now: use the "
+                 f"code that trained them, or --name NEW for a run of its own")
+    net = team.spread(model, ema, compiled=args.compile, shard=args.shard)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
+                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+    if saved:
+        parallel.load_optimizer(optimizer, saved["opt"])
+        say(f"resumed     at step {start}")
+        saved = None                        # a large file may be mapped: let go of it
     stop, latest = parallel.Interruption(), folder / "latest.pt"
+    bar = tqdm(total=args.max_steps, initial=start, unit="step", disable=not main_process,
+               mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    with told_plainly():
+        vae = latents.VAE(args.vae, device) if args.vae and main_process else None
+        if main_process:
+            checkpoint.describe(folder, args, argv, world)
+            fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BINS)), "grad_norm", "lr",
+                      "images_per_s", "memory_mb"] + ["nfe"] * hasattr(model, "nfe")
+            log = checkpoint.open_log(folder / "log.csv", fields, start)
 
     def save(step):
         """All processes, since each may hold a part of the weights; the first writes."""
@@ -299,31 +310,23 @@ def main(argv=None):
             sheet = sample.preview(ema, diffusion, args, encode, vae, device)
         if main_process:
             path = folder / "samples" / f"step_{step:07d}.png"
-            with told_plainly():
+            try:
                 sample.save_image(sheet, path)
+            except OSError as e:            # a picture is not worth the run
+                path = f"no picture ({e})"
             bar.write(f"step {step}: {path}")
-
-    with told_plainly():
-        vae = latents.VAE(args.vae, device) if args.vae and main_process else None
-        if main_process:
-            checkpoint.describe(folder, args, argv, world)
-            fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BINS)), "grad_norm", "lr",
-                      "images_per_s", "memory_mb"] + ["nfe"] * hasattr(model, "nfe")
-            log = checkpoint.open_log(folder / "log.csv", fields, first)
 
     # The loop. Of each global batch, cut into `share` slices, this process takes grad_accum.
     lo, hi = rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro
-    order = data.batch_order(len(dataset), args.seed, args.global_batch_size, first, args.max_steps, lo, hi)
+    order = data.batch_order(len(dataset), args.seed, args.global_batch_size, start, args.max_steps, lo, hi)
     if args.overfit_one_batch:
         order.steps = [0] * len(order)
-    losses, norms, since, began = [], [], first, time.perf_counter()
+    losses, norms, since, began = [], [], start, time.perf_counter()
     bins = torch.zeros(2, BINS, device=device)                      # sums, counts
-    bar = tqdm(total=args.max_steps, initial=first, unit="step", disable=not main_process,
-               mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
     model.train()
-    step = first
+    step = start
     batches = data.batches(dataset, order, args.num_workers, pinned=device.type == "cuda")
-    for step, batch in enumerate(batches, start=first + 1):          # steps are counted from 1
+    for step, batch in enumerate(batches, start=start + 1):          # steps are counted from 1
         seeds = fold(args.seed, 0 if args.overfit_one_batch else step, torch.arange(lo, hi))       # (B,)
         torch.manual_seed(int(fold(args.seed, step, rank)))         # for dropout, if a model has any
         for group in optimizer.param_groups:
@@ -333,8 +336,7 @@ def main(argv=None):
             part = slice(a * micro, (a + 1) * micro)
             x0, t, noise, cond = make_batch({k: v[part] for k, v in batch.items()}, seeds[part],
                                             dataset, diffusion, args, encode, device)
-            # Gradients SUM over micro-batches, and we want the mean: hence the division. Processes
-            # need to exchange them only once, after the last.
+            # Gradients SUM over micro-batches, and we want the mean: hence the division.
             with parallel.accumulate(net, last=a == args.grad_accum - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     loss = diffusion.loss(net, x0, t, noise, **cond)["loss"]               # (B,)
@@ -377,8 +379,7 @@ def main(argv=None):
                 if hasattr(model, "nfe"):           # evaluations in the ODEs of the last step
                     row.append(f"{model.nfe:.4g}")
                 with told_plainly():
-                    log.write(",".join(map(str, row)) + "\r\n")
-                    log.flush()
+                    checkpoint.write_line(log, row)
                 bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s")
             losses, norms, since, began = [], [], step, time.perf_counter()
             bins.zero_()
@@ -397,20 +398,19 @@ def main(argv=None):
     bar.close()
     # Both hold on to the process group. Freed after it, they would take Python's lock into its destructor,
     # which waits for threads that may want the lock: seen to hang.
-    net = loss = None
+    net = loss = model = ema = optimizer = None             # and samples need the memory
     team.leave()
     checkpoint.let_go()
     stop.over()
     if main_process:
         log.close()
         if step < args.max_steps:
-            return say(f"stopped     at step {step}, saved. The same command continues.")
+            again = " with --resume auto" * (args.resume == "none")
+            return say(f"stopped     at step {step}, saved. The same command{again} continues.")
         say(f"trained     {step} of {args.max_steps} steps. A larger --max-steps goes on, its learning rate "
             f"too.")
         if args.sample_every and not stop.asked:
-            sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"), "--device",
-                         args.device, *["--vae", args.vae or "none"] * bool(args.space),
-                         *["--model", args.model] * args.model.endswith(".py")], encode)
+            final_samples(folder, args, encode=encode)
 
 
 if __name__ == "__main__":

@@ -172,9 +172,9 @@ def started(tmp_path, command, *flags, **options):
 
 
 def test_preemption_saves_and_exits_0(tmp_path):
-    """SIGTERM to the whole group, data workers included, as schedulers send it. Before, the folder is taken."""
+    """SIGTERM to the whole group, data workers included, as schedulers send it. Before, the folder is held."""
     process = started(tmp_path, [sys.executable, "train.py"], "--num-workers", 2, start_new_session=True)
-    again = subprocess.run([sys.executable, "train.py", *SMALL, "--results-dir", str(tmp_path), "--name", "run"],
+    again = subprocess.run([sys.executable, "train.py", *SMALL, "--results-dir", tmp_path, "--name", "run"],
                            cwd=ROOT, capture_output=True, text=True, env=ENV)
     assert again.returncode == 2 and "another process is training in" in again.stderr
     os.killpg(process.pid, signal.SIGTERM)
@@ -233,7 +233,7 @@ def test_a_host_without_network(tmp_path):
     for flags, code, says in ((["--data", "mnist", "--data-dir", tmp_path], 2, "error: cannot download"),
                               (["--max-steps", "1"], 0, "")):
         done = subprocess.run(["unshare", "-rn", sys.executable, "train.py", *SMALL, "--results-dir",
-                               tmp_path, *flags], cwd=ROOT, capture_output=True, text=True, env=ENV, timeout=100)
+                               tmp_path, *flags], cwd=ROOT, capture_output=True, text=True, env=ENV)
         assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -243,6 +243,25 @@ def test_another_precision_goes_on_and_says_so(good, tmp_path, capsys):
     assert "was float32 and changes" in capsys.readouterr().out
     assert later["step"] == 10 and later["args"]["bf16"]
     assert all(v.dtype == torch.float32 for v in later["model"].values() if v.is_floating_point())
+
+
+def test_a_checkpoint_cannot_choose_which_file_runs(good, tmp_path, monkeypatch):
+    """Not by an absolute name, not by dots, not by a .py beside it."""
+    (tmp_path / "evil.py").write_text("CONFIGS = {}\nraise SystemError('executed')\n")
+    whole = checkpoint.read(good / "run" / "latest.pt")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "evil"), os.path.relpath(tmp_path / "evil", ROOT), "evil.py", "./evil.py"):
+        torch.save({**whole, "args": {**whole["args"], "model": name}}, "given.pt")
+        with pytest.raises(ValueError, match="no model|if you trust it, pass --model"):
+            checkpoint.load_run("given.pt")
+
+
+def test_a_new_run_from_a_checkpoint_takes_the_command_lines_decays(good, tmp_path):
+    later = run(tmp_path, "--max-steps", 9, "--resume", good / "run", "--beta2", 0.5, "--weight-decay", 0.25)
+    group = later["opt"]["param_groups"][0]
+    assert (group["betas"][1], group["weight_decay"]) == (0.5, 0.25)
+    run(tmp_path, "--max-steps", 10, "--beta2", 0.5, "--weight-decay", 0.25)                 # auto ...
+    run(tmp_path, "--max-steps", 11, "--resume", good / "run", "--beta2", 0.5, "--weight-decay", 0.25)  # ... again
 
 
 # --- agreement ---

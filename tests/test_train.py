@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import latents
@@ -193,6 +194,32 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     assert names[2].stat().st_mtime_ns == kept and not list((tmp_path / "three").glob(".*"))
 
 
+class Looks(TorchDispatchMode):
+    """Counts what on a GPU would wait for it: a number fetched, a shape that depends on numbers."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+                                              torch.ops.aten.equal, torch.ops.aten.masked_select)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model, options", [
+    ("dis", SMALL[2:6]), ("diffussm", ["--set", "width=16", "depth=2"]),
+    ("mdm", ["--cond", "text", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"])])
+def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, model, options):
+    """cunet is not among them: torchdiffeq compares times. One look a step is at the seed, which is no GPU's."""
+    counts = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x, real=torch.Tensor.tolist: (x.sum().item(), real(x))[1])
+    for steps in (4, 10):
+        with Looks() as looks:
+            train.main([*SMALL, "--model", model, *options, "--max-steps", str(steps), "--log-every", "100",
+                        "--results-dir", str(tmp_path), "--name", str(steps), "--lr-schedule", "constant"])
+        counts.append(looks.count)
+    # the last log line looks at the losses and norms of all steps at once
+    assert counts[1] - counts[0] == 6, counts
+
+
 def test_overfit_one_batch(tmp_path):
     run(tmp_path, "--overfit-one-batch", "--max-steps", 250, "--log-every", 10, "--lr", "5e-3",
         "--global-batch-size", 4, "--image-size", "8")
@@ -303,8 +330,8 @@ def test_the_recipes_of_the_readme_start(tmp_path, monkeypatch, capsys):
     latents.put(tmp_path / "latents-256" / "labels.npy", np.arange(3))
     latents.put(tmp_path / "latents-256" / "latents.json", json.dumps(
         {"vae": "x", "scale": 0.18215, "shift": 0.0, "data": "imagenet", "images": 3, "copies": 1,
-         "chunk": 1024, "shape": [4, 32, 32], "image_shape": [3, 256, 256], "class_names": [str(i) for i in range(1000)],
-         "labels": latents.digest(np.arange(3))}))
+         "chunk": 1024, "shape": [4, 32, 32], "image_shape": [3, 256, 256],
+         "class_names": [str(i) for i in range(1000)], "labels": latents.digest(np.arange(3))}))
     monkeypatch.setattr(memory, "table", lambda *args: [{"name": "nothing", "total": 0}])
     for command in commands:
         train.main([*command, "--dry-run", "8"])
