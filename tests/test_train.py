@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,9 +209,10 @@ class Looks(TorchDispatchMode):
     ("dis", SMALL[2:6]), ("diffussm", ["--set", "width=16", "depth=2"]),
     ("mdm", ["--cond", "text", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"])])
 def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, model, options):
-    """cunet is not among them: torchdiffeq compares times. One look a step is at the seed, which is no GPU's."""
+    """cunet is not among them: torchdiffeq compares times. One look a step is at the seed, on the CPU."""
     counts = []
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x, real=torch.Tensor.tolist: (x.sum().item(), real(x))[1])
+    real = torch.Tensor.tolist                              # does not tell the dispatcher
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (x.sum().item(), real(x))[1])
     for steps in (4, 10):
         with Looks() as looks:
             train.main([*SMALL, "--model", model, *options, "--max-steps", str(steps), "--log-every", "100",
@@ -360,30 +362,43 @@ if __name__ == "__main__":
 STEPS = [*SMALL, "--max-steps", "2"]
 
 
-@pytest.mark.parametrize("command, says", [
-    (["python", "train.py", *STEPS], "trained     2 of 2"),
-    (["python", "dis.py"], "900,558,432"),
-    (["python", "-c", "import torch; print(torch.ones(2).sum())"], "tensor(2.)"),
-    (["python", "-c", USERS_SCRIPT], "\n"),
-    (["python", "-m", "pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan_gradcheck"),
-    (["pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan_gradcheck"),
-    (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of 2"),
-    (["python", "users_script.py"], "\n"),
-    (["python", "spawn.py"], "[2, 1]"),
-    (["python", "-m", "dis", "users_script.py"], "LOAD_"),
-    (["python", "train.py", "--smoke", *SMALL], "all worked"),
-], ids=["train", "dis", "import torch", "import DiS", "python -m pytest", "pytest", "torchrun",
-        "script beside it", "spawned worker", "python -m dis", "smoke"])
-def test_launch_matrix(tmp_path, command, says):
-    """From a copy of the repository's root. `python -m torch.distributed.run` has its own test."""
-    for file in ROOT.glob("*.py"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_dis.py").write_bytes((ROOT / "tests" / "test_dis.py").read_bytes())
-    (tmp_path / "users_script.py").write_text(USERS_SCRIPT)
-    (tmp_path / "spawn.py").write_text(SPAWN)
-    binaries = Path(sys.executable).parent
-    done = shell(binaries / command[0], *command[1:], cwd=tmp_path)
+LAUNCHES = {
+    "train": (["python", "train.py", *STEPS], "trained     2 of 2"),
+    "dis": (["python", "dis.py"], "900,558,432"),
+    "import torch": (["python", "-c", "import torch; print(torch.ones(2).sum())"], "tensor(2.)"),
+    "import DiS": (["python", "-c", USERS_SCRIPT], "\n"),
+    "python -m pytest": (["python", "-m", "pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan"),
+    "pytest": (["pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan"),
+    "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of"),
+    "script beside it": (["python", "users_script.py"], "\n"),
+    "spawned worker": (["python", "spawn.py"], "[2, 1]"),
+    "python -m dis": (["python", "-m", "dis", "users_script.py"], "LOAD_"),
+    "smoke": (["python", "train.py", "--smoke", *SMALL], "all worked")}
+
+
+def launch(folder, command):
+    """From a copy of the repository's root."""
+    for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_dis.py").write_bytes((ROOT / "tests" / "test_dis.py").read_bytes())
+    (folder / "users_script.py").write_text(USERS_SCRIPT)
+    (folder / "spawn.py").write_text(SPAWN)
+    return shell(Path(sys.executable).parent / command[0], *command[1:], cwd=folder,
+                 env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """All at once, two at a time: most of a launch is `import torch`, on one core."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(launch, tmp_path_factory.mktemp("launch"), command)
+               for name, (command, _) in LAUNCHES.items()}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launch_matrix(launched, name):
+    """`python -m torch.distributed.run` has tests of its own."""
+    done = launched[name].result()
     assert done.returncode == 0, done.stderr
-    assert says in done.stdout + done.stderr
+    assert LAUNCHES[name][1] in done.stdout + done.stderr
