@@ -238,8 +238,8 @@ HELD = {}                                   # folder: its file descriptor
 
 
 def hold(folder):
-    """Raises ValueError if another process is training in this folder, perhaps one that outlived its torchrun.
-    No file is made for it, and a process that is killed lets go."""
+    """Raises ValueError if another process trains in this folder, perhaps one that outlived its torchrun. No
+    file is made for it, and a process that is killed lets go."""
     if not fcntl or folder in HELD or not folder.is_dir():
         return
     HELD[folder] = os.open(folder, os.O_RDONLY)

@@ -75,8 +75,8 @@ class Dataset:
                  latents=None):
         """images: uint8 array (N, C, H, W), or a function: B indices -> (B, C, H, W), which
         must survive pickling to reach workers; labels: N integers; captions: N strings;
-        texts: what makes tensors of captions fast, a StoredText or ByteText, if there is one. With `latents`, images are float16
-        (N, 2C, h, w): means, then standard deviations, of latents of shape (C, h, w)."""
+        texts: what makes tensors of captions fast, a StoredText or ByteText, if there is one. With
+        `latents`, images are float16 (N, 2C, h, w): means, then standard deviations, of latents (C, h, w)."""
         self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
         self.class_names, self.num_classes = list(class_names), len(class_names)
         self.labels = torch.tensor(labels).long() if self.num_classes else None
@@ -769,12 +769,12 @@ def store_text(folder, name, device):
 
 def for_training(args, paper, device):
     """The command line and the paper's module -> the Dataset, and what turns captions into tensors, or None
-    if the class, or nothing, is the condition. Writes into args what a checkpoint must tell of the data: shape,
-    num_classes, class_names, num_examples, text, prompts, space. Raises ValueError."""
+    if the class, or nothing, is the condition. Writes into args what a checkpoint must tell of the data:
+    shape, num_classes, class_names, num_examples, text, prompts, space. Raises ValueError."""
     if args.latents:
         import latents                                      # which imports this file: not at the top
-        for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir"):
-            if getattr(args, flag):
+        for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir", "data"):
+            if getattr(args, flag) not in (None, False, [], "shapes"):
                 raise DataError(f"--{flag.replace('_', '-')} is for images and --latents are none: drop it, "
                                 f"and if you need it pass it to `python data.py encode`")
         dataset = latents.load(args.latents)
@@ -855,10 +855,11 @@ def write_images(dataset, folder):
         raise DataError(f"{dataset.name} holds clips: choose pictures")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty: choose another folder")
+        raise DataError(f"{folder} is not empty: delete it, or choose another folder")
     for i in tqdm(range(len(dataset)), desc="images", unit="image"):
         x = dataset[[i]]["x"][0].permute(1, 2, 0).numpy()                           # (H, W, C)
-        Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(folder / f"{i:06d}.png")
+        picture = Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
+        checkpoint.replace(folder / f"{i:06d}.png", lambda f: picture.save(f, "PNG"))
     return len(dataset)
 
 
@@ -902,8 +903,8 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False                 # which rounds to ten bits in every layer
     folder = args.out.expanduser()
     try:
-        dataset = load(args.data, args.data_dir, args.image_size)
         vae = latents.VAE(full_name(args.vae), pick_device(args.device))
+        dataset = load(args.data, args.data_dir, args.image_size)
         about = latents.begin(dataset, folder, vae, args.hflip)
         latents.encode(dataset, folder, vae, about, args.batch_size)
         if not QUIET:

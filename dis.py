@@ -509,8 +509,9 @@ def build(preset, shape, num_classes=0, **options):
 
     model(x_t (B, C, H, W), t (B,), y (B,) or None) -> what diffusion.loss and .sample expect. What it may
     have: macs(), to be printed; grad_checkpointing, which --grad-checkpointing sets; unit, the class of the
-    modules that --shard gathers one at a time. shape (C, H, W); num_classes 0: no y. `options` override the preset:
-    skip="add", patch=8 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
+    modules that --shard gathers one at a time. shape (C, H, W); num_classes 0: no y. `options` override the
+    preset: skip="add", patch=8 ... Raises ValueError, with the fix, for a preset, option or size that is
+    wrong.
     """
     if len(shape) != 3:
         raise ValueError("DiS makes pictures, not videos: pass --model mdm --preset tiny-video")

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import QUIET, DataError, Dataset
+from data import QUIET, DataError, Dataset, full_name
 
 CHUNK = 1024                                            # examples a file: 16 MiB of 4x32x32 latents
 AGAIN = "delete it and run the same python data.py encode again"
@@ -65,7 +65,7 @@ class VAE:
             except Exception as e:                          # damage and typos come as all kinds
                 problem = (str(e).strip() or repr(e)).splitlines()[0]
         else:
-            raise DataError(f"VAE {name} cannot be loaded ({problem}): pass a VAE's name, such as "
+            raise DataError(f"VAE {name} cannot be loaded ({problem}): pass --vae with a name, such as "
                             f"stabilityai/sd-vae-ft-ema, or, where it cannot be downloaded, its folder")
         config = model.config
         self.name, self.device = name, torch.device(device)
@@ -137,7 +137,7 @@ def begin(dataset, folder, vae, hflip=False):
         raise DataError(f"{vae.name} turns {f}x{f} pixels into one, which does not divide {H}x{W}: pass "
                         f"--image-size {-(-H // f) * f}x{-(-W // f) * f}")
     labels = dataset.labels.numpy() if dataset.num_classes else None
-    about = {"vae": vae.name, "scale": vae.scale, "shift": vae.shift, "data": dataset.name,
+    about = {"vae": vae.name, "scale": vae.scale, "shift": vae.shift, "data": full_name(dataset.name),
              "images": len(dataset), "copies": 2 if hflip else 1, "shape": [vae.C, H // f, W // f],
              "image_shape": [vae.colours, H, W], "class_names": dataset.class_names,
              "labels": digest(labels), "chunk": CHUNK}
@@ -230,7 +230,7 @@ def read_description(folder):
             about[key]
         Chunks(folder, about)
         return about
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} has no latents.json, so python data.py encode did not make it: choose "
                         f"another folder") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -253,7 +253,8 @@ def summary(folder, about):
     shape = "x".join(map(str, about["shape"]))
     return (f"{folder}: {chunks.n:,} latents of {shape}"
             + (f", of {len(chunks.paths)} files other processes have yet to write {left}" if left else "")
-            + f"\nchannels have mean {mean} and std {std} (about 0 and 1, if the VAE suits these pictures)")
+            + f"\nchannels have mean {mean} and std {std} (of the first "
+              f"{min(CHUNK, chunks.n)}; about 0 and 1, if the VAE suits them)")
 
 
 def load(folder):

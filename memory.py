@@ -14,7 +14,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
+                                           FakeTensor, FakeTensorMode)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTEXT = 1e9               # bytes that CUDA, its kernels and the libraries take before the first tensor
@@ -140,8 +141,8 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
     for large batches as for small ones. Raises ValueError for solvers that choose their steps by numbers.
     """
     cuda, twin, diffusion = device != "cpu", copy.deepcopy(model).train(), copy.copy(diffusion)
-    if checkpointing:
-        twin.grad_checkpointing = True
+    if hasattr(twin, "grad_checkpointing"):
+        twin.grad_checkpointing = checkpointing
     if hasattr(diffusion, "mixed"):
         diffusion.mixed = None          # mdm: which rows have which resolutions is random; here all have all
     # What is made from these tensors has no numbers either. The mode is not left on: solvers of ODEs need the
@@ -164,7 +165,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = diffusion.loss(twin, **batch)["loss"].mean()
             loss.backward()
-    except DataDependentOutputException:
+    except (DataDependentOutputException, DynamicOutputShapeException):
         raise ValueError("the work of this model depends on its numbers, as that of adaptive solvers does: "
                          "its memory cannot be told before") from None
     return tracker.peak
@@ -177,7 +178,8 @@ def table(model, diffusion, batch, world, bf16, units=None):
     The ways: DDP (with gradient_as_bucket_view, so that gradients exist once); sharded (`fully_shard`), where
     each GPU keeps 1/world of all that; and both with activation checkpointing, if the model has it. Sharded,
     the modules in `units` (None: those of type model.unit) are gathered one after the other, the next while
-    one computes, and all other parameters from the forward pass to the end of the backward pass.
+    one computes and the last is let go, and all other parameters from the forward pass to the end of the
+    backward pass.
     """
     def size(parameters):
         return 4 * sum(p.numel() for p in parameters)
@@ -195,7 +197,7 @@ def table(model, diffusion, batch, world, bf16, units=None):
             memo[", checkpointing"] = activations(model, diffusion, batch, bf16, checkpointing=True)
     rows = []
     for name, n, weights, gradients in (("DDP", 1, 0, 0), (
-            "sharded", world, root + sum(gathered[:2]), root + sum(gathered[:1])))[:1 + (world > 1)]:
+            "sharded", world, root + sum(gathered[:3]), root + sum(gathered[:2])))[:1 + (world > 1)]:
         for end, kept in memo.items():
             row = dict(weights=everything / n + buffers + weights, gradients=trained / n + gradients,
                        optimizer=2 * trained / n, ema=everything / n + buffers, activations=kept)
@@ -212,5 +214,6 @@ def report(rows, capacity=80e9):
         lines.append(f"{row['name']:22s}" + "".join(f"{row[c] / 2**30:12.2f}" for c in columns)
                      + "  does not fit" * (row["total"] + CONTEXT > capacity))
     lines.append(f"A GPU of {capacity / 1e9:g} GB has room for {(capacity - CONTEXT) / 2**30:.1f} GiB: "
-                 f"{CONTEXT / 1e9:g} GB are CUDA's own. Workspaces and gaps, not counted, need more.")
+                 f"{CONTEXT / 1e9:g} GB are CUDA's own. Not counted: kernels' workspaces, gaps, NCCL, a T5 "
+                              f"or VAE, and the grids of samples (--sample-every 0).")
     return "\n".join(lines)

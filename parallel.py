@@ -14,6 +14,7 @@ import ast
 import contextlib
 import datetime
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ import torch.distributed as dist
 # --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------
 
 def fail(message, every_process=False):
-    """Under torchrun what all processes find wrong is said once: the first one speaks and leaves, and torchrun
+    """Under torchrun what all processes find wrong is said once: the first one speaks and leaves, torchrun
     ends the others. One that is still there after a while has found something of its own."""
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not every_process:
@@ -60,13 +61,18 @@ def run(main):
     except Exception as e:
         goes_on, gone = "The same command goes on from what was saved.", ""
         if several and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
-            gone = f"process {os.environ['RANK']} lost another one: above, or in its machine's log, stands why"
+            gone = f"process {os.environ['RANK']} lost another one: above or in its machine's log stands why"
         elif isinstance(e, ConnectionError) or "DataLoader worker" in str(e):
             gone = "a process that reads data is gone, perhaps for want of memory: try fewer --num-workers"
         elif not several:
             raise
         traceback.print_exc() if not gone else print(f"error: {gone}. {goes_on} ({e})", file=sys.stderr)
         code = 1
+    finally:            # at exit Python waits for workers that it asks to end, by a signal they ignore (data.py)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch complains that they were killed
+        for worker in multiprocessing.active_children():
+            worker.kill()
     if several:         # the interpreter would free models and connections in any order: seen to hang and to
         sys.stdout.flush()                              # abort; and without the others none is good
         sys.stderr.flush()
@@ -146,8 +152,8 @@ def pick_device(name):
 
 
 def set_precision(name, device):
-    """auto, fp32 or bf16 -> is there to be bf16 autocast? On CUDA also decides on TF32: float32 matrix products
-    with 10 bits of mantissa."""
+    """auto, fp32 or bf16 -> is there to be bf16 autocast? On CUDA also decides on TF32: float32 matrix
+    products with 10 bits of mantissa."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
         if name == "auto":                  # emulated bf16, on older GPUs, would be slower

@@ -115,7 +115,8 @@ def decoder(space, vae):
     """-> a function: latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], by the VAE; without one in false
     colours. Pictures stay as they are. space: of the training's args; None: of pictures."""
     if space and vae:
-        return lambda z: vae.decode(z, space["scale"], space["shift"])
+        parts = 4       # 512 x 512 pixels take a GiB on the way
+        return lambda z: torch.cat([vae.decode(p, space["scale"], space["shift"]) for p in z.split(parts)])
     return (lambda z: z[:, :3] / 3 if z.shape[1] >= 3 else z[:, :1] / 3) if space else lambda x: x
 
 
@@ -177,6 +178,9 @@ def fid_samples(args, generate_part, settings, data_name):
         if any(folder.glob("*.png")) and not (about.exists() and about.read_text() == text):
             raise ValueError(f"{folder} holds images made with other settings than these: choose "
                              f"another --save-images")
+        if (folder / f"{N:06d}.png").exists():
+            raise ValueError(f"{folder} holds more than {N} images: ask for as many, or choose another "
+                             f"--save-images")
         checkpoint.replace(about, lambda f: f.write(text.encode()))
         for part in folder.glob(".*.png"):                  # of a process that was killed
             part.unlink()
@@ -342,8 +346,8 @@ def main(argv=None, encode=None):
             raise ValueError("this model reads text, not classes: pass --prompt instead of --class-labels")
         if args.levels and not hasattr(diffusion, "sample_levels"):
             raise ValueError("--levels shows the resolutions of an mdm, and this model has one: drop it")
-        if args.levels and (args.gif or args.num_fid_samples):
-            raise ValueError("--levels goes without --gif and --num-fid-samples: drop them")
+        if args.levels and (args.gif or args.num_fid_samples or space):
+            raise ValueError("--levels goes without --gif, --num-fid-samples and latents: drop them")
         if args.vae and not space:
             raise ValueError("this model was trained on pictures, not on latents: drop --vae")
         if args.denoise and space:
@@ -371,7 +375,8 @@ def main(argv=None, encode=None):
                     raise ValueError(f"cannot write into {folder}: choose another --out")
         if text and not encode:         # last: it may take a while
             encode = data.text_encoder(args.text_encoder or trained["text_encoder"], device)
-        vae = latents.VAE(args.vae or space["vae"], device) if space and args.vae != "none" else None
+        args.vae = data.full_name(args.vae) if args.vae else space and space["vae"]
+        vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
     if args.denoise:
         import denoise                                      # which imports this file: not at the top
         return denoise.main(args, model, diffusion, trained, device, out)
@@ -389,7 +394,7 @@ def main(argv=None, encode=None):
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, **options, **({"prompts": prompts} if text else {}),
-                    **({"vae": args.vae or space["vae"]} if space else {})}
+                    **({"vae": args.vae} if space else {})}
         return fid_samples(args, lambda numbers: generate(
             model, diffusion, shape, args.seed + numbers, condition("random", numbers), len(numbers), device,
             progress=False, decode=decode, **options), settings, space["data"] if space else trained["data"])

@@ -117,6 +117,7 @@ def parse(argv):
                         "processes), and exit")
     args = p.parse_args(argv)
     args.set, args.text_encoder = dict(args.set), data.full_name(args.text_encoder)
+    args.vae = args.vae and data.full_name(args.vae)
     return args
 
 
@@ -208,6 +209,8 @@ def main(argv=None):
     with told_plainly():
         device = parallel.pick_device(args.device)
     args.bf16 = parallel.set_precision(args.precision, device)
+    if args.dry_run:                        # a plan is for GPUs that have it
+        args.bf16 = args.precision != "fp32"
 
     # Data, and what it says of the model: args.shape, .num_classes, .text and more are written here.
     with told_plainly():
@@ -221,8 +224,11 @@ def main(argv=None):
         with nullcontext() if args.dry_run is None else torch.device("meta"):
             model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                            **({"text": args.text} if encode else {}), **args.set)
-    if args.grad_checkpointing and not hasattr(model, "grad_checkpointing"):
-        fail(f"{args.model} has no activation checkpointing: drop --grad-checkpointing")
+    if args.grad_checkpointing:
+        if not hasattr(model, "grad_checkpointing"):
+            fail(f"{args.model} has no activation checkpointing: drop --grad-checkpointing")
+        with told_plainly():
+            model.grad_checkpointing = True
     parameters = sum(p.numel() for p in model.parameters())
     macs = f"{model.macs() / 1e6:,.1f}M" if hasattr(model, "macs") else "unknown"
     name = re.sub(r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.latents or args.data).name}")
@@ -240,16 +246,17 @@ def main(argv=None):
     if args.dry_run is not None:
         import memory                       # it takes a second
         batch = memory.blank_batch(diffusion, dataset.shape, micro, args.num_classes, args.text)
-        with told_plainly():                # GPUs have bf16, whatever this machine has
-            return say(memory.report(memory.table(model, diffusion, batch, world, args.precision != "fp32")))
+        with told_plainly():
+            return say(memory.report(memory.table(model, diffusion, batch, world, args.bf16)))
+
+    with told_plainly():                    # before anything is renamed or made
+        vae = latents.VAE(args.vae, device) if args.vae and main_process else None
 
     # Resume: what a run needs beside its arguments is weights, optimizer and step. The first process looks,
     # all read what it found.
     team = parallel.Team(device)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, not you
     with told_plainly():
-        if args.grad_checkpointing:
-            model.grad_checkpointing = True
         if args.init_inner and args.resume not in ("auto", "none"):
             raise ValueError("--resume PATH and --init-inner both begin from weights: drop one")
         origin = team.first(lambda: checkpoint.origin(args, folder, restarted, say))
@@ -286,7 +293,6 @@ def main(argv=None):
     bar = tqdm(total=args.max_steps, initial=start, unit="step", disable=not main_process,
                mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
     with told_plainly():
-        vae = latents.VAE(args.vae, device) if args.vae and main_process else None
         if main_process:
             checkpoint.describe(folder, args, argv, world)
             fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BINS)), "grad_norm", "lr",

@@ -5,7 +5,7 @@ a checkpoint of any way go on in any other?
     python benchmarks/processes.py --device cuda            NCCL, as many GPUs as processes
 
 Prints the largest difference of a loss from that of one process, over 20 steps; and for all pairs of ways,
-over 4 steps that the second takes from a checkpoint of the first. Exits with 1 if one is above 1e-5 (on CPUs).
+over 4 steps that the second takes from a checkpoint of the first. Exits with 1 above 1e-5 (on CPUs).
 """
 import argparse
 import csv

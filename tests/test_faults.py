@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import parallel
@@ -172,7 +173,7 @@ def started(tmp_path, command, *flags, **options):
 
 
 def test_preemption_saves_and_exits_0(tmp_path):
-    """SIGTERM to the whole group, data workers included, as schedulers send it. Before, the folder is held."""
+    """SIGTERM to the whole group, data workers included, as schedulers send it. The folder is held."""
     process = started(tmp_path, [sys.executable, "train.py"], "--num-workers", 2, start_new_session=True)
     again = subprocess.run([sys.executable, "train.py", *SMALL, "--results-dir", tmp_path, "--name", "run"],
                            cwd=ROOT, capture_output=True, text=True, env=ENV)
@@ -181,6 +182,19 @@ def test_preemption_saves_and_exits_0(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "The same command continues" in out and "Traceback" not in err
     assert checkpoint.read(tmp_path / "run" / "latest.pt")["step"] == max(losses(tmp_path)) >= 4
+
+
+def test_an_error_in_training_does_not_leave_workers_to_wait_for(tmp_path):
+    """A damaged picture, met by a worker; workers ignore SIGTERM, by which the interpreter would end them."""
+    for i in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
+    lazy = "import data, parallel, train; data.IN_MEMORY = 0; parallel.run(train.main)"
+    done = subprocess.run([sys.executable, "-c", lazy, *SMALL, "--data", tmp_path, "--num-workers", "2",
+                           "--results-dir", tmp_path / "results"], cwd=ROOT, capture_output=True, text=True,
+                          env=ENV, timeout=60)
+    assert done.returncode == 2 and "2.png is no readable image" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_preemption_before_the_first_step_exits_0(tmp_path):
@@ -263,8 +277,9 @@ def test_a_new_run_from_a_checkpoint_takes_the_command_lines_decays(good, tmp_pa
     later = run(tmp_path, "--max-steps", 9, "--resume", good / "run", "--beta2", 0.5, "--weight-decay", 0.25)
     group = later["opt"]["param_groups"][0]
     assert (group["betas"][1], group["weight_decay"]) == (0.5, 0.25)
-    run(tmp_path, "--max-steps", 10, "--beta2", 0.5, "--weight-decay", 0.25)                 # auto ...
-    run(tmp_path, "--max-steps", 11, "--resume", good / "run", "--beta2", 0.5, "--weight-decay", 0.25)  # ... again
+    decays = ["--beta2", 0.5, "--weight-decay", 0.25]
+    run(tmp_path, "--max-steps", 10, *decays)                                   # auto; then the first again
+    run(tmp_path, "--max-steps", 11, "--resume", good / "run", *decays)
 
 
 # --- agreement ---

@@ -142,7 +142,7 @@ def test_table():
     P = 6 * unit + root
     ddp, ddp_less, shard, shard_less = memory.table(model, Sum(), batch, 4, False, units=list(model)[:-1])
     assert [ddp[k] for k in ("weights", "gradients", "optimizer", "ema")] == [P, P, 2 * P, P]
-    assert shard["weights"] == P / 4 + root + 2 * unit and shard["gradients"] == P / 4 + root + unit
+    assert shard["weights"] == P / 4 + root + 3 * unit and shard["gradients"] == P / 4 + root + 2 * unit
     assert (shard["optimizer"], shard["ema"]) == (P / 2, P / 4)
     assert shard["activations"] == ddp["activations"] > ddp_less["activations"] == shard_less["activations"]
     for row in (ddp, ddp_less, shard, shard_less):

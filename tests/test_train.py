@@ -367,7 +367,7 @@ LAUNCHES = {
     "dis": (["python", "dis.py"], "900,558,432"),
     "import torch": (["python", "-c", "import torch; print(torch.ones(2).sum())"], "tensor(2.)"),
     "import DiS": (["python", "-c", USERS_SCRIPT], "\n"),
-    "python -m pytest": (["python", "-m", "pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan"),
+    "python -m pytest": (["python", "-m", "pytest", "--collect-only", "-q", "tests"], "test_scan"),
     "pytest": (["pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan"),
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of"),
     "script beside it": (["python", "users_script.py"], "\n"),
