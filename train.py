@@ -46,15 +46,12 @@ def parse(argv):
     g.add_argument("--preset", default="tiny", help="a name in the file's CONFIGS, e.g. DiS-S/2")
     g.add_argument("--set", type=option, nargs="*", default=[], metavar="KEY=VALUE",
                    help="change options of the preset: --set skip=add patch=8 (see build)")
-    g.add_argument("--data", default="shapes",
-                   help="shapes, moving, mnist, fashion, cifar10, or a folder of images")
+    g.add_argument("--data", default="shapes", help="shapes, moving, mnist, fashion, cifar10, or a folder")
     g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
     g.add_argument("--latents", metavar="DIR", help="instead of images: what `python data.py encode` wrote")
     g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
-    g.add_argument("--frames", type=number(int, 1, 1024),
-                   help="of moving's clips (default: 8); 1: pictures, their first frames")
-    g.add_argument("--num-classes", type=number(int, -1), default=-1,
-                   help="-1: as the data has; 0: unconditional")
+    g.add_argument("--frames", type=number(int, 1, 1024), help="of moving's clips (default: 8); 1: pictures")
+    g.add_argument("--num-classes", type=number(int, -1), default=-1, help="-1: as the data has; 0: none")
     g.add_argument("--cond", choices=["auto", "class", "text"], default="auto",
                    help="what tells the model what to draw; auto: the class, or the caption of data without "
                         "classes if the model reads text")
@@ -97,10 +94,8 @@ def parse(argv):
                    help="auto: continue the run if it exists; none: begin anew, the old folder is "
                         "renamed; or a new run that begins from a checkpoint, perhaps with another --lr")
     g.add_argument("--init-inner", metavar="PATH",
-                   help="progressive training (mdm): a run at a smaller size, with whose weights the inner "
-                        "network begins")
-    g.add_argument("--log-every", type=count, default=50,
-                   help="steps between lines of log.csv; each checkpoint adds one too")
+                   help="progressive training (mdm): a smaller run, whose weights the inner network gets")
+    g.add_argument("--log-every", type=count, default=50, help="steps between lines of log.csv")
     g.add_argument("--sample-every", type=number(int), default=500,
                    help="steps between sample grids, the first after 100 already; 0: none")
     g.add_argument("--vae", metavar="NAME",
@@ -113,8 +108,7 @@ def parse(argv):
     g.add_argument("--smoke", action="store_true",
                    help="one step, save, resume, one more, sample; leaves nothing behind")
     g.add_argument("--dry-run", type=count, nargs="?", const=0, default=None, metavar="GPUS",
-                   help="print the plan, what memory so many GPUs need each (default: this machine's "
-                        "processes), and exit")
+                   help="print the plan and what memory each of so many GPUs needs, and exit")
     args = p.parse_args(argv)
     args.set, args.text_encoder = dict(args.set), data.full_name(args.text_encoder)
     args.vae = args.vae and data.full_name(args.vae)
