@@ -103,25 +103,16 @@ if __spec__ and __spec__.name == "dis":
 
     class torch(metaclass=_Anything):
         """Stands in for torch; it is also what each of its attributes and calls returns."""
-    functools = nn = triton = tl = torch
+    nn = torch
 else:
-    import functools
     import inspect
     import math
-    import warnings
 
     import torch
     import torch.nn.functional as F
     from einops import rearrange
     from torch import nn
     from torch.utils.checkpoint import checkpoint
-
-    try:
-        import triton
-        import triton.language as tl
-        triton = triton if hasattr(tl, "tuple") else None   # from 3.3 (PyTorch 2.7): the kernels use tuples
-    except ImportError:                 # it comes with PyTorch for CUDA; elsewhere `_Scan` does the work
-        triton = None
 
     from diffusion import SCHEDULES, Diffusion
 
@@ -150,10 +141,7 @@ def selective_scan_ref(u, delta, A, B, C, D):
 def selective_scan(u, delta, A, B, C, D):
     """The same map, fast, and with memory for a few (b, L, D) arrays only. Always in float32 (or
     float64): the products of many decays below have no room for bf16's 8 bits.
-    Equal to `selective_scan_ref`: tests/test_dis.py::test_scan_equals_reference. On CUDA `fused_scan` does
-    it, if it can."""
-    if u.is_cuda and u.dtype != torch.float64 and fused_works(u.device):
-        return fused_scan(u, delta, A, B, C, D)
+    Equal to `selective_scan_ref`: tests/test_dis.py::test_scan_equals_reference."""
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.promote_types(u.dtype, torch.float32)
         u, delta, A, B, C, D = (x.to(dtype) for x in (u, delta, A, B, C, D))
@@ -237,242 +225,6 @@ class _Scan(torch.autograd.Function):
                 torch.sum(torch.mul(g, At, out=a), dim=2, out=ddelta[r, s])   # (b, T, D)
                 dA += g.mul_(delta[r, s, None, :]).sum((0, 1))                # (N, D)
         return dx, ddelta, dA.T, dB, dC
-
-
-# --- the same scan, fused (GPU) ---------------------------------------------------------------
-#
-# Kernels in Triton. A program is one warp (32 threads). It owns a row of the batch, BD = 64 channels (two per
-# thread) and a segment of the time, through which it goes in chunks of T = 8 tokens. Names in the plural are
-# lists of T vectors (BD,): 2 T registers of each thread. The N states of a chunk are treated one after the
-# other: u and delta are read once for all of them, and a decay exp(delta_t A) never leaves its register.
-# From chunk to chunk the states wait in memory, `starts`; there backward finds them.
-#
-# Why these sizes. BD: to sum over a channel's states (y_t = C_t h_t) its thread needs no other; but dB_t and
-# dC_t are sums over channels, 5 exchanges between threads each, for 64 channels as for 32. T: `starts` is
-# N / T = 2 times as large as u, written once and read once; backward holds 7 lists, 112 registers of 168.
-# One warp: nobody waits for anybody. 168 registers: a multiprocessor has room for 12 warps, 3 to each of its
-# four schedulers, so that two compute while one waits for memory.
-
-if triton is not None:
-    @triton.jit
-    def _tokens(p, t, W, d, left, T: tl.constexpr):
-        """Rows t, ..., t + T - 1 of p (rows, W), columns d. After `left` rows come zeros: a token with
-        delta = u = dy = 0 changes no state and no sum."""
-        xs = ()
-        for j in tl.static_range(T):                    # unrolled: registers have no index at run time
-            xs += (tl.load(p + (t + j) * W + d, mask=d < tl.where(j < left, W, 0), other=0.0).to(tl.float32),)
-        return xs
-
-    @triton.jit
-    def _scan_forward(u, delta, A, B, C, D, starts, y, L, W, chunks, K, N: tl.constexpr, T: tl.constexpr,
-                      BD: tl.constexpr, KEEP: tl.constexpr):
-        """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and y_t = C_t h_t + D u_t. Per token, channel and
-        state that is one exp and four other instructions. A warp's exp occupies its unit for 8 cycles, in
-        which 8 instructions can be issued (compiled, there are 9): exp sets the pace. The unit computes
-        2^x, so A comes multiplied by log2(e)."""
-        d = tl.program_id(0) * BD + tl.arange(0, BD)                                        # (BD,)
-        s, b = tl.program_id(1), tl.program_id(2).to(tl.int64)      # int64: B L D can exceed 2^31
-        Dd = tl.load(D + d, mask=d < W, other=0.0)                                          # (BD,)
-        end = min(s * K + K, chunks)
-        for c in range(s * K, end):                                 # a segment has K chunks
-            t, left = b * L + c * T, L - c * T
-            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
-            us = _tokens(u, t, W, d, left, T)                                               # T x (BD,)
-            xs, ys = (), ()
-            for j in tl.static_range(T):
-                xs += (deltas[j] * us[j],)
-                ys += (Dd * us[j],)
-            slot = b * chunks + c if KEEP else b * tl.num_programs(1) + s
-            for n in range(N):
-                An = tl.load(A + n * W + d, mask=d < W, other=0.0)                          # (BD,)
-                Bs = _tokens(B, t, N, n, left, T)                                           # T x ()
-                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
-                h = tl.load(starts + (slot * N + n) * W + d, mask=d < W, other=0.0)         # (BD,)
-                sums = ()
-                for j in tl.static_range(T):
-                    h = tl.exp2(deltas[j] * An) * h + xs[j] * Bs[j]
-                    sums += (ys[j] + h * Cs[j],)
-                ys = sums
-                last = KEEP and c + 1 == end                        # the next slot is another segment's
-                tl.store(starts + ((slot + KEEP) * N + n) * W + d, h, mask=d < tl.where(last, 0, W))
-            for j in tl.static_range(T):
-                tl.store(y + (t + j) * W + d, ys[j], mask=d < tl.where(j < left, W, 0))
-            tl.debug_barrier()                          # `starts` may come back to other threads of the warp
-
-    @triton.jit
-    def _scan_carry(delta, A, C, dy, carry, L, W, chunks, K, N: tl.constexpr, T: tl.constexpr,
-                    BD: tl.constexpr):
-        """Of `_scan_backward` only `carry`: a fifth of the instructions."""
-        d = tl.program_id(0) * BD + tl.arange(0, BD)                                        # (BD,)
-        s, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-        for c in range(min(s * K + K, chunks) - 1, s * K - 1, -1):
-            t, left = b * L + c * T, L - c * T
-            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
-            dys = _tokens(dy, t, W, d, left, T)                                             # T x (BD,)
-            for n in range(N):
-                An = tl.load(A + n * W + d, mask=d < W, other=0.0)                          # (BD,)
-                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
-                at = ((b * tl.num_programs(1) + s) * N + n) * W + d
-                g = tl.load(carry + at, mask=d < W, other=0.0)                              # (BD,)
-                for j in tl.static_range(T - 1, -1, -1):
-                    g = tl.exp2(deltas[j] * An) * (g + dys[j] * Cs[j])
-                tl.store(carry + at, g, mask=d < W)
-            tl.debug_barrier()
-
-    @triton.jit
-    def _scan_backward(u, delta, A, B, C, D, dy, starts, carry, du, ddelta, dA, dB, dC, dD, L, W, chunks, K,
-                       N: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
-        """The adjoint g_t = dLoss/dh_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}. Per chunk: its states once
-        more, left to right, then g, right to left. `carry` is exp(delta_t A) g_t on its way to token t - 1.
-        A third of the instructions sum over channels: exchanges between threads set the pace, not exp."""
-        d = tl.program_id(0) * BD + tl.arange(0, BD)                                        # (BD,)
-        s, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-        part = b * tl.num_programs(1) + s
-        Dd = tl.load(D + d, mask=d < W, other=0.0)                                          # (BD,)
-        sumD = tl.zeros([BD], tl.float32)
-        for c in range(min(s * K + K, chunks) - 1, s * K - 1, -1):
-            t, left = b * L + c * T, L - c * T
-            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
-            us = _tokens(u, t, W, d, left, T)                                               # T x (BD,)
-            dys = _tokens(dy, t, W, d, left, T)                                             # T x (BD,)
-            xs, dxs, ddeltas = (), (), ()
-            for j in tl.static_range(T):
-                xs += (deltas[j] * us[j],)
-                dxs += (tl.zeros([BD], tl.float32),)                # d/dx of x = delta u, summed over n
-                ddeltas += (tl.zeros([BD], tl.float32),)            # d/d(delta) through exp(delta A)
-                sumD += dys[j] * us[j]
-            for n in range(N):
-                An = tl.load(A + n * W + d, mask=d < W, other=0.0)                          # (BD,)
-                Bs = _tokens(B, t, N, n, left, T)                                           # T x ()
-                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
-                h = tl.load(starts + ((b * chunks + c) * N + n) * W + d, mask=d < W, other=0.0)
-                at = (part * N + n) * W + d
-                g = tl.load(carry + at, mask=d < W, other=0.0)                              # (BD,)
-                sumA = tl.load(dA + at, mask=d < W, other=0.0)                              # (BD,)
-                row = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) * L + t) * N + n
-                decays, kept = (), ()
-                for j in tl.static_range(T):
-                    decays += (tl.exp2(deltas[j] * An),)
-                    kept += (decays[j] * h,)                        # exp(delta_t A) h_{t-1}
-                    h = kept[j] + xs[j] * Bs[j]
-                    tl.store(dC + row + j * N, tl.sum(h * dys[j], 0), mask=j < left)
-                sumx, sumd = (), ()
-                for j in tl.static_range(T - 1, -1, -1):
-                    g += dys[j] * Cs[j]
-                    tl.store(dB + row + j * N, tl.sum(g * xs[j], 0), mask=j < left)
-                    dm = g * kept[j]                                # d/d(delta_t A)
-                    sumA += deltas[j] * dm
-                    sumx = (dxs[j] + g * Bs[j],) + sumx
-                    sumd = (ddeltas[j] + dm * An,) + sumd
-                    g *= decays[j]
-                dxs, ddeltas = sumx, sumd
-                tl.store(carry + at, g, mask=d < W)
-                tl.store(dA + at, sumA, mask=d < W)
-            us = _tokens(u, t, W, d, left, T)           # read again, not held in 16 registers all the while
-            for j in tl.static_range(T):
-                at, inside = (t + j) * W + d, d < tl.where(j < left, W, 0)
-                tl.store(du + at, deltas[j] * dxs[j] + Dd * dys[j], mask=inside)
-                dd = us[j] * dxs[j] + 0.6931471805599453 * ddeltas[j]       # ln(2): An is A log2(e)
-                tl.store(ddelta + at, dd, mask=inside)
-            tl.debug_barrier()
-        tl.store(dD + part * W + d, sumD, mask=d < W)
-
-
-def fused_scan(u, delta, A, B, C, D, segments=None):
-    """`selective_scan` for CUDA (with TRITON_INTERPRET=1 in the environment also, slowly, for the CPU). Reads
-    inputs of any floating type, computes in float32, returns y in float32, as `selective_scan` does. Bit for
-    bit the same at each call: no two programs add to the same number."""
-    x = (u, delta, A, B, C, D)
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in x)
-    with torch.cuda.device_of(u):                       # Triton launches on the current GPU
-        return _FusedScan.apply(*x, segments, keep)
-
-
-@functools.lru_cache(maxsize=None)
-def fused_works(device):
-    """Is there Triton, does it compile the kernels for this GPU, and do they give what `_Scan` does? Asked
-    once, with small arrays: where not, a warning says so and `_Scan` does the work."""
-    if triton is None or torch.version.hip is not None:
-        return False
-    x = [torch.rand(2, 19, 80, device=device), torch.rand(2, 19, 80, device=device),
-         -torch.rand(80, 16, device=device), *torch.randn(2, 2, 19, 16, device=device).unbind(),
-         torch.randn(80, device=device)]
-    try:
-        with torch.enable_grad():
-            x = [v.requires_grad_() for v in x]
-            y = fused_scan(*x)
-            u, delta, A, B, C, D = x
-            want = torch.addcmul(_Scan.apply(delta * u, delta, A, B, C), D, u)
-            pairs = zip((y, *torch.autograd.grad(y.sum(), x)), (want, *torch.autograd.grad(want.sum(), x)))
-            for a, b in pairs:
-                if not (a - b).abs().max() <= 1e-3 * b.abs().max():
-                    raise ValueError("it gives other numbers")
-    except Exception as e:              # compilers meet unknown GPUs with all kinds of exceptions
-        warnings.warn(f"the fused scan does not work on {device} ({e}): using the slower one", stacklevel=2)
-        return False
-    return True
-
-
-class _FusedScan(torch.autograd.Function):
-    """Long sequences, few of them, would leave most of a GPU idle. Then time is cut into S segments, for more
-    programs: a first pass finds what each makes of the state zero; as all is linear, with the decays over
-    whole segments, exp(A sum delta), follow the states that really enter; a second pass starts from these."""
-    T, BD, OPTIONS = 8, 64, dict(num_warps=1, enable_fp_fusion=True)
-
-    @staticmethod
-    def segments(u, programs, chunks):
-        """One, unless that leaves most of the GPU idle, since two passes are twice the work. 8 programs per
-        multiprocessor, two for each of its schedulers, are taken to fill it."""
-        room = 8 * torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 1
-        wanted = min(room // programs, chunks // 32, 32)
-        return wanted if wanted > 2 else 1
-
-    @staticmethod
-    def entering(ends, decay):
-        """The state before each segment from what each makes of zero, and their decays: all (b, S, N, D)."""
-        h = torch.zeros_like(ends)
-        for s in range(1, ends.shape[1]):
-            torch.addcmul(ends[:, s - 1], decay[:, s - 1], h[:, s - 1], out=h[:, s])
-        return h
-
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, segments, keep):
-        (b, L, W), N, T, BD = u.shape, A.shape[1], _FusedScan.T, _FusedScan.BD
-        u, delta, B, C, D = (x.contiguous() for x in (u, delta, B, C, D))
-        At = (A.float() * math.log2(math.e)).T.contiguous()                                 # (N, D)
-        chunks, blocks = -(-L // T), -(-W // BD)
-        K = -(-chunks // (segments or _FusedScan.segments(u, b * blocks, chunks)))
-        S = -(-chunks // K)
-        y, starts, decay = At.new_empty(b, L, W), At.new_zeros(b, S, N, W), None
-        run, sizes = _scan_forward[blocks, S, b], (L, W, chunks, K, N, T, BD)
-        if S > 1:
-            run(u, delta, At, B, C, D, starts, y, *sizes, KEEP=False, **_FusedScan.OPTIONS)
-            total = F.pad(delta, (0, 0, 0, S * K * T - L)).view(b, S, K * T, W).sum(2, dtype=torch.float32)
-            decay = (total[:, :, None] * At).exp2()                                         # (b, S, N, D)
-            starts = _FusedScan.entering(starts, decay)
-        if keep:                                                    # the state before every chunk
-            first, starts = starts, At.new_empty(b, chunks, N, W)
-            starts[:, ::K] = first
-        run(u, delta, At, B, C, D, starts, y, *sizes, KEEP=keep, **_FusedScan.OPTIONS)
-        ctx.save_for_backward(u, delta, At, B, C, D, starts, decay)
-        ctx.grid, ctx.sizes, ctx.dtype = (blocks, S, b), sizes, A.dtype
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        u, delta, At, B, C, D, starts, decay = ctx.saved_tensors
-        dy, (blocks, S, b), sizes = dy.contiguous(), ctx.grid, ctx.sizes
-        carry, dA = At.new_zeros(2, b, S, *At.shape)                                        # 2 x (b, S, N, D)
-        if S > 1:
-            _scan_carry[ctx.grid](delta, At, C, dy, carry, *sizes, **_FusedScan.OPTIONS)
-            carry = _FusedScan.entering(carry.flip(1), decay.flip(1)).flip(1)
-        du, ddelta, dD = torch.empty_like(u), torch.empty_like(delta), At.new_empty(b, S, len(D))
-        dB, dC = At.new_empty(2, blocks, *B.shape)      # every block's share, summed below
-        _scan_backward[ctx.grid](u, delta, At, B, C, D, dy, starts, carry, du, ddelta, dA, dB, dC, dD, *sizes,
-                                 maxnreg=168, **_FusedScan.OPTIONS)
-        return (du, ddelta, dA.sum((0, 1)).T.to(ctx.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
-                dD.sum((0, 1)).to(D.dtype), None, None)
 
 
 # --- the mixer: Mamba, read in both directions (in Vision Mamba's code: "v2") -----------------
