@@ -134,13 +134,13 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
 # --- processes, accumulation, batches ---
 
 def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path):
-    """One run handed on from one process to 4 with shards, to 1, 2 and 1, four steps each: its losses and all
+    """One run handed on from one process, accumulating, to 4 with shards, and back to one: its losses and all
     that it saves are those of one process. Every model and pair of ways: benchmarks/processes.py."""
-    flags = ["--ckpt-every", 4, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant"]
+    flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant"]
     whole = run(tmp_path / "whole", *flags, "--max-steps", 20)
-    ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,), (2,), (1,)]
+    ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,)]
     for i, (processes, *more) in enumerate(ways):
-        now = [*flags, *more, "--max-steps", 4 * i + 4]
+        now = [*flags, *more, "--max-steps", 7 * i + 6]
         if processes == 1:
             run(tmp_path / "relay", *now)
             continue
@@ -309,7 +309,7 @@ def build(preset, shape, num_classes=0, **options):
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
-    train.main(["--dry-run", "2", "--preset", "DiS-S/4", "--results-dir", str(tmp_path / "results")])
+    train.main(["--dry-run", "2", "--model", "diffussm", "--results-dir", str(tmp_path / "results")])
     out = capsys.readouterr().out
     assert "sharded, checkpointing" in out and "device" in out and not (tmp_path / "results").exists()
 
