@@ -103,16 +103,26 @@ if __spec__ and __spec__.name == "dis":
 
     class torch(metaclass=_Anything):
         """Stands in for torch; it is also what each of its attributes and calls returns."""
-    nn = torch
+    functools = nn = triton = tl = torch
 else:
+    import functools
+    import importlib.util
     import inspect
     import math
+    import warnings
 
     import torch
     import torch.nn.functional as F
     from einops import rearrange
     from torch import nn
     from torch.utils.checkpoint import checkpoint
+
+    try:
+        import triton
+        import triton.language as tl
+        triton = triton if hasattr(tl, "tuple") else None   # from 3.3 (PyTorch 2.7): the kernels use tuples
+    except ImportError:                 # it comes with PyTorch for CUDA
+        triton = None
 
     from diffusion import SCHEDULES, Diffusion
 
@@ -126,105 +136,358 @@ def selective_scan_ref(u, delta, A, B, C, D):
         y_t = C_t h_t + D u_t                                   (Eq. 2b; D u is in the code only)
 
     u, delta (b, L, D); A (D, N); B, C (b, L, N); D (D,) -> y (b, L, D). delta > 0, A < 0. In these
-    shapes, and down to `_Scan`, D counts the channels of the scan: E times the model's width.
+    shapes, and down to the mixer, D counts the channels of the scan: E times the model's width.
     """
-    h = u.new_zeros(u.shape[0], *A.shape)                                          # (b, D, N)
-    ys = []
-    for t in range(u.shape[1]):
-        decay = (delta[:, t, :, None] * A).exp()                                   # (b, D, N)
-        h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]     # (b, D, N)
-        ys.append((h * C[:, t, None, :]).sum(-1))                                  # (b, D)
+    h, ys = u.new_zeros(u.shape[0], *A.shape), []                                  # (b, D, N)
+    for u_t, delta_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, delta, B, C))):
+        decay = (delta_t[:, :, None] * A).exp()                                    # (b, D, N)
+        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]              # (b, D, N)
+        ys.append((h * C_t[:, None, :]).sum(-1))                                   # (b, D)
     return torch.stack(ys, dim=1) + D * u                                          # (b, L, D)
 
 
-@torch.compiler.disable         # traced, the loops over time would become thousands of nodes
 def selective_scan(u, delta, A, B, C, D):
-    """The same map, fast, and with memory for a few (b, L, D) arrays only. Always in float32 (or
-    float64): the products of many decays below have no room for bf16's 8 bits.
+    """The same map, fast, and with memory for a few (b, L, D) arrays only. Inputs may be bfloat16; y and
+    all that happens in between are float32 (or float64): products of many decays have no room for 8 bits.
     Equal to `selective_scan_ref`: tests/test_dis.py::test_scan_equals_reference."""
+    return scan(u, delta, A, B, C, D)[0]
+
+
+# All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut into
+# chunks of T tokens, and only the state before each chunk is kept, in `starts` (b, chunks + 1, N, D), the
+# last one at the end. Backward makes a chunk's other states again when it gets there.
+CHUNK = {"cpu": 16, "cuda": 8}
+# Numbers in a work array of one block, (b, T, N, D). On a CPU 2 MB stay in the cache; a GPU, where each
+# operation is a launch, wants large ones. Neither is delicate.
+ELEMENTS = {"cpu": 2**19}
+
+
+def chunk(u):
+    """T."""
+    return CHUNK.get(u.device.type, 16)
+
+
+def chunked(u, delta, A, B, C, D, starts, y):
+    """Fills y, and all of starts but the first, which is given."""
+    u, delta, B, C = (v.to(y.dtype) for v in (u, delta, B, C))
+    At = A.T.contiguous()                                                     # (N, D)
+    for r, c, s in blocks(u, A):
+        _, hs = states(starts[r, c], delta[r, s] * u[r, s], delta[r, s], At, B[r, s])
+        starts[r, c + 1] = hs[:, -1]
+        y[r, s] = torch.addcmul((C[r, s, None, :] @ hs)[:, :, 0], D, u[r, s])  # (b, T, D)
+
+
+def blocks(u, A):
+    """(slice of the batch, number of a chunk, its slice of time): all of them, chunks in order."""
+    (b, L, D), N, T = u.shape, A.shape[1], chunk(u)
+    rows = max(1, ELEMENTS.get(u.device.type, 2**28) // (T * N * D))
+    return [(slice(i, i + rows), c, slice(t, min(t + T, L)))
+            for i in range(0, b, rows) for c, t in enumerate(range(0, L, T))]
+
+
+def states(h, x, delta, At, B):
+    """One block. h (b, N, D) the state before it -> decays and states after each of its tokens, both
+    (b, T, N, D). N before D: inner loops then run over D contiguous numbers."""
+    a = torch.mul(delta[:, :, None, :], At).exp_()                            # (b, T, N, D)
+    hs = torch.mul(x[:, :, None, :], B[:, :, :, None])                        # (b, T, N, D)
+    for t in range(x.shape[1]):
+        h = hs[:, t].addcmul_(a[:, t], h)                                     # (b, N, D)
+    return a, hs
+
+
+def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
+    """-> the gradients of the six inputs. With g_t = dLoss/dh_t the adjoint recurrence runs from the right:
+
+        g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
+
+    carry (b, N, D): exp(delta_t A) g_t on its way to token t - 1. Overwritten: from that of the token after
+    the last to that of the first."""
+    dy, u, delta, B, C = (v.to(starts.dtype) for v in (dy, u, delta, B, C))
+    At = A.T.contiguous()
+    dA, dD = torch.zeros_like(At), torch.zeros_like(D)                        # (N, D), (D,)
+    du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
+    for r, c, s in reversed(blocks(u, A)):
+        x = delta[r, s] * u[r, s]                                             # (b, T, D)
+        a, hs = states(starts[r, c], x, delta[r, s], At, B[r, s])
+        dC[r, s] = (hs @ dy[r, s, :, None])[..., 0]                           # (b, T, N)
+        g = torch.mul(dy[r, s, None, :], C[r, s, :, None])                    # (b, T, N, D)
+        g[:, -1] += carry[r]
+        for t in reversed(range(1, g.shape[1])):
+            g[:, t - 1].addcmul_(a[:, t], g[:, t])                            # (b, N, D)
+        torch.mul(a[:, 0], g[:, 0], out=carry[r])
+        dB[r, s] = (g @ x[..., None])[..., 0]                                 # (b, T, N)
+        dx = (B[r, s, None, :] @ g)[:, :, 0]                                  # (b, T, D)
+        du[r, s] = torch.addcmul(delta[r, s] * dx, D, dy[r, s])
+        dD += torch.mul(dy[r, s], u[r, s], out=x).sum((0, 1))
+        # d/d(delta A) = g_t exp(delta_t A) h_{t-1}: multiply g by both, in place
+        g.mul_(a)
+        g[:, 1:].mul_(hs[:, :-1])
+        g[:, 0].mul_(starts[r, c])
+        ddelta[r, s] = torch.mul(g, At, out=a).sum(2).addcmul_(dx, u[r, s])   # (b, T, D)
+        dA += g.mul_(delta[r, s, None, :]).sum((0, 1))                        # (N, D)
+    return du, ddelta, dA.T, dB, dC, dD
+
+
+# Few and long sequences (one image, say) keep neither the cores of a CPU nor a GPU busy, since tokens wait
+# for each other. Then time is cut into S segments that are read side by side, as if they were rows of the
+# batch, twice: first to find what each makes of the state zero; from these, and since all is linear, follow
+# the states that really enter; then from those. The adjoint likewise, from the right.
+BUSY = {"cpu": 2**12, "cuda": 2**16}    # rows times channels that do keep them busy
+
+
+def segments(u):
+    """S. One, unless two passes at S times the speed are a clear gain."""
+    b, L, D = u.shape
+    S = min(BUSY.get(u.device.type, 2**16) // (b * D), L // (4 * chunk(u)))
+    return S if S > 2 else 1
+
+
+def cut(x, S):
+    """(b, L, .) -> (b S, K, .) with K = L / S rounded up. The zeros added are harmless: a token with
+    delta = u = dy = 0 changes no state and no sum."""
+    b, L, D = x.shape
+    return F.pad(x, (0, 0, 0, -L % S)).view(b * S, -1, D) if S > 1 else x
+
+
+def entering(left, delta, A, S):
+    """What segments leave behind if nothing enters, left (b S, N, D) -> what then enters each."""
+    left = left.unflatten(0, (-1, S))                                                   # (b, S, N, D)
+    decay = (delta.sum(1)[:, None] * A.T).exp().view_as(left)                           # (b, S, N, D)
+    h = torch.zeros_like(left)
+    for s in range(1, S):
+        h[:, s] = left[:, s - 1] + decay[:, s - 1] * h[:, s - 1]
+    return h.flatten(0, 1)                                                              # (b S, N, D)
+
+
+def scan_forward(u, delta, A, B, C, D):
+    """-> y (b, L, D) and starts (b S, chunks + 1, N, D), for backward."""
+    (b, L, W), S, N = u.shape, segments(u), A.shape[1]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    run, _ = engine(u.device, dtype)
     with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        u, delta, A, B, C, D = (x.to(dtype) for x in (u, delta, A, B, C, D))
-        return torch.addcmul(_Scan.apply(delta * u, delta, A, B, C), D, u)
+        A, D = A.to(dtype), D.to(dtype)
+        u, delta, B, C = (cut(x, S).contiguous() for x in (u, delta, B, C))             # (b S, K, .)
+        y = torch.empty_like(u, dtype=dtype)
+        starts = y.new_zeros(b * S, -(-u.shape[1] // chunk(u)) + 1, N, W)
+        if S > 1:
+            run(u, delta, A, B, C, D, starts, y)
+            starts[:, 0] = entering(starts[:, -1], delta.to(dtype), A, S)
+        run(u, delta, A, B, C, D, starts, y)
+    return y.view(b, -1, W)[:, :L].contiguous(), starts
 
 
-class _Scan(torch.autograd.Function):
-    """y_t = C_t h_t with h_t = exp(delta_t A) h_{t-1} + B_t x_t, where x = delta u.
+def scan_backward(dy, u, delta, A, B, C, D, starts):
+    """-> the gradients of u, delta, A, B, C, D."""
+    (b, L, _), S, inputs = u.shape, segments(u), (u, delta, A, B, C, D)
+    _, run = engine(u.device, starts.dtype)
+    with torch.autocast(u.device.type, enabled=False):
+        A, D = A.to(starts.dtype), D.to(starts.dtype)
+        dy, u, delta, B, C = (cut(x, S).contiguous() for x in (dy, u, delta, B, C))     # (b S, K, .)
+        carry = torch.zeros_like(starts[:, 0])                                          # (b S, N, D)
+        if S > 1:
+            run(dy, u, delta, A, B, C, D, starts, carry)
+            carry = entering(carry.flip(0), delta.flip(0).to(A), A, S).flip(0)
+        grads = run(dy, u, delta, A, B, C, D, starts, carry)
+    grads = (g if g.shape == x.shape else g.view(b, -1, x.shape[2])[:, :L] for g, x in zip(grads, inputs))
+    return tuple(g.to(x.dtype).contiguous() for g, x in zip(grads, inputs))
 
-    All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut
-    into chunks of T tokens and the batch into blocks, such that a work array of one chunk and block
-    has about `elements` numbers. Kept for backward is only the state before each chunk; backward
-    recomputes the rest of a chunk when it gets there.
 
-    Work arrays are (b, T, N, D), N before D: inner loops then run over D contiguous numbers.
-    """
-    CHUNK, ELEMENTS = 16, {"cpu": 2**20}    # 4 MB stay in the cache of a CPU; a GPU, where each of the
-    # many small operations is a launch, wants few and large ones. Neither number is delicate.
+@functools.lru_cache(maxsize=None)
+def engine(device, dtype):
+    """-> the two functions that do the work there: the fused ones below on CUDA, if Triton is there, compiles
+    them for this GPU, and they give what the chunked ones give. If not, a warning says so, once."""
+    if device.type == "cuda" and dtype == torch.float32 and triton is not None and not torch.version.hip:
+        try:
+            compare(device)
+            return fused, fused_backward
+        except Exception as e:          # compilers meet unknown GPUs with all kinds of exceptions
+            warnings.warn(f"no fused scan on {device} ({e}): using the slower one", stacklevel=2)
+    return chunked, chunked_backward
 
-    @staticmethod
-    def blocks(x, A):
-        """Slices of the batch and of time that a work array can hold."""
-        (b, L, D), N, T = x.shape, A.shape[1], _Scan.CHUNK
-        elements = _Scan.ELEMENTS.get(x.device.type, 2**28)
-        rows = max(1, elements // (T * N * D))
-        return ([slice(i, i + rows) for i in range(0, b, rows)],
-                [slice(t, min(t + T, L)) for t in range(0, L, T)])
 
-    @staticmethod
-    def states(h, x, delta, At, B):
-        """One chunk. h (b, N, D) the state before it -> decays and states after each of its tokens,
-        both (b, T, N, D)."""
-        a = torch.mul(delta[:, :, None, :], At).exp_()                        # (b, T, N, D)
-        hs = torch.mul(x[:, :, None, :], B[:, :, :, None])                    # (b, T, N, D)
-        for t in range(x.shape[1]):
-            h = hs[:, t].addcmul_(a[:, t], h)                                 # (b, N, D)
-        return a, hs
+def compare(device):
+    """Raises ValueError if the fused scan gives other numbers than the chunked one."""
+    g = torch.Generator(device).manual_seed(0)
+    u, delta, B, C = (torch.rand(2, 19, k, device=device, generator=g) for k in (80, 80, 2, 2))
+    A, D, found = -u[0, 1, :, None] - B[0, 0], u[0, 0], []
+    for forward, backward in ((fused, fused_backward), (chunked, chunked_backward)):
+        y, starts = torch.empty_like(u), u.new_zeros(2, -(-19 // chunk(u)) + 1, 2, 80)
+        forward(u, delta, A, B, C, D, starts, y)
+        found.append([y, *backward(y, u, delta, A, B, C, D, starts, torch.zeros_like(starts[:, 0]))])
+    if not all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(*found)):
+        raise ValueError("it gives other numbers")
 
-    @staticmethod
-    def forward(ctx, x, delta, A, B, C):
-        y, At = torch.empty_like(x), A.T.contiguous()                         # At: (N, D)
-        rows, chunks = _Scan.blocks(x, A)
-        starts = x.new_zeros(len(chunks), len(x), *At.shape)                  # (chunks, b, N, D)
-        for r in rows:
-            for c, s in enumerate(chunks):
-                _, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
-                y[r, s] = (C[r, s, None, :] @ hs)[:, :, 0]                    # (b, T, D)
-                if c + 1 < len(chunks):
-                    starts[c + 1, r] = hs[:, -1]
-        ctx.save_for_backward(x, delta, A, B, C, starts)
-        return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        """With g_t = dLoss/dh_t, the adjoint recurrence runs from the right:
+# One node of a graph for autograd and torch.compile, which would otherwise see thousands of small ones.
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D"
+scan = torch.library.custom_op("dis::scan", scan_forward, mutates_args=(),
+                               schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+scan_grad = torch.library.custom_op(
+    "dis::scan_backward", scan_backward, mutates_args=(),
+    schema=f"(Tensor dy, {_INPUTS}, Tensor starts) -> ({', '.join(['Tensor'] * 6)})")
 
-            g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
-        """
-        x, delta, A, B, C, starts = ctx.saved_tensors
-        At = A.T.contiguous()                                                 # (N, D)
-        dA = torch.zeros_like(At)
-        dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
-        rows, chunks = _Scan.blocks(x, A)
-        for r in rows:
-            carry = torch.zeros_like(starts[0, r])     # exp(delta A) g of the token to the right
-            for c, s in reversed(list(enumerate(chunks))):
-                a, hs = _Scan.states(starts[c, r], x[r, s], delta[r, s], At, B[r, s])
-                dC[r, s] = (hs @ dy[r, s, :, None])[..., 0]                   # (b, T, N)
-                g = torch.mul(dy[r, s, None, :], C[r, s, :, None])            # (b, T, N, D)
-                g[:, -1] += carry
-                for t in reversed(range(1, g.shape[1])):
-                    g[:, t - 1].addcmul_(a[:, t], g[:, t])                    # (b, N, D)
-                carry = a[:, 0] * g[:, 0]
-                dx[r, s] = (B[r, s, None, :] @ g)[:, :, 0]                    # (b, T, D)
-                dB[r, s] = (g @ x[r, s, :, None])[..., 0]                     # (b, T, N)
-                # d/d(delta A) = g_t exp(delta_t A) h_{t-1}: multiply g by both, in place
-                g.mul_(a)
-                g[:, 1:].mul_(hs[:, :-1])
-                g[:, 0].mul_(starts[c, r])
-                torch.sum(torch.mul(g, At, out=a), dim=2, out=ddelta[r, s])   # (b, T, D)
-                dA += g.mul_(delta[r, s, None, :]).sum((0, 1))                # (N, D)
-        return dx, ddelta, dA.T, dB, dC
+
+def _shapes(u, delta, A, B, C, D):
+    """What `scan_forward` returns, without numbers."""
+    S, y = segments(u), u.new_empty(u.shape, dtype=torch.promote_types(u.dtype, torch.float32))
+    return y, y.new_empty(len(u) * S, -(-u.shape[1] // (S * chunk(u))) + 1, A.shape[1], A.shape[0])
+
+
+def _keep(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _differentiate(ctx, dy, _):
+    return (None,) * 6 if dy is None else scan_grad(dy, *ctx.saved_tensors)
+
+
+scan.register_fake(_shapes)
+scan.register_autograd(_differentiate, setup_context=_keep)
+scan_grad.register_fake(lambda dy, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:6]))
+
+
+# --- the same, fused (Triton, for CUDA) --------------------------------------------------------
+#
+# A program is one warp (32 threads). It owns a row of the batch and BD = 64 channels, two per thread, and
+# goes through a chunk of T = 8 tokens at a time. Names in the plural are lists of T vectors (BD,), 2 T
+# registers of each thread. The N states of a chunk are treated one after the other: u and delta are read
+# once for all of them, and a decay exp(delta_t A) never leaves its register. From chunk to chunk the states
+# wait in memory, `starts`; there backward finds them.
+#
+# Why these sizes. BD: to sum over a channel's states (y_t = C_t h_t) its thread needs no other; but dB_t and
+# dC_t are sums over channels, 5 exchanges between threads each, for 64 channels as for 32. T: `starts` is
+# N / T = 2 times as large as u, written once and read once; backward holds 7 lists, 112 registers of 168.
+# One warp: nobody waits for anybody. 168 registers: a multiprocessor has room for 12 warps, 3 to each of its
+# four schedulers, so that two compute while one waits for memory. All this is reasoning: see the README.
+
+if triton is not None:
+    @triton.jit
+    def _tokens(p, t, W, d, left, T: tl.constexpr):
+        """Rows t, ..., t + T - 1 of p (rows, W), columns d; zeros after `left` rows, harmless as in `cut`."""
+        xs = ()
+        for j in tl.static_range(T):                    # unrolled: registers have no index at run time
+            xs += (tl.load(p + (t + j) * W + d, mask=d < tl.where(j < left, W, 0), other=0.0).to(tl.float32),)
+        return xs
+
+    @triton.jit
+    def _fused(u, delta, A, B, C, D, starts, y, L, W, chunks, N: tl.constexpr, T: tl.constexpr,
+               BD: tl.constexpr):
+        """Per token, channel and state one exp and four other instructions. A warp's exp occupies its unit
+        for 8 cycles, in which 8 instructions can be issued: exp sets the pace."""
+        b, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)      # (BD,)
+        Dd = tl.load(D + d, mask=d < W, other=0.0)                                          # (BD,)
+        for c in range(chunks):
+            t, left = b * L + c * T, L - c * T                      # int64: b L D can exceed 2^31
+            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
+            us = _tokens(u, t, W, d, left, T)                                               # T x (BD,)
+            xs, ys = (), ()
+            for j in tl.static_range(T):
+                xs += (deltas[j] * us[j],)
+                ys += (Dd * us[j],)
+            for n in range(N):
+                rate = 1.4426950408889634 * tl.load(A + n * W + d, mask=d < W, other=0.0)   # the unit has 2^x
+                Bs = _tokens(B, t, N, n, left, T)                                           # T x ()
+                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
+                at = starts + ((b * (chunks + 1) + c) * N + n) * W + d
+                h = tl.load(at, mask=d < W, other=0.0)                                      # (BD,)
+                sums = ()
+                for j in tl.static_range(T):
+                    h = tl.exp2(deltas[j] * rate) * h + xs[j] * Bs[j]
+                    sums += (ys[j] + h * Cs[j],)
+                ys = sums
+                tl.store(at + N * W, h, mask=d < W)
+            for j in tl.static_range(T):
+                tl.store(y + (t + j) * W + d, ys[j], mask=d < tl.where(j < left, W, 0))
+            tl.debug_barrier()                          # `starts` may come back to other threads of the warp
+
+    @triton.jit
+    def _fused_backward(dy, u, delta, A, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD, L, W, chunks,
+                        N: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+        """Per chunk: its states once more, left to right, then g, right to left. A third of the instructions
+        sum over channels: exchanges between threads set the pace, not exp."""
+        b, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)      # (BD,)
+        Dd = tl.load(D + d, mask=d < W, other=0.0)                                          # (BD,)
+        sumD = tl.zeros([BD], tl.float32)
+        for c in range(chunks - 1, -1, -1):
+            t, left = b * L + c * T, L - c * T
+            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
+            us = _tokens(u, t, W, d, left, T)                                               # T x (BD,)
+            dys = _tokens(dy, t, W, d, left, T)                                             # T x (BD,)
+            xs, dxs, ddeltas = (), (), ()
+            for j in tl.static_range(T):
+                xs += (deltas[j] * us[j],)
+                dxs += (tl.zeros([BD], tl.float32),)                # d/dx of x = delta u, summed over n
+                ddeltas += (tl.zeros([BD], tl.float32),)            # d/d(delta) through exp(delta A)
+                sumD += dys[j] * us[j]
+            for n in range(N):
+                An = tl.load(A + n * W + d, mask=d < W, other=0.0)                          # (BD,)
+                Bs = _tokens(B, t, N, n, left, T)                                           # T x ()
+                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
+                h = tl.load(starts + ((b * (chunks + 1) + c) * N + n) * W + d, mask=d < W, other=0.0)
+                at = (b * N + n) * W + d
+                g = tl.load(carry + at, mask=d < W, other=0.0)                              # (BD,)
+                sumA = tl.load(dA + at, mask=d < W, other=0.0)                              # (BD,)
+                row = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) * L + t) * N + n
+                decays, kept = (), ()
+                for j in tl.static_range(T):
+                    decays += (tl.exp2(deltas[j] * (1.4426950408889634 * An)),)
+                    kept += (decays[j] * h,)                        # exp(delta_t A) h_{t-1}
+                    h = kept[j] + xs[j] * Bs[j]
+                    tl.store(dC + row + j * N, tl.sum(h * dys[j], 0), mask=j < left)
+                sumx, sumd = (), ()
+                for j in tl.static_range(T - 1, -1, -1):
+                    g += dys[j] * Cs[j]
+                    tl.store(dB + row + j * N, tl.sum(g * xs[j], 0), mask=j < left)
+                    dm = g * kept[j]                                # d/d(delta_t A)
+                    sumA += deltas[j] * dm
+                    sumx = (dxs[j] + g * Bs[j],) + sumx
+                    sumd = (ddeltas[j] + dm * An,) + sumd
+                    g *= decays[j]
+                dxs, ddeltas = sumx, sumd
+                tl.store(carry + at, g, mask=d < W)
+                tl.store(dA + at, sumA, mask=d < W)
+            us = _tokens(u, t, W, d, left, T)           # read again, not held in 16 registers all the while
+            for j in tl.static_range(T):
+                at, inside = (t + j) * W + d, d < tl.where(j < left, W, 0)
+                tl.store(du + at, deltas[j] * dxs[j] + Dd * dys[j], mask=inside)
+                tl.store(ddelta + at, us[j] * dxs[j] + ddeltas[j], mask=inside)
+            tl.debug_barrier()
+        tl.store(dD + b * W + d, sumD, mask=d < W)
+
+
+BD, OPTIONS = 64, dict(num_warps=1, enable_fp_fusion=True)
+
+
+def fused(u, delta, A, B, C, D, starts, y):
+    """`chunked`. Bit for bit the same at each call: no two programs add to the same number."""
+    At, D = A.T.contiguous(), D.contiguous()
+    (b, L, W), N = u.shape, A.shape[1]
+    with torch.cuda.device_of(u):                       # Triton launches on the current GPU
+        _fused[b, -(-W // BD)](u, delta, At, B, C, D, starts, y, L, W, starts.shape[1] - 1, N, chunk(u), BD,
+                               **OPTIONS)
+
+
+def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
+    """`chunked_backward`."""
+    At, D = A.T.contiguous(), D.contiguous()
+    (b, L, W), N = u.shape, A.shape[1]
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dB, dC = starts.new_empty(2, -(-W // BD), b, L, N)              # every program's share, summed below
+    dA, dD = torch.zeros_like(carry), starts.new_empty(b, W)        # likewise
+    with torch.cuda.device_of(u):
+        _fused_backward[b, -(-W // BD)](dy, u, delta, At, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD,
+                                        L, W, starts.shape[1] - 1, N, chunk(u), BD, maxnreg=168, **OPTIONS)
+    return du, ddelta, dA.sum(0).T, dB.sum(0), dC.sum(0), dD.sum(0)
+
+
+@torch.compiler.disable
+def mamba_ssm_scan(u, delta, A, B, C, D):
+    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). There, time is last."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, B, C = (x.to(dtype).mT.contiguous() for x in (u, delta, B, C))            # (b, ., L)
+    return selective_scan_fn(u, delta, A, B, C, D).mT                                   # (b, L, D)
 
 
 # --- the mixer: Mamba, read in both directions (in Vision Mamba's code: "v2") -----------------
@@ -232,9 +495,9 @@ class _Scan(torch.autograd.Function):
 class Direction(nn.Module):
     """What one reading direction owns: convolution, projections to (delta, B, C), A and D."""
 
-    def __init__(self, channels, state, rank, conv):
+    def __init__(self, channels, state, rank, conv, scan):
         super().__init__()
-        self.rank, self.state = rank, state
+        self.rank, self.state, self.scan = rank, state, scan
         self.conv = nn.Conv1d(channels, channels, conv, groups=channels, padding=conv - 1)
         self.x_proj = nn.Linear(channels, rank + 2 * state, bias=False)
         self.dt_proj = nn.Linear(rank, channels)
@@ -260,7 +523,8 @@ class Direction(nn.Module):
         # small steps, which are the long memories
         with torch.autocast(x.device.type, enabled=False):
             delta = F.softplus(self.dt_proj(dt.to(self.dt_proj.weight.dtype)))   # (B, L, ED)
-        return selective_scan(u, delta, -self.A_log.exp(), Bt, Ct, self.D)       # (B, L, ED)
+        scan = mamba_ssm_scan if self.scan == "mamba_ssm" and u.is_cuda else selective_scan
+        return scan(u, delta, -self.A_log.exp(), Bt, Ct, self.D)                 # (B, L, ED)
 
 
 class BiMamba(nn.Module):
@@ -268,12 +532,12 @@ class BiMamba(nn.Module):
     outputs are summed. Time and class tokens come first for one direction, last for the other. (The
     authors' code gates each direction before the sum: the same, since the gate is the same.)"""
 
-    def __init__(self, width, expand=2, state=16, conv=4):
+    def __init__(self, width, expand=2, state=16, conv=4, scan="auto"):
         super().__init__()
         channels, rank = expand * width, math.ceil(width / 16)
         self.in_proj = nn.Linear(width, 2 * channels, bias=False)
-        self.forwards = Direction(channels, state, rank, conv)
-        self.backwards = Direction(channels, state, rank, conv)
+        self.forwards = Direction(channels, state, rank, conv, scan)
+        self.backwards = Direction(channels, state, rank, conv, scan)
         self.out_proj = nn.Linear(channels, width, bias=False)
 
     def forward(self, x):
@@ -356,15 +620,19 @@ class DiS(nn.Module):
                                         # + class scale and shift every block's norm (ablation)
                  pos_init="zero",       # learned positions start at "zero" (the authors') | "sincos"
                  label_std=0.02,        # of the class vectors at the start (0.02: the authors')
+                 scan="auto",           # "auto": ours | "mamba_ssm": that package's, where there is a GPU
                  drop_path=0.0,         # stochastic depth of the last block, rising linearly from 0
                  learn_sigma=True,
                  grad_checkpointing=False):  # recompute each block in backward: less memory, +1/3 time
         super().__init__()
         C, H, W = shape
         for value, allowed in ((skip, ("concat", "add", "none")), (time, ("token", "adaln")),
-                               (pos_init, ("zero", "sincos"))):
+                               (pos_init, ("zero", "sincos")), (scan, ("auto", "mamba_ssm"))):
             if value not in allowed:
                 raise ValueError(f"unknown DiS option {value!r}: choose {' or '.join(allowed)}")
+        if scan == "mamba_ssm" and torch.cuda.is_available() and not importlib.util.find_spec("mamba_ssm"):
+            raise ValueError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install "
+                             "mamba-ssm, or drop it, since the built-in scan is fused on GPUs, too")
         if patch is None:
             patch = next(p for p in range(max(1, min(H, W) // 4), 0, -1) if H % p == W % p == 0)
         if not 0 <= drop_path < 1:
@@ -390,7 +658,7 @@ class DiS(nn.Module):
         half = depth // 2
         self.shallow, self.deep = nn.ModuleList(), nn.ModuleList()
         rates = [0.0] + [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        block = dict(width=width, adaln=time == "adaln", expand=expand, state=state, conv=conv)
+        block = dict(width=width, adaln=time == "adaln", expand=expand, state=state, conv=conv, scan=scan)
         for i in range(half):
             self.shallow.append(Block(drop_path=rates[i], **block))
         self.middle = Block(drop_path=rates[half], **block)

@@ -1,0 +1,172 @@
+"""The selective scan of dis.py: time and memory beside the definition and beside others' scans.
+
+    python benchmarks/scan.py                       on two CPU cores 5 minutes
+    python benchmarks/scan.py --sizes 16x256x768    B x L x D
+
+Others are timed where they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA).
+float32. Forms take turns in one process, so ratios hold on a noisy machine and milliseconds do not. Memory is
+the peak beside the inputs, forward and backward, each in a process of its own.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from timing import in_fresh_process, medians, milliseconds, peak_megabytes, table  # noqa: E402
+
+from checkpoint import load_paper  # noqa: E402
+
+dis = load_paper("dis")
+
+
+def inputs(b, L, D, N, device, dtype=torch.float32):
+    """As at the start of a training: delta log-uniform in [0.001, 0.1], A about -1 .. -N."""
+    torch.manual_seed(0)
+    delta = torch.empty(b, L, D).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    A = -torch.arange(1., N + 1).repeat(D, 1) * (0.1 * torch.randn(D, N)).exp()
+    x = torch.randn(b, L, D), delta, A, torch.randn(b, L, N), torch.randn(b, L, N), torch.randn(D)
+    return [v.to(device, dtype).requires_grad_() for v in x]
+
+
+def plain(*x):
+    """Without the fused kernels."""
+    engine, dis.engine = dis.engine, lambda device, dtype: (dis.chunked, dis.chunked_backward)
+    try:
+        return dis.selective_scan(*x)
+    finally:
+        dis.engine = engine
+
+
+def forms(device):
+    """{name: function}, those that are there."""
+    found = {"definition": dis.selective_scan_ref}
+    if device.type == "cuda":
+        found["chunked, PyTorch"] = plain
+    found["ours"] = dis.selective_scan
+    try:
+        from mambapy.pscan import pscan
+
+        def mambapy(u, delta, A, B, C, D):
+            h = pscan((delta[..., None] * A).exp(), (delta * u)[..., None] * B[:, :, None])     # (b, L, D, N)
+            return (h @ C[..., None])[..., 0] + D * u
+        found["mambapy pscan"] = mambapy
+    except ImportError:
+        pass
+    try:
+        dis.mamba_ssm_scan(*inputs(1, 2, 4, 2, device))
+        found["mamba_ssm"] = dis.mamba_ssm_scan
+    except (ImportError, RuntimeError, NotImplementedError):      # it is for CUDA only
+        pass
+    return found
+
+
+def both(function, x):
+    y = function(*x)
+    return y, *torch.autograd.grad(y, x, torch.ones_like(y))
+
+
+def error(got, want):
+    """The largest of y and the six gradients, relative to the largest entry."""
+    return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want))
+
+
+def compare(size, args, device):
+    """A table of all forms at one size; ratios are to ours."""
+    found, x = forms(device), inputs(*size, args.state, device)
+    names, times = list(found), 10 if device.type == "cuda" else 1
+    slow = [n == "definition" for n in names]           # once, warmed up: it takes up to half a minute
+    with torch.no_grad():
+        forward = medians([None if s else lambda n=n: found[n](*x) for n, s in zip(names, slow)],
+                          device, args.repeats, times)
+    train = medians([None if s else lambda n=n: both(found[n], x) for n, s in zip(names, slow)],
+                    device, args.repeats, times)
+    with torch.no_grad():
+        forward[0] = min(milliseconds(lambda: dis.selective_scan_ref(*x), device) for _ in range(2))
+    train[0] = milliseconds(lambda: both(dis.selective_scan_ref, x), device)
+    exact = both(dis.selective_scan_ref, inputs(*size, args.state, device, torch.float64))
+    errors = [error(both(f, x), exact) for f in found.values()]
+    del exact
+    memory = [in_fresh_process("--memory-of", name, "--sizes", "x".join(map(str, size)), "--state", args.state,
+                               "--device", args.device) for name in names]
+    ours = names.index("ours")
+    print(f"(B, L, D) = {size}, N = {args.state}")
+    table(["", "forward ms", "ratio", "with backward ms", "ratio", "memory MB", "ratio", "error"],
+          [[name, f, f / forward[ours], t, t / train[ours], m, m and m / memory[ours], f"{e:.0e}"]
+           for name, f, t, m, e in zip(names, forward, train, memory, errors)])
+    return train[ours]
+
+
+def growth(args, device):
+    """How the time of ours, forward and backward, grows with each of L, D, B and N alone."""
+    start = dict(B=4, L=512, D=256, N=16)
+    rows = []
+    for name in start:
+        sizes = [{**start, name: start[name] * 2**i} for i in range(4)]
+        xs = [inputs(*s.values(), device) for s in sizes]
+        times = medians([lambda x=x: both(dis.selective_scan, x) for x in xs], device, args.repeats)
+        rows.append([name, *(f"{s[name]}: {t:.1f} ms" for s, t in zip(sizes, times)),
+                     f"{times[-1] / times[0]:.1f}x"])
+    print("growth of ours, with backward; all else " + ", ".join(f"{k} = {v}" for k, v in start.items()))
+    table(["", "", "", "", "", "8 times as large"], rows)
+
+
+def bound(size, N, device, took):
+    """On a GPU: what the bytes moved and the exps computed would take by themselves, at the rates that a copy
+    and a loop of exps reach here and now."""
+    (b, L, D), T, blocks = size, dis.CHUNK["cuda"], -(-size[2] // dis.BD)
+    x = torch.empty(2**28, device=device)
+    copied = 8 * x.numel() / medians([x.clone], device, 5, 10)[0] * 1e3                     # bytes per second
+    exps = 64 * 2**22 / medians([exp_loop(device)], device, 5, 10)[0] * 1e3                 # per second
+    # forward: u, delta in, y out; backward: u twice, delta, dy in, du, ddelta out; the states of every chunk
+    # out, and in twice; B, C and the parts of dB, dC
+    numbers = b * L * (9 * D + 3 * N * D / T + 4 * N * blocks + 4 * N)
+    move, compute = 4e3 * numbers / copied, 2e3 * b * L * D * N / exps
+    print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s {move:.3f} ms; {2 * b * L * D * N / 1e6:.0f}M "
+          f"exps at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f} ms, "
+          f"{took / max(move, compute):.1f} times the larger\n")
+
+
+def exp_loop(device):
+    """A function that takes 2^22 numbers through 64 exps each."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(p, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(p + i)
+        for _ in range(64):
+            x = tl.exp2(x) - 1.0
+        tl.store(p + i, x)
+    x = torch.zeros(2**22, device=device)
+    return lambda: kernel[2**22 // 256](x, 256, num_warps=4)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--sizes", nargs="*", default=["64x49x256", "16x256x768", "2x4096x768"])
+    p.add_argument("--state", type=int, default=16)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    device = torch.device(args.device)
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    if args.memory_of:
+        f = forms(device)[args.memory_of]
+        both(f, inputs(1, 40, 8, args.state, device))           # load the libraries before measuring
+        x = inputs(*sizes[0], args.state, device)
+        return print(peak_megabytes(lambda: both(f, x), device))
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads\n")
+    for size in sizes:
+        took = compare(size, args, device)
+        if dis.engine(device, torch.float32)[0] is dis.fused:
+            bound(size, args.state, device, took)
+    growth(args, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The fused scan (Triton) against the definition, in Triton's interpreter (see conftest.py): no GPU needed.
+On a machine with one the same tests run compiled."""
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+
+pytest.importorskip("triton", minversion="3.3", reason="triton is not installed (PyTorch for CUDA brings it)")
+dis = checkpoint.load_paper("dis")
+ENGINE, CHUNKED = dis.engine, (dis.chunked, dis.chunked_backward)
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The fused kernels also on a CPU; several chunks and blocks of channels in tiny arrays."""
+    monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
+    monkeypatch.setattr(dis, "BD", 4)
+    monkeypatch.setattr(dis, "CHUNK", {"cpu": 4, "cuda": 4})
+
+
+@pytest.fixture
+def cut_into(monkeypatch):
+    return lambda S: monkeypatch.setattr(dis, "segments", lambda u: S)
+
+
+def inputs(b, L, D, N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g)
+    delta = torch.empty(b, L, D).uniform_(-6.9, 0, generator=g).exp()               # 1e-3 .. 1
+    A = -torch.arange(1., N + 1).repeat(D, 1) * (0.1 * randn(D, N)).exp()
+    x = (randn(b, L, D), delta, A, randn(b, L, N), randn(b, L, N), randn(D))
+    return [v.to(DEVICE).requires_grad_() for v in x]
+
+
+def grads(x, f=dis.selective_scan):
+    """y and the gradients of a random projection of it."""
+    y = f(*x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return y.detach(), *torch.autograd.grad(y, x, dy)
+
+
+def worst(got, want):
+    """The largest error, relative to the largest number of what is wanted."""
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want))
+
+
+def exact(x):
+    return grads([v.detach().double().requires_grad_() for v in x], dis.selective_scan_ref)
+
+
+@pytest.mark.parametrize("b, L, D, N, segments", [
+    (1, 1, 1, 1, 1), (2, 1, 5, 2, 1), (1, 3, 4, 16, 1), (2, 4, 3, 4, 1), (1, 5, 8, 8, 1), (3, 7, 2, 2, 1),
+    (1, 9, 6, 3, 2), (1, 7, 3, 32, 2), (2, 21, 5, 2, 3), (1, 30, 7, 2, 7), (1, 16, 4, 8, 4), (1, 37, 9, 1, 5),
+    (2, 8, 4, 1, 1), (1, 41, 2, 3, 3)])
+def test_equals_the_definition(b, L, D, N, segments, cut_into):
+    """Ragged and whole channels, chunks and segments, any N."""
+    cut_into(segments)
+    x = inputs(b, L, D, N)
+    assert worst(grads(x), exact(x)) < 1e-6
+
+
+def test_the_sizes_of_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    assert (dis.CHUNK["cuda"], dis.BD) == (8, 64)
+    monkeypatch.setattr(dis, "CHUNK", {"cpu": 8, "cuda": 8})
+    monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
+    x = inputs(1, 19, 70, 3)
+    assert worst(grads(x), exact(x)) < 1e-6
+
+
+@pytest.mark.parametrize("step", [0.0, 100.0])
+def test_a_step_of_zero_and_one_that_forgets_all(step, cut_into):
+    """exp(0 A) = 1 and exp(100 A) = 0: no NaN from either, also across segments."""
+    cut_into(3)
+    u, delta, *rest = inputs(1, 18, 3, 2)
+    x = [u, torch.full_like(delta, step).requires_grad_(), *rest]
+    want = exact(x)
+    for got, reference in zip(grads(x), want):
+        assert (got - reference).abs().max() <= 1e-6 * reference.abs().max() + 1e-30
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_twice_the_same_bits(segments, cut_into):
+    cut_into(segments)
+    x = inputs(2, 13, 5, 2)
+    assert all(map(torch.equal, grads(x), grads(x)))
+
+
+def test_bfloat16(cut_into):
+    """u, B and C as autocast leaves them. They are exact in float32, so y (float32) and the float32 gradients
+    are as precise as ever; those in bf16 are rounded once: by 2^-8, as the interpreter cuts bits off."""
+    cut_into(2)
+    u, delta, A, B, C, D = inputs(2, 11, 5, 4)
+    low = [v.detach().bfloat16().requires_grad_() for v in (u, B, C)]
+    x = [low[0], delta, A, low[1], low[2], D]
+    got, want = grads(x), exact(x)
+    assert [v.dtype for v in got] == [torch.float32] + [v.dtype for v in x]
+    for g, w in zip(got, want):
+        assert worst([g], [w]) < (1e-6 if g.dtype == torch.float32 else 2**-8 + 1e-6)
+
+
+def test_all_bfloat16():
+    x = [v.detach().bfloat16().requires_grad_() for v in inputs(1, 9, 5, 2)]
+    got = grads(x)
+    assert [v.dtype for v in got[1:]] == [torch.bfloat16] * 6
+    assert worst(got, exact(x)) < 2**-8 + 1e-6
+
+
+def test_views():
+    """As in the mixer: u transposed, B and C slices of one projection, y flipped."""
+    u, delta, A, B, C, D = (v.detach() for v in inputs(2, 10, 5, 2))
+    dense = [v.requires_grad_() for v in (u, delta, A, B, C, D)]
+    B2, C2 = (v.requires_grad_() for v in torch.cat([B, C], -1).split([2, 2], -1))
+    u2, delta2, A2 = (v.detach().mT.contiguous().mT.requires_grad_() for v in (u, delta, A))
+    views = [u2, delta2, A2, B2, C2, D]
+    assert not any(v.is_contiguous() for v in views[:5])
+    flipped = lambda *x: dis.selective_scan(*x).flip(1)
+    assert all(map(torch.equal, grads(views, flipped), grads(dense, flipped)))
+
+
+def test_used_on_cuda_if_it_gives_the_same(monkeypatch):
+    """Where it gives other numbers, or will not compile, a warning says so and the chunked one works."""
+    monkeypatch.setattr(dis, "BD", 64)
+    engine, gpu = ENGINE.__wrapped__, SimpleNamespace(type="cuda")
+    monkeypatch.setattr(dis, "compare", lambda device, compare=dis.compare: compare(torch.device(DEVICE)))
+    assert engine(gpu, torch.float32) == (dis.fused, dis.fused_backward)
+    assert engine(gpu, torch.float64) == engine(torch.device("cpu"), torch.float32) == CHUNKED
+    right = dis.fused
+    for fault in (lambda *x: (right(*x), x[-1].mul_(1.01)), lambda *x: 1 / 0):
+        monkeypatch.setattr(dis, "fused", fault)
+        with pytest.warns(UserWarning, match="using the slower one"):
+            assert engine(gpu, torch.float32) == CHUNKED
