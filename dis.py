@@ -246,7 +246,8 @@ def cut(x, S):
     """(b, L, .) -> (b S, K, .) with K = L / S rounded up. The zeros added are harmless: a token with
     delta = u = dy = 0 changes no state and no sum."""
     b, L, D = x.shape
-    return F.pad(x, (0, 0, 0, -L % S)).view(b * S, -1, D) if S > 1 else x
+    x = F.pad(x, (0, 0, 0, -L % S)) if S > 1 else x
+    return x.contiguous().view(b * S, -1, D)
 
 
 def entering(left, delta, A, S):
@@ -266,7 +267,7 @@ def scan_forward(u, delta, A, B, C, D):
     run, _ = engine(u.device, dtype)
     with torch.autocast(u.device.type, enabled=False):
         A, D = A.to(dtype), D.to(dtype)
-        u, delta, B, C = (cut(x, S).contiguous() for x in (u, delta, B, C))             # (b S, K, .)
+        u, delta, B, C = (cut(x, S) for x in (u, delta, B, C))                          # (b S, K, .)
         y = torch.empty_like(u, dtype=dtype)
         starts = y.new_zeros(b * S, -(-u.shape[1] // chunk(u)) + 1, N, W)
         if S > 1:
@@ -282,7 +283,7 @@ def scan_backward(dy, u, delta, A, B, C, D, starts):
     _, run = engine(u.device, starts.dtype)
     with torch.autocast(u.device.type, enabled=False):
         A, D = A.to(starts.dtype), D.to(starts.dtype)
-        dy, u, delta, B, C = (cut(x, S).contiguous() for x in (dy, u, delta, B, C))     # (b S, K, .)
+        dy, u, delta, B, C = (cut(x, S) for x in (dy, u, delta, B, C))                  # (b S, K, .)
         carry = torch.zeros_like(starts[:, 0])                                          # (b S, N, D)
         if S > 1:
             run(dy, u, delta, A, B, C, D, starts, carry)

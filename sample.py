@@ -280,6 +280,8 @@ def parse(argv):
     how.add_argument("--seed", type=number(int), default=0, help="image i is made from seed + i")
     how.add_argument("--batch-size", type=number(int, 1), default=100, help="images at a time")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    how.add_argument("--compile", action="store_true",
+                     help="torch.compile the model, into CUDA graphs on a GPU: for many images")
     clean = p.add_argument_group("denoising instead of drawing")
     clean.add_argument("--denoise", metavar="PICTURE",
                        help="noise this picture and take it back, scored after every step; test: the "
@@ -333,6 +335,8 @@ def main(argv=None, encode=None):
         device = pick_device(args.device)
         weights = "model" if args.weights == "raw" else "ema"
         model, diffusion, trained = load_run(path, weights, device, args.model)
+        if args.compile:                # shapes stay the same and no step looks at numbers: graphs can replay
+            model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
         space = trained.get("space")                        # of latents, or None
         clip = args.clip or ("none" if space else "hard")
         args.clip = {"hard": True, "none": False}.get(clip, clip)

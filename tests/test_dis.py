@@ -125,6 +125,23 @@ def test_scan_memory_is_a_few_inputs():
     assert 3 < float(done.stdout) < 10
 
 
+@pytest.mark.parametrize("segments", [1, 3])
+def test_scan_of_views(segments, monkeypatch):
+    """As in the mixer: u transposed, B and C slices of one projection, y flipped. opcheck also compares what
+    torch.compile believes of the operators with what they do."""
+    monkeypatch.setattr(dis, "segments", lambda u: segments)
+    u, delta, A, B, C, D = (v.detach() for v in inputs(2, 40, 4, 3, torch.float32))
+    dense = [v.clone().requires_grad_() for v in (u, delta, A, B, C, D)]
+    views = [*(v.mT.contiguous().mT for v in (u, delta, A)), *torch.cat([B, C], -1).split([3, 3], -1), D]
+    assert not any(v.is_contiguous() for v in views[:5])
+    views = [v.requires_grad_() for v in views]
+    y, want = (dis.selective_scan(*x).flip(1) for x in (views, dense))
+    pairs = zip(torch.autograd.grad(y.square().sum(), views), torch.autograd.grad(want.square().sum(), dense))
+    assert torch.equal(y, want) and all(torch.equal(a, b) for a, b in pairs)
+    torch.library.opcheck(dis.scan, views, test_utils=("test_schema", "test_autograd_registration",
+                                                       "test_faketensor"))
+
+
 def test_autocast_changes_nothing():
     """Matrix products inside would become bf16, in backward too, if it runs in the same region."""
     x = inputs(2, 20, 4, 3, torch.float32)
