@@ -65,7 +65,12 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import SCHEDULES, Diffusion
 
-FIXED = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}       # evaluations per step; order = evaluations
+# Runge-Kutta methods, as Butcher tableaux. A row tells how far to go along each slope found so far, from where
+# the step began. Where it leads, the next slope is found; where the last row leads, the step ends.
+FIXED = {"euler": ([], [1]),
+         "midpoint": ([], [1 / 2], [0, 1]),
+         "heun3": ([], [1 / 3], [0, 2 / 3], [1 / 4, 0, 3 / 4]),
+         "rk4": ([], [1 / 3], [-1 / 3, 1], [1, -1, 1], [1 / 8, 3 / 8, 3 / 8, 1 / 8])}       # the "3/8 rule"
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")       # as many steps as rtol and atol ask for
 
 
@@ -98,7 +103,7 @@ class Acceleration(nn.Module):
     def with_time(self, s, h):
         if not self.inner_time:
             return h
-        return torch.cat([h, s.to(h.dtype).expand(len(h), 1, *h.shape[2:])], dim=1)   # (B, 2C + 1, h, w)
+        return torch.cat([h, s * torch.ones_like(h[:, :1])], dim=1)                   # (B, 2C + 1, h, w)
 
 
 def group_norm(channels):
@@ -112,8 +117,8 @@ class DynamicBlock(nn.Module):
 
         z' = v,     v' = a(z, v, t, t~)
 
-    which is how any solver of first-order equations solves one of second order. `nfe` counts the evaluations
-    of a since the last forward began: backward too, where it recomputes (checkpoint) or solves (adjoint).
+    which is how any solver of first-order equations solves one of second order. `nfe` is the evaluations of a
+    in the last forward, and in its backward, where that recomputes (checkpoint) or solves (adjoint).
 
     Adaptive solvers choose their steps for the whole batch, so that an image's result then depends, by about
     the tolerance, on the others in its batch.
@@ -131,50 +136,68 @@ class DynamicBlock(nn.Module):
         """e (B, embedding) of the diffusion time."""
         # once per block, not per evaluation: t stands still while t~ runs
         scale, shift = self.film(e).float()[:, :, None, None].chunk(2, dim=1)         # 2 x (B, 2C, 1, 1)
-        self.nfe = 0
         return solve(self.derivative, y.float(), (scale, shift), tuple(self.f.parameters()), self)
 
     def derivative(self, s, y, scale, shift):
-        self.nfe += 1
         a = self.f(s, y, scale, shift).float()
         return torch.cat([y.chunk(2, dim=1)[1], a], dim=1) if self.second else a      # (B, 2C, h, w)
 
 
 def solve(derivative, y, captured, parameters, how):
     """The state at t~ = 1. derivative(s, y, *captured) -> like y, float32. `how` has solver, steps, rtol,
-    atol, gradients; `parameters` and `captured` are all tensors that the derivative uses beside s and y."""
+    atol, gradients, and gets nfe; `parameters` and `captured` are all tensors that the derivative uses beside
+    s and y. Fixed steps are made here; the adaptive ones, and the adjoint, are torchdiffeq's."""
+    gradients = how.gradients if torch.is_grad_enabled() else "direct"
+    if how.solver not in FIXED or gradients == "adjoint":
+        return solve_by_torchdiffeq(derivative, y, captured, parameters, how, gradients)
+    tableau, h = FIXED[how.solver], 1 / how.steps
+    # known beforehand: a compiled recomputation could not count
+    how.nfe = how.steps * (len(tableau) - 1) * (2 if gradients == "checkpoint" else 1)
+    for i in range(how.steps):
+        step = derivative, tableau, i * h, h, y, *captured
+        y = (checkpoint(runge_kutta, *step, use_reentrant=False, preserve_rng_state=False)
+             if gradients == "checkpoint" else runge_kutta(*step))
+    return y
+
+
+def runge_kutta(derivative, tableau, s, h, y, *captured):
+    """One step, y(s) -> y(s + h). Times are Python's numbers: a GPU's would have to be waited for."""
+    slopes, point = [], y
+    for row, next_row in zip(tableau, tableau[1:]):
+        slopes.append(derivative(s + h * sum(row), point, *captured))
+        point = y
+        for a, slope in zip(next_row, slopes):
+            point = torch.add(point, slope, alpha=h * a)            # like point + h * a * slope, in one go
+    return point
+
+
+def solve_by_torchdiffeq(derivative, y, captured, parameters, how, gradients):
+    """Waits for a GPU at each step, since torchdiffeq compares times, and breaks compiled graphs."""
+    how.nfe = 0
     # Backward of the adjoint runs outside autocast; what it re-solves must be what forward has solved.
     kind = y.device.type
     amp = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind),
                dtype=torch.get_autocast_dtype(kind))
 
-    def right_hand_side(captured):
-        def f(s, y):
-            with torch.autocast(**amp):
-                return derivative(s, y, *captured)
-        return f
+    def right_hand_side(s, y):
+        how.nfe += 1
+        with torch.autocast(**amp):
+            return derivative(s, y, *captured)
 
-    times = torch.linspace(0, 1, how.steps + 1, device=y.device)
+    settings = dict(method=how.solver, rtol=how.rtol, atol=how.atol)
+    if how.solver in FIXED:     # without a grid torchdiffeq would take one step, whatever `steps` says
+        settings["options"] = {"grid_constructor": lambda f, y, ends: torch.linspace(
+            *ends.tolist(), how.steps + 1, device=y.device)}
+    else:
+        settings["options"] = {"dtype": torch.float32}              # its float64 time does not exist on MPS
+    ends = torch.tensor([0., 1.], device=y.device)
     with torch.autocast(kind, enabled=False):                       # the state stays float32
-        if how.gradients == "checkpoint" and torch.is_grad_enabled():
-            for span in times.unfold(0, 2, 1):                      # (steps, 2): each a step of its own
-                def step(y, *captured, span=span):
-                    return torchdiffeq.odeint(right_hand_side(captured), y, span, method=how.solver)[-1]
-                y = checkpoint(step, y, *captured, use_reentrant=False, preserve_rng_state=False)
-            return y
-        settings = dict(method=how.solver, rtol=how.rtol, atol=how.atol)
-        if how.solver in FIXED:     # without a grid torchdiffeq would take one step, whatever `steps` says
-            settings["options"] = {"grid_constructor": lambda f, y, ends: torch.linspace(
-                ends[0].item(), ends[-1].item(), how.steps + 1, device=y.device)}
-        else:
-            settings["options"] = {"dtype": torch.float32}          # its float64 time does not exist on MPS
-        ends = times[[0, -1]]
-        if how.gradients == "adjoint" and torch.is_grad_enabled():
+        if gradients == "adjoint":
             # Tensors missing from adjoint_params would get no gradient, without a word: the time embedding
             # would never learn.
-            return torchdiffeq.odeint_adjoint(right_hand_side(captured), y, ends, **settings,
+            return torchdiffeq.odeint_adjoint(right_hand_side, y, ends, **settings,
                                               adjoint_params=(*parameters, *captured))[-1]
-        return torchdiffeq.odeint(right_hand_side(captured), y, ends, **settings)[-1]
+        return torchdiffeq.odeint(right_hand_side, y, ends, **settings)[-1]
 
 
 class Velocity(nn.Module):
@@ -359,7 +382,8 @@ class CUNet(nn.Module):
         blocks = self.blocks()
         total = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         for block, size in zip(blocks, sizes + sizes[-2::-1]):
-            evaluations = FIXED[block.solver] * block.steps if block.solver in FIXED else max(1, block.nfe)
+            evaluations = (block.steps * (len(FIXED[block.solver]) - 1) if block.solver in FIXED
+                           else max(1, block.nfe))
             total += evaluations * size * conv_weights(block)
         for down, up, size in zip(self.to_wide, reversed(self.to_narrow), sizes):
             total += size * (down.weight.numel() + up.weight.numel())
@@ -428,14 +452,12 @@ class PublishedBlock(nn.Module):
             nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, y, e):
-        self.nfe = 0
         if self.time is not None:
             y = y + self.time(e)[:, :, None, None]                                    # (B, 2C, h, w)
         parameters = (*self.conv1.parameters(), *self.conv2.parameters())
         return solve(self.derivative, y.float(), (), parameters, self)
 
     def derivative(self, s, y):
-        self.nfe += 1
         h = F.softplus(self.conv1(self.norm(y)))
         h = F.softplus(self.conv2(self.norm(h))).float()
         return h + y if self.residual else h

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchdiffeq
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import checkpoint
 import train
@@ -74,9 +76,9 @@ def test_the_table_shows_figure_6_and_table_5():
 
 # --- the ODE block ---
 
-def solved(derivative, y, solver="rk4", steps=1, gradients="direct", tolerance=1e-3):
+def solved(derivative, y, solver="rk4", steps=1, gradients="direct", tolerance=1e-3, captured=()):
     how = SimpleNamespace(solver=solver, steps=steps, gradients=gradients, rtol=tolerance, atol=tolerance)
-    return cunet.solve(derivative, y, (), (), how)
+    return cunet.solve(derivative, y, captured, (), how)
 
 
 @pytest.mark.parametrize("solver", ["midpoint", "heun3", "rk4"])
@@ -103,6 +105,30 @@ def test_order_on_the_harmonic_oscillator(solver, order):
     exact = torch.stack([w.cos() + 0.5 / omega * w.sin(), -omega * w.sin() + 0.5 * w.cos()])
     errors = [(solved(oscillate, y, solver, steps) - exact).norm() for steps in (16, 32)]
     assert (errors[0] / errors[1]).log2().item() == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("solver", cunet.FIXED)
+def test_fixed_steps_are_torchdiffeqs(solver, steps):
+    """Our loop, checkpointed too, against its own: the end and all gradients, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    y, w, shift = (torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (5, 3, 1))
+
+    def derivative(s, y, shift):
+        return (y @ w + s * shift).tanh() + s * y
+
+    def ours(gradients):
+        return solved(derivative, y, solver, steps, gradients, captured=(shift,))
+
+    def theirs():
+        grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        return torchdiffeq.odeint(lambda s, y: derivative(s, y, shift), y, grid, method=solver)[-1]
+    inputs = [x.requires_grad_() for x in (y, w, shift)]
+    expected = theirs()
+    grads = torch.autograd.grad(expected.square().sum(), inputs)
+    for end in (ours("direct"), ours("checkpoint")):
+        torch.testing.assert_close(end, expected, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(end.square().sum(), inputs), grads, rtol=1e-13, atol=1e-14)
 
 
 def test_adaptive_solver_meets_its_tolerance():
@@ -295,6 +321,38 @@ def test_unet_is_wired_as_the_baseline():
     assert len(given) == 8
     for into, skip in zip(given, reversed(made)):
         assert torch.equal(into[:, -skip.shape[1]:], skip)
+
+
+def assert_one_graph(model, *batches):
+    """A graph to train and one to sample, neither with a break; both serve every batch; eager's numbers."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for args, cond in batches:
+        results = []
+        for net in (model, compiled):
+            outs = net(*args, **cond)
+            outs = outs if isinstance(outs, list) else [outs]
+            model.zero_grad()
+            sum(out.square().sum() for out in outs).backward()
+            results.append((outs, [p.grad for p in model.parameters() if p.grad is not None]))
+            with torch.no_grad():
+                net(*args, **cond)
+        (outs, grads), (outs_compiled, grads_compiled) = results
+        torch.testing.assert_close(outs_compiled, outs, rtol=1e-4, atol=1e-5)
+        rounding = 1e-5 * max(grad.norm() for grad in grads)
+        for a, b in zip(grads, grads_compiled, strict=True):
+            assert (a - b).norm() <= 1e-4 * a.norm() + rounding
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(steps=2, gradients="checkpoint", inner_time=True), dict(preset="unet-tiny"),
+    dict(preset="published", num_classes=0)], ids=str)
+def test_compiles_without_a_break_and_once(options, monkeypatch):
+    monkeypatch.setattr(cunet.CUNet, "LEVELS", 1)           # fewer blocks are as good, and sooner compiled
+    model, _ = small(**options)
+    batches = [((torch.randn(2, 1, 12, 12), torch.tensor(t)), {}) for t in ((3, 700), (0, 999), (5, 5))]
+    assert_one_graph(model, *batches)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "unet-tiny"])
