@@ -65,8 +65,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import SCHEDULES, Diffusion
 
-# Runge-Kutta methods, as Butcher tableaux. A row tells how far to go along each slope found so far, from where
-# the step began. Where it leads, the next slope is found; where the last row leads, the step ends.
+# Runge-Kutta methods, as Butcher tableaux. A row tells how far to go, from where the step began, along each
+# slope found so far. Where it leads, the next slope is found; where the last row leads, the step ends.
 FIXED = {"euler": ([], [1]),
          "midpoint": ([], [1 / 2], [0, 1]),
          "heun3": ([], [1 / 3], [0, 2 / 3], [1 / 4, 0, 3 / 4]),
