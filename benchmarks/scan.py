@@ -89,8 +89,11 @@ def compare(size, args, device):
     exact = both(dis.selective_scan_ref, inputs(*size, args.state, device, torch.float64))
     errors = [error(both(f, x), exact) for f in found.values()]
     del exact
-    memory = [in_fresh_process("--memory-of", name, "--sizes", "x".join(map(str, size)), "--state", args.state,
-                               "--device", args.device) for name in names]
+    if device.type == "cuda":
+        memory = [peak_megabytes(lambda: both(f, x), device) for f in found.values()]
+    else:
+        sizes = ["--sizes", "x".join(map(str, size)), "--state", args.state]
+        memory = [in_fresh_process("--memory-of", name, *sizes) for name in names]
     ours = names.index("ours")
     print(f"(B, L, D) = {size}, N = {args.state}")
     table(["", "forward ms", "ratio", "with backward ms", "ratio", "memory MB", "ratio", "error"],
@@ -123,10 +126,11 @@ def bound(size, N, device, took):
     # forward: u, delta in, y out; backward: u twice, delta, dy in, du, ddelta out; the states of every chunk
     # out, and in twice; B, C and the parts of dB, dC
     numbers = b * L * (9 * D + 3 * N * D / T + 4 * N * blocks + 4 * N)
-    move, compute = 4e3 * numbers / copied, 2e3 * b * L * D * N / exps
-    print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s {move:.3f} ms; {2 * b * L * D * N / 1e6:.0f}M "
-          f"exps at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f} ms, "
-          f"{took / max(move, compute):.1f} times the larger\n")
+    count = 2 * b * L * D * N
+    move, compute = 4e3 * numbers / copied, 1e3 * count / exps
+    print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s take {move:.3f} ms, {count / 1e6:.0f}M exps "
+          f"at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f}, {took / max(move, compute):.1f} times "
+          f"the larger\n")
 
 
 def exp_loop(device):

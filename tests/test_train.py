@@ -207,9 +207,10 @@ class Looks(TorchDispatchMode):
 
 @pytest.mark.parametrize("model, options", [
     ("dis", SMALL[2:6]), ("diffussm", ["--set", "width=16", "depth=2"]),
-    ("mdm", ["--cond", "text", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"])])
+    ("mdm", ["--cond", "text", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"]),
+    ("cunet", ["--set", "nf=4"])])
 def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, model, options):
-    """cunet is not among them: torchdiffeq compares times. One look a step is at the seed, on the CPU."""
+    """One look a step is at the seed, on the CPU."""
     counts = []
     real = torch.Tensor.tolist                              # does not tell the dispatcher
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (x.sum().item(), real(x))[1])
