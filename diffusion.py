@@ -23,6 +23,7 @@ Index convention (ADM's): t = 0 is *one* step of noise, not none. alpha_bar_prev
 
 Shapes: x is (B, C, H, W), or (B, C, T, H, W) for video; t is (B,) long; every loss is (B,).
 """
+import contextlib
 import math
 
 import torch
@@ -328,16 +329,18 @@ class Diffusion:
         """Draw len(seeds) images of `shape` = (C, H, W); image i is a function of seeds[i]."""
         x, last = start or (normal(fold(seeds, self.T), shape), None)              # (B, C, H, W)
         d = self.respaced(steps, last)
-        model = guided(model, cfg_scale) if cfg_scale != 1 else model
-        for i in reversed(range(d.T)):
-            t = torch.full_like(seeds, i)
-            out = model(x, d.model_t(t), **cond)
-            noise = normal(fold(seeds, i), shape) if sampler == "ddpm" or eta else None
-            x0 = d.predict_x0_eps(out, x, t, clip)[0] if on_step else None
-            x = (d.ddpm_step(out, x, t, noise, clip) if sampler == "ddpm"
-                 else d.ddim_step(out, x, t, noise, clip, eta))
-            if on_step:
-                on_step(i, x, x0)
+        # while sampling no weights change: what depends on them alone is made once
+        with getattr(model, "frozen", contextlib.nullcontext)():
+            model = guided(model, cfg_scale) if cfg_scale != 1 else model
+            for i in reversed(range(d.T)):
+                t = torch.full_like(seeds, i)
+                out = model(x, d.model_t(t), **cond)
+                noise = normal(fold(seeds, i), shape) if sampler == "ddpm" or eta else None
+                x0 = d.predict_x0_eps(out, x, t, clip)[0] if on_step else None
+                x = (d.ddpm_step(out, x, t, noise, clip) if sampler == "ddpm"
+                     else d.ddim_step(out, x, t, noise, clip, eta))
+                if on_step:
+                    on_step(i, x, x0)
         return x
 
 

@@ -66,11 +66,14 @@ Choices. What the paper says, what it leaves open, and what this file does; "our
 """
 import inspect
 import math
+import re
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import SCHEDULES, Diffusion
@@ -137,12 +140,19 @@ def kernel(log_Abar, CB, L):
     S = math.isqrt(L - 1) + 1                                                   # sqrt(L), rounded up
     a = torch.arange(0, L, S, device=CB.device)                                        # (L/S,)
     b = torch.arange(S, device=CB.device)                                              # (S,)
-    coarse = CB[:, None] * (log_Abar[:, None] * a[:, None]).exp()                      # (H, L/S, N/2)
-    fine = (log_Abar.conj()[:, None] * b[:, None]).exp()                               # (H, S, N/2)
+    coarse = CB[:, None] * powers(log_Abar, a)                                         # (H, L/S, N/2)
+    fine = powers(log_Abar.conj(), b)                                                  # (H, S, N/2)
     # Re(p conj q) = Re p Re q + Im p Im q: a real product, many times faster than a complex one. (On a GPU
     # where TF32 is allowed, train.py's default there, it has TF32's 10 bits of mantissa.)
     coarse, fine = (torch.view_as_real(x).flatten(2) for x in (coarse, fine))          # (H, ., N)
     return 2 * (coarse @ fine.mT).flatten(1)[:, :L]                                    # (H, L)
+
+
+def powers(log_Abar, l):
+    """Abar_n^l, complex (H, N/2), (k,) -> (H, k, N/2). The complex exp is one number at a time on CPUs; real
+    exp, cos and sin are vectorized, and 6 times faster."""
+    decay, angle = log_Abar.real[:, None], log_Abar.imag[:, None]                      # (H, 1, N/2)
+    return torch.polar((decay * l[:, None]).exp(), angle * l[:, None])                 # (H, k, N/2)
 
 
 def ssm_ref(u, log_Abar, CB, D):
@@ -167,7 +177,7 @@ def ssm_ref(u, log_Abar, CB, D):
 
 def ssm(u, log_Abar, CB, D):
     """The same as a convolution. Equal to `ssm_ref`: tests/test_diffussm.py::test_ssm_*."""
-    return _Convolve.apply(u, with_direct_path(kernel(log_Abar, CB, u.shape[1]), D))
+    return convolve(u, with_direct_path(kernel(log_Abar, CB, u.shape[1]), D))
 
 
 def with_direct_path(K, D):
@@ -175,66 +185,72 @@ def with_direct_path(K, D):
     return K + F.pad(D[:, None], (0, K.shape[1] - 1))                                  # (H, L)
 
 
-def spectrum(K):
-    """K (H, L) -> K_hat complex (H, L+1)."""
-    # padded to 2L: a product of spectra is a circular convolution, whose end would wrap to the start
-    return mirror(torch.fft.rfft(K, n=2 * K.shape[1]))                                 # (H, L+1)
+# The convolution is an operator of its own. To torch.compile it is one step of which only the shapes count: it
+# need not look into loops and complex numbers, for which Inductor has no code. Its backward is by hand:
+# PyTorch's of rfft is a complex FFT of twice the work, and would keep spectra.
+operator = partial(torch.library.custom_op, mutates_args=())
+OPS = re.sub(r"\W", "_", __name__)      # a namespace per module: a changed copy of this file has its own
 
 
-def mirror(K_hat):
+@operator(f"{OPS}::convolve")
+def convolve(u: Tensor, K: Tensor) -> Tensor:
+    """u (B, L, H), K (H, L) -> K * u (B, L, H), both directions."""
+    y = torch.empty_like(u)
+    for h, right, rows in blocks(u):
+        K_hat = spectrum(K[h], mirrored=right)                                         # (h, L+1)
+        for b in rows:
+            y[b, :, h] = irfft(rfft(u[b, :, h].mT).mul_(K_hat)).mT                     # (b, L, h)
+    return y
+
+
+@operator(f"{OPS}::convolve_backward")
+def convolve_backward(dy: Tensor, u: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    """du_l = sum_i K_i dy_{l+i} and dK_i = sum_l u_l dy_{l+i}: correlations, so once more products of
+    spectra, one of them conjugated."""
+    du, dK = torch.empty_like(u), torch.empty_like(K)
+    for h, right, rows in blocks(u):
+        K_hat, dK_hat = spectrum(K[h], mirrored=not right), 0                          # (h, L+1)
+        for b in rows:
+            dy_hat = rfft(dy[b, :, h].mT)                                              # (b, h, L+1)
+            dK_hat = dK_hat + rfft(u[b, :, h].mT).conj_physical_().mul_(dy_hat).sum(0)    # (h, L+1)
+            du[b, :, h] = irfft(dy_hat.mul_(K_hat)).mT                                 # (b, L, h)
+        dK[h] = irfft(dK_hat.conj() if right else dK_hat)                              # (h, L)
+    return du, dK
+
+
+convolve.register_fake(lambda u, K: torch.empty_like(u))
+convolve_backward.register_fake(lambda dy, u, K: (torch.empty_like(u), torch.empty_like(K)))
+convolve.register_autograd(lambda ctx, dy: convolve_backward(dy, *ctx.saved_tensors),
+                           setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+BLOCK = {"cpu": 2**18}                  # numbers per block; elsewhere a block per direction
+
+
+def blocks(u):
+    """-> [(channels, read from the right?, [images, ..]), ..]: on a CPU, slices whose spectra fit its cache."""
+    B, L, H = u.shape
+    most = BLOCK.get(u.device.type, u.numel())
+    h = min(H // 2, max(1, most // L))
+    b = max(1, most // (L * h))
+    return [(slice(i, min(i + h, end)), end == H, [slice(j, j + b) for j in range(0, B, b)])
+            for end in (H // 2, H) for i in range(end - H // 2, end, h)]
+
+
+def spectrum(K, mirrored):
     """A kernel read from the right, y_l = sum_i K_i u_{l+i}, is the mirror image of one read from the
     left, and to mirror in time is to conjugate in frequency. Hence no flips."""
-    half = len(K_hat) // 2
-    return torch.cat([K_hat[:half], K_hat[half:].conj()])
+    return rfft(K).conj_physical_() if mirrored else rfft(K)
 
 
-class _Convolve(torch.autograd.Function):
-    """u (B, L, H), K (H, L) -> K * u (B, L, H), both directions in one FFT pair.
+def rfft(u):
+    """(.., L) -> (.., L+1). Padded to 2L: a product of spectra is a circular convolution, whose end would wrap
+    to the start."""
+    return torch.fft.rfft(u.contiguous(), n=2 * u.shape[-1])
 
-    PyTorch's own backward of rfft is a complex FFT of twice the work, and would keep spectra; this one keeps
-    u and K. On a CPU small images are taken in blocks whose spectra fit its cache."""
-    ELEMENTS = {"cpu": 2**18}               # numbers per block; elsewhere one block
 
-    @staticmethod
-    def blocks(u):
-        rows = max(1, _Convolve.ELEMENTS.get(u.device.type, u.numel()) // max(1, u.shape[1] * u.shape[2]))
-        return [slice(i, i + rows) for i in range(0, len(u), rows)]
-
-    @staticmethod
-    def rfft(u):
-        # along contiguous numbers FFTs are faster
-        return torch.fft.rfft(u.mT.contiguous(), n=2 * u.shape[1])                     # (b, H, L+1)
-
-    @staticmethod
-    def irfft(u_hat):
-        L = u_hat.shape[-1] - 1
-        return torch.fft.irfft(u_hat, n=2 * L)[..., :L]                                # (b, H, L)
-
-    @staticmethod
-    def filter(u, K_hat):
-        y = torch.empty_like(u)
-        for rows in _Convolve.blocks(u):
-            y[rows] = _Convolve.irfft(_Convolve.rfft(u[rows]).mul_(K_hat)).mT          # (b, L, H)
-        return y
-
-    @staticmethod
-    def forward(ctx, u, K):
-        ctx.save_for_backward(u, K)
-        return _Convolve.filter(u, spectrum(K))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        """du_l = sum_i K_i dy_{l+i} and dK_i = sum_l u_l dy_{l+i}: correlations, so once more products
-        of spectra, one of them conjugated."""
-        u, K = ctx.saved_tensors
-        K_hat = spectrum(K).conj().resolve_conj()                                      # (H, L+1)
-        du, dK_hat = torch.empty_like(u), torch.zeros_like(K_hat)
-        for rows in _Convolve.blocks(u):
-            dy_hat = _Convolve.rfft(dy[rows])
-            dK_hat += _Convolve.rfft(u[rows]).conj().mul(dy_hat).sum(0)                # (H, L+1)
-            du[rows] = _Convolve.irfft(dy_hat.mul_(K_hat)).mT                          # (b, L, H)
-        return du, _Convolve.irfft(mirror(dK_hat))                                     # (H, L)
+def irfft(u_hat):
+    L = u_hat.shape[-1] - 1
+    return torch.fft.irfft(u_hat, n=2 * L)[..., :L]                                    # (.., L)
 
 
 class BidirectionalS4D(nn.Module):
@@ -247,7 +263,8 @@ class BidirectionalS4D(nn.Module):
 
     def __init__(self, channels, state=64, init="lin", discretization="zoh", dt_min=1e-3, dt_max=0.1):
         super().__init__()
-        self.discretization, self.cache = discretization, None
+        self.discretization = discretization
+        self.K = None                       # set by `DiffuSSM.frozen`
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_neg_A_real = nn.Parameter(torch.empty(channels, state // 2))
         self.A_imag = nn.Parameter(torch.empty(channels, state // 2))
@@ -266,33 +283,30 @@ class BidirectionalS4D(nn.Module):
     def discretized(self, dtype=torch.float32):
         """-> log_Abar, CB, complex (2D, N/2)."""
         log_dt, log_neg_A_real, A_imag, C = (
-            p.to(dtype) for p in (self.log_dt, self.log_neg_A_real, self.A_imag, self.C))
+            whole(p).to(dtype) for p in (self.log_dt, self.log_neg_A_real, self.A_imag, self.C))
         A = torch.complex(-log_neg_A_real.exp(), A_imag)    # (2D, N/2); Re A < 0: no state can explode
         log_Abar, Bbar = discretize(A, log_dt.exp(), self.discretization)
         return log_Abar, torch.view_as_complex(C) * Bbar
 
-    def cached_spectrum(self, L, dtype):
-        """The kernel depends on parameters only, so sampling (eval mode, no gradients) computes it once
-        for all steps: (2D, L+1) complex numbers, 0.55 GB for all layers of XL at L = 1024. They are kept
-        with a copy of the parameters they were made from, and used only while these are equal, however
-        they may have been changed (the price on a GPU: the comparison waits for it, once per layer)."""
-        now = torch.cat([p.flatten() for p in self.parameters()])
-        key = (L, dtype, self.discretization, now.dtype, now.device)
-        if not (self.cache and self.cache[0] == key and torch.equal(self.cache[1], now)):
-            K = with_direct_path(kernel(*self.discretized(dtype), L), self.D.to(dtype))
-            self.cache = key, now, spectrum(K)
-        return self.cache[2]
+    def impulse_response(self, L):
+        """-> K (2D, L), the direct path in it."""
+        dtype = torch.promote_types(self.D.dtype, torch.float32)
+        with torch.autocast(self.D.device.type, enabled=False):
+            return with_direct_path(kernel(*self.discretized(dtype), L), whole(self.D).to(dtype))
 
-    @torch.compiler.disable         # Inductor generates no code for complex numbers
     def forward(self, u):
-        with torch.autocast(u.device.type, enabled=False):
-            dtype = torch.promote_types(u.dtype, torch.float32)
-            if self.training or torch.is_grad_enabled():
-                self.cache = None
-                y = ssm(u.to(dtype), *self.discretized(dtype), self.D.to(dtype))
-            else:
-                y = _Convolve.filter(u.to(dtype), self.cached_spectrum(u.shape[1], dtype))
-        return y.to(u.dtype)
+        K = self.K
+        if K is None or self.training or torch.is_grad_enabled():
+            K = self.impulse_response(u.shape[1])
+        return convolve(u.to(K.dtype), K).to(u.dtype)
+
+    def __getstate__(self):             # copies are not frozen
+        return {**self.__dict__, "K": None}
+
+
+def whole(p):
+    """Outside of a forward pass FSDP2's parameters are shards."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 # --- block ------------------------------------------------------------------------------------------
@@ -449,6 +463,21 @@ class DiffuSSM(nn.Module):
         x = self.final(self.final_norm(x) * (1 + scale) + shift)                         # (B, J, M*p*p*2C)
         x = rearrange(x, "b j (m k) -> b (j m) k", m=M)                                  # (B, L, p*p*2C)
         return rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H // p, p1=p, p2=p)
+
+    @contextmanager
+    def frozen(self):
+        """Inside, no parameter may change. In eval mode and without gradients, kernels are then those made
+        on entry, not made in each call: (2D, L) numbers a block, 0.27 GB for XL at L = 1024."""
+        layers = [block.ssm for block in self.blocks]
+        before = [layer.K for layer in layers]
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.K = layer.impulse_response(len(self.positions) * self.ratio)
+            yield
+        finally:
+            for layer, K in zip(layers, before):
+                layer.K = K
 
     def macs(self):
         """Multiply-adds of one forward pass for one image. Making the kernels is not included: that is
