@@ -68,7 +68,6 @@ import inspect
 import math
 import re
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -149,8 +148,8 @@ def kernel(log_Abar, CB, L):
 
 
 def powers(log_Abar, l):
-    """Abar_n^l, complex (H, N/2), (k,) -> (H, k, N/2). The complex exp is one number at a time on CPUs; real
-    exp, cos and sin are vectorized, and 6 times faster."""
+    """Abar_n^l, complex (H, N/2), (k,) -> (H, k, N/2). By real exp, cos and sin, since CPUs take the complex
+    exp one number at a time: 4 times slower."""
     decay, angle = log_Abar.real[:, None], log_Abar.imag[:, None]                      # (H, 1, N/2)
     return torch.polar((decay * l[:, None]).exp(), angle * l[:, None])                 # (H, k, N/2)
 
@@ -185,14 +184,13 @@ def with_direct_path(K, D):
     return K + F.pad(D[:, None], (0, K.shape[1] - 1))                                  # (H, L)
 
 
-# The convolution is an operator of its own. To torch.compile it is one step of which only the shapes count: it
-# need not look into loops and complex numbers, for which Inductor has no code. Its backward is by hand:
-# PyTorch's of rfft is a complex FFT of twice the work, and would keep spectra.
-operator = partial(torch.library.custom_op, mutates_args=())
-OPS = re.sub(r"\W", "_", __name__)      # a namespace per module: a changed copy of this file has its own
+# The convolution is an operator of its own: torch.compile takes it as one step, of which it needs to know the
+# shapes alone, and Inductor has no code for complex numbers. The backward is by hand, too: PyTorch's own of
+# rfft is a complex FFT of twice the work, and would keep spectra; this one keeps u and K.
+OPS = re.sub(r"\W", "_", __name__)      # namespace: a changed copy of this file has its own operators
 
 
-@operator(f"{OPS}::convolve")
+@torch.library.custom_op(f"{OPS}::convolve", mutates_args=())
 def convolve(u: Tensor, K: Tensor) -> Tensor:
     """u (B, L, H), K (H, L) -> K * u (B, L, H), both directions."""
     y = torch.empty_like(u)
@@ -203,16 +201,17 @@ def convolve(u: Tensor, K: Tensor) -> Tensor:
     return y
 
 
-@operator(f"{OPS}::convolve_backward")
+@torch.library.custom_op(f"{OPS}::convolve_backward", mutates_args=())
 def convolve_backward(dy: Tensor, u: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
     """du_l = sum_i K_i dy_{l+i} and dK_i = sum_l u_l dy_{l+i}: correlations, so once more products of
     spectra, one of them conjugated."""
     du, dK = torch.empty_like(u), torch.empty_like(K)
     for h, right, rows in blocks(u):
-        K_hat, dK_hat = spectrum(K[h], mirrored=not right), 0                          # (h, L+1)
+        K_hat = spectrum(K[h], mirrored=not right)                                     # (h, L+1)
+        dK_hat = torch.zeros_like(K_hat)
         for b in rows:
             dy_hat = rfft(dy[b, :, h].mT)                                              # (b, h, L+1)
-            dK_hat = dK_hat + rfft(u[b, :, h].mT).conj_physical_().mul_(dy_hat).sum(0)    # (h, L+1)
+            dK_hat += rfft(u[b, :, h].mT).conj_physical_().mul_(dy_hat).sum(0)         # (h, L+1)
             du[b, :, h] = irfft(dy_hat.mul_(K_hat)).mT                                 # (b, L, h)
         dK[h] = irfft(dK_hat.conj() if right else dK_hat)                              # (h, L)
     return du, dK
@@ -227,7 +226,7 @@ BLOCK = {"cpu": 2**18}                  # numbers per block; elsewhere a block p
 
 
 def blocks(u):
-    """-> [(channels, read from the right?, [images, ..]), ..]: on a CPU, slices whose spectra fit its cache."""
+    """-> [(channels, read from the right?, [images, ..]), ..], on a CPU slices whose spectra fit its cache."""
     B, L, H = u.shape
     most = BLOCK.get(u.device.type, u.numel())
     h = min(H // 2, max(1, most // L))
@@ -243,9 +242,8 @@ def spectrum(K, mirrored):
 
 
 def rfft(u):
-    """(.., L) -> (.., L+1). Padded to 2L: a product of spectra is a circular convolution, whose end would wrap
-    to the start."""
-    return torch.fft.rfft(u.contiguous(), n=2 * u.shape[-1])
+    # padded to 2L: a product of spectra is a circular convolution, whose end would wrap to the start
+    return torch.fft.rfft(u.contiguous(), n=2 * u.shape[-1])                           # (.., L+1)
 
 
 def irfft(u_hat):
@@ -466,8 +464,8 @@ class DiffuSSM(nn.Module):
 
     @contextmanager
     def frozen(self):
-        """Inside, no parameter may change. In eval mode and without gradients, kernels are then those made
-        on entry, not made in each call: (2D, L) numbers a block, 0.27 GB for XL at L = 1024."""
+        """Inside, parameters must not change: kernels are made on entry, and not in each call (in eval mode
+        and without gradients). They take (2D, L) numbers a block, 0.27 GB for XL at L = 1024."""
         layers = [block.ssm for block in self.blocks]
         before = [layer.K for layer in layers]
         try:
