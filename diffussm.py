@@ -226,7 +226,7 @@ BLOCK = {"cpu": 2**18}                  # numbers per block; elsewhere a block p
 
 
 def blocks(u):
-    """-> [(channels, read from the right?, [images, ..]), ..], on a CPU slices whose spectra fit its cache."""
+    """-> [(channels, read from the right?, [images, ..]), ..]: on a CPU, so that spectra fit its cache."""
     B, L, H = u.shape
     most = BLOCK.get(u.device.type, u.numel())
     h = min(H // 2, max(1, most // L))
