@@ -147,8 +147,8 @@ def selective_scan_ref(u, delta, A, B, C, D):
 
 
 def selective_scan(u, delta, A, B, C, D):
-    """The same map, fast, and with memory for a few (b, L, D) arrays only. Inputs may be bfloat16; y and
-    all that happens in between are float32 (or float64): products of many decays have no room for 8 bits.
+    """The same map, fast, and in memory for a few (b, L, D) arrays. Inputs may be bfloat16; y and all that
+    happens in between are float32 (or float64): products of many decays have no room for 8 bits.
     Equal to `selective_scan_ref`: tests/test_dis.py::test_scan_equals_reference."""
     return scan(u, delta, A, B, C, D)[0]
 
@@ -156,15 +156,17 @@ def selective_scan(u, delta, A, B, C, D):
 # All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut into
 # chunks of T tokens, and only the state before each chunk is kept, in `starts` (b, chunks + 1, N, D), the
 # last one at the end. Backward makes a chunk's other states again when it gets there.
-CHUNK = {"cpu": 16, "cuda": 8}
+CHUNK = {"cpu": 16, "cuda": 8}                  # T
 # Numbers in a work array of one block, (b, T, N, D). On a CPU 2 MB stay in the cache; a GPU, where each
 # operation is a launch, wants large ones. Neither is delicate.
-ELEMENTS = {"cpu": 2**19}
+ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+# Rows times channels that keep all cores busy, see `segments`.
+BUSY = {"cpu": 2**12, "cuda": 2**16}
 
 
-def chunk(u):
-    """T."""
-    return CHUNK.get(u.device.type, 16)
+def tuned(numbers, u):
+    """One of those for the device of u. Others are like CUDA."""
+    return numbers.get(u.device.type, numbers["cuda"])
 
 
 def chunked(u, delta, A, B, C, D, starts, y):
@@ -179,8 +181,8 @@ def chunked(u, delta, A, B, C, D, starts, y):
 
 def blocks(u, A):
     """(slice of the batch, number of a chunk, its slice of time): all of them, chunks in order."""
-    (b, L, D), N, T = u.shape, A.shape[1], chunk(u)
-    rows = max(1, ELEMENTS.get(u.device.type, 2**28) // (T * N * D))
+    (b, L, D), N, T = u.shape, A.shape[1], tuned(CHUNK, u)
+    rows = max(1, tuned(ELEMENTS, u) // (T * N * D))
     return [(slice(i, i + rows), c, slice(t, min(t + T, L)))
             for i in range(0, b, rows) for c, t in enumerate(range(0, L, T))]
 
@@ -232,13 +234,11 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
 # for each other. Then time is cut into S segments that are read side by side, as if they were rows of the
 # batch, twice: first to find what each makes of the state zero; from these, and since all is linear, follow
 # the states that really enter; then from those. The adjoint likewise, from the right.
-BUSY = {"cpu": 2**12, "cuda": 2**16}    # rows times channels that do keep them busy
-
 
 def segments(u):
     """S. One, unless two passes at S times the speed are a clear gain."""
     b, L, D = u.shape
-    S = min(BUSY.get(u.device.type, 2**16) // (b * D), L // (4 * chunk(u)))
+    S = min(tuned(BUSY, u) // max(1, b * D), L // (4 * tuned(CHUNK, u)))
     return S if S > 2 else 1
 
 
@@ -250,45 +250,47 @@ def cut(x, S):
     return x.contiguous().view(b * S, -1, D)
 
 
-def entering(left, delta, A, S):
-    """What segments leave behind if nothing enters, left (b S, N, D) -> what then enters each."""
-    left = left.unflatten(0, (-1, S))                                                   # (b, S, N, D)
-    decay = (delta.sum(1)[:, None] * A.T).exp().view_as(left)                           # (b, S, N, D)
-    h = torch.zeros_like(left)
+def entering(ends, delta, A, S):
+    """ends (b S, N, D): with what each segment ends if nothing enters -> what enters each."""
+    ends = ends.unflatten(0, (-1, S))                                                   # (b, S, N, D)
+    decay = (delta.sum(1)[:, None] * A.T).exp().view_as(ends)                           # (b, S, N, D)
+    h = torch.zeros_like(ends)
     for s in range(1, S):
-        h[:, s] = left[:, s - 1] + decay[:, s - 1] * h[:, s - 1]
+        h[:, s] = ends[:, s - 1] + decay[:, s - 1] * h[:, s - 1]
     return h.flatten(0, 1)                                                              # (b S, N, D)
 
 
 def scan_forward(u, delta, A, B, C, D):
     """-> y (b, L, D) and starts (b S, chunks + 1, N, D), for backward."""
     (b, L, W), S, N = u.shape, segments(u), A.shape[1]
+    if (delta.shape, len(A), B.shape, C.shape, D.shape) != (u.shape, W, (b, L, N), (b, L, N), (W,)):
+        raise ValueError("the shapes of u, delta, A, B, C, D do not fit: see selective_scan_ref")
     dtype = torch.promote_types(u.dtype, torch.float32)
-    run, _ = engine(u.device, dtype)
-    with torch.autocast(u.device.type, enabled=False):
+    with torch.autocast(u.device.type, enabled=False):          # operators do not leave it by themselves
+        forward, _ = engine(u.device, dtype)
         A, D = A.to(dtype), D.to(dtype)
         u, delta, B, C = (cut(x, S) for x in (u, delta, B, C))                          # (b S, K, .)
         y = torch.empty_like(u, dtype=dtype)
-        starts = y.new_zeros(b * S, -(-u.shape[1] // chunk(u)) + 1, N, W)
+        starts = y.new_zeros(b * S, -(-u.shape[1] // tuned(CHUNK, u)) + 1, N, W)
         if S > 1:
-            run(u, delta, A, B, C, D, starts, y)
+            forward(u, delta, A, B, C, D, starts, y)
             starts[:, 0] = entering(starts[:, -1], delta.to(dtype), A, S)
-        run(u, delta, A, B, C, D, starts, y)
+        forward(u, delta, A, B, C, D, starts, y)
     return y.view(b, -1, W)[:, :L].contiguous(), starts
 
 
 def scan_backward(dy, u, delta, A, B, C, D, starts):
     """-> the gradients of u, delta, A, B, C, D."""
     (b, L, _), S, inputs = u.shape, segments(u), (u, delta, A, B, C, D)
-    _, run = engine(u.device, starts.dtype)
     with torch.autocast(u.device.type, enabled=False):
+        _, backward = engine(u.device, starts.dtype)
         A, D = A.to(starts.dtype), D.to(starts.dtype)
         dy, u, delta, B, C = (cut(x, S) for x in (dy, u, delta, B, C))                  # (b S, K, .)
         carry = torch.zeros_like(starts[:, 0])                                          # (b S, N, D)
         if S > 1:
-            run(dy, u, delta, A, B, C, D, starts, carry)
+            backward(dy, u, delta, A, B, C, D, starts, carry)
             carry = entering(carry.flip(0), delta.flip(0).to(A), A, S).flip(0)
-        grads = run(dy, u, delta, A, B, C, D, starts, carry)
+        grads = backward(dy, u, delta, A, B, C, D, starts, carry)
     grads = (g if g.shape == x.shape else g.view(b, -1, x.shape[2])[:, :L] for g, x in zip(grads, inputs))
     return tuple(g.to(x.dtype).contiguous() for g, x in zip(grads, inputs))
 
@@ -296,7 +298,7 @@ def scan_backward(dy, u, delta, A, B, C, D, starts):
 @functools.lru_cache(maxsize=None)
 def engine(device, dtype):
     """-> the two functions that do the work there: the fused ones below on CUDA, if Triton is there, compiles
-    them for this GPU, and they give what the chunked ones give. If not, a warning says so, once."""
+    them for this GPU, and they give what the chunked ones give (if not, a warning says so, once)."""
     if device.type == "cuda" and dtype == torch.float32 and triton is not None and not torch.version.hip:
         try:
             compare(device)
@@ -312,7 +314,7 @@ def compare(device):
     u, delta, B, C = (torch.rand(2, 19, k, device=device, generator=g) for k in (80, 80, 2, 2))
     A, D, found = -u[0, 1, :, None] - B[0, 0], u[0, 0], []
     for forward, backward in ((fused, fused_backward), (chunked, chunked_backward)):
-        y, starts = torch.empty_like(u), u.new_zeros(2, -(-19 // chunk(u)) + 1, 2, 80)
+        y, starts = torch.empty_like(u), u.new_zeros(2, -(-19 // tuned(CHUNK, u)) + 1, 2, 80)
         forward(u, delta, A, B, C, D, starts, y)
         found.append([y, *backward(y, u, delta, A, B, C, D, starts, torch.zeros_like(starts[:, 0]))])
     if not all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(*found)):
@@ -332,7 +334,7 @@ scan_grad = torch.library.custom_op(
 def _shapes(u, delta, A, B, C, D):
     """What `scan_forward` returns, without numbers."""
     S, y = segments(u), u.new_empty(u.shape, dtype=torch.promote_types(u.dtype, torch.float32))
-    return y, y.new_empty(len(u) * S, -(-u.shape[1] // (S * chunk(u))) + 1, A.shape[1], A.shape[0])
+    return y, y.new_empty(len(u) * S, -(-u.shape[1] // (S * tuned(CHUNK, u))) + 1, A.shape[1], A.shape[0])
 
 
 def _keep(ctx, inputs, output):
@@ -359,38 +361,41 @@ scan_grad.register_fake(lambda dy, *inputs: tuple(x.new_empty(x.shape) for x in 
 #
 # Why these sizes. BD: to sum over a channel's states (y_t = C_t h_t) its thread needs no other; but dB_t and
 # dC_t are sums over channels, 5 exchanges between threads each, for 64 channels as for 32. T: `starts` is
-# N / T = 2 times as large as u, written once and read once; backward holds 7 lists, 112 registers of 168.
-# One warp: nobody waits for anybody. 168 registers: a multiprocessor has room for 12 warps, 3 to each of its
-# four schedulers, so that two compute while one waits for memory. All this is reasoning: see the README.
+# N / T = 2 times as large as u, and backward holds 7 lists, 112 registers of 168. With 168 a multiprocessor
+# has room for 12 warps, 3 to each of its four schedulers, so that two compute while one waits for memory.
+# (The compiler asks for about 200 and then spills some, outside the loop over n.) Compiled for compute
+# capability 9.0, a state and chunk takes 155 instructions forward, whose 16 exps occupy their unit for 128
+# cycles, and about 475 backward, a third of them for sums over channels: instructions set the pace.
 
 if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)           # the hardware has 2^x
+
     @triton.jit
-    def _tokens(p, t, W, d, left, T: tl.constexpr):
-        """Rows t, ..., t + T - 1 of p (rows, W), columns d; zeros after `left` rows, harmless as in `cut`."""
+    def _tokens(p, t, W, d, rest, T: tl.constexpr):
+        """Rows t, ..., t + T - 1 of p (rows, W), columns d; zeros after `rest` rows, harmless as in `cut`."""
         xs = ()
         for j in tl.static_range(T):                    # unrolled: registers have no index at run time
-            xs += (tl.load(p + (t + j) * W + d, mask=d < tl.where(j < left, W, 0), other=0.0).to(tl.float32),)
+            xs += (tl.load(p + (t + j) * W + d, mask=d < tl.where(j < rest, W, 0), other=0.0).to(tl.float32),)
         return xs
 
     @triton.jit
     def _fused(u, delta, A, B, C, D, starts, y, L, W, chunks, N: tl.constexpr, T: tl.constexpr,
                BD: tl.constexpr):
-        """Per token, channel and state one exp and four other instructions. A warp's exp occupies its unit
-        for 8 cycles, in which 8 instructions can be issued: exp sets the pace."""
+        """`chunked`. Per token, channel and state one exp and four multiplications and additions."""
         b, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)      # (BD,)
         Dd = tl.load(D + d, mask=d < W, other=0.0)                                          # (BD,)
         for c in range(chunks):
-            t, left = b * L + c * T, L - c * T                      # int64: b L D can exceed 2^31
-            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
-            us = _tokens(u, t, W, d, left, T)                                               # T x (BD,)
+            t, rest = b * L + c * T, L - c * T                      # int64: b L D can exceed 2^31
+            deltas = _tokens(delta, t, W, d, rest, T)                                       # T x (BD,)
+            us = _tokens(u, t, W, d, rest, T)                                               # T x (BD,)
             xs, ys = (), ()
             for j in tl.static_range(T):
-                xs += (deltas[j] * us[j],)
+                xs += (deltas[j] * us[j],)                          # x = delta u
                 ys += (Dd * us[j],)
             for n in range(N):
-                rate = 1.4426950408889634 * tl.load(A + n * W + d, mask=d < W, other=0.0)   # the unit has 2^x
-                Bs = _tokens(B, t, N, n, left, T)                                           # T x ()
-                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
+                rate = LOG2_E * tl.load(A + n * W + d, mask=d < W, other=0.0)               # (BD,)
+                Bs = _tokens(B, t, N, n, rest, T)                                           # T x ()
+                Cs = _tokens(C, t, N, n, rest, T)                                           # T x ()
                 at = starts + ((b * (chunks + 1) + c) * N + n) * W + d
                 h = tl.load(at, mask=d < W, other=0.0)                                      # (BD,)
                 sums = ()
@@ -400,32 +405,31 @@ if triton is not None:
                 ys = sums
                 tl.store(at + N * W, h, mask=d < W)
             for j in tl.static_range(T):
-                tl.store(y + (t + j) * W + d, ys[j], mask=d < tl.where(j < left, W, 0))
+                tl.store(y + (t + j) * W + d, ys[j], mask=d < tl.where(j < rest, W, 0))
             tl.debug_barrier()                          # `starts` may come back to other threads of the warp
 
     @triton.jit
     def _fused_backward(dy, u, delta, A, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD, L, W, chunks,
                         N: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
-        """Per chunk: its states once more, left to right, then g, right to left. A third of the instructions
-        sum over channels: exchanges between threads set the pace, not exp."""
+        """`chunked_backward`. Per chunk its states once more, left to right, then g, right to left."""
         b, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)      # (BD,)
         Dd = tl.load(D + d, mask=d < W, other=0.0)                                          # (BD,)
         sumD = tl.zeros([BD], tl.float32)
         for c in range(chunks - 1, -1, -1):
-            t, left = b * L + c * T, L - c * T
-            deltas = _tokens(delta, t, W, d, left, T)                                       # T x (BD,)
-            us = _tokens(u, t, W, d, left, T)                                               # T x (BD,)
-            dys = _tokens(dy, t, W, d, left, T)                                             # T x (BD,)
+            t, rest = b * L + c * T, L - c * T
+            deltas = _tokens(delta, t, W, d, rest, T)                                       # T x (BD,)
+            us = _tokens(u, t, W, d, rest, T)                                               # T x (BD,)
+            dys = _tokens(dy, t, W, d, rest, T)                                             # T x (BD,)
             xs, dxs, ddeltas = (), (), ()
             for j in tl.static_range(T):
                 xs += (deltas[j] * us[j],)
-                dxs += (tl.zeros([BD], tl.float32),)                # d/dx of x = delta u, summed over n
+                dxs += (tl.zeros([BD], tl.float32),)                # d/dx, summed over n
                 ddeltas += (tl.zeros([BD], tl.float32),)            # d/d(delta) through exp(delta A)
                 sumD += dys[j] * us[j]
             for n in range(N):
                 An = tl.load(A + n * W + d, mask=d < W, other=0.0)                          # (BD,)
-                Bs = _tokens(B, t, N, n, left, T)                                           # T x ()
-                Cs = _tokens(C, t, N, n, left, T)                                           # T x ()
+                Bs = _tokens(B, t, N, n, rest, T)                                           # T x ()
+                Cs = _tokens(C, t, N, n, rest, T)                                           # T x ()
                 h = tl.load(starts + ((b * (chunks + 1) + c) * N + n) * W + d, mask=d < W, other=0.0)
                 at = (b * N + n) * W + d
                 g = tl.load(carry + at, mask=d < W, other=0.0)                              # (BD,)
@@ -433,14 +437,14 @@ if triton is not None:
                 row = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) * L + t) * N + n
                 decays, kept = (), ()
                 for j in tl.static_range(T):
-                    decays += (tl.exp2(deltas[j] * (1.4426950408889634 * An)),)
+                    decays += (tl.exp2(deltas[j] * (LOG2_E * An)),)
                     kept += (decays[j] * h,)                        # exp(delta_t A) h_{t-1}
                     h = kept[j] + xs[j] * Bs[j]
-                    tl.store(dC + row + j * N, tl.sum(h * dys[j], 0), mask=j < left)
+                    tl.store(dC + row + j * N, tl.sum(h * dys[j], 0), mask=j < rest)
                 sumx, sumd = (), ()
                 for j in tl.static_range(T - 1, -1, -1):
                     g += dys[j] * Cs[j]
-                    tl.store(dB + row + j * N, tl.sum(g * xs[j], 0), mask=j < left)
+                    tl.store(dB + row + j * N, tl.sum(g * xs[j], 0), mask=j < rest)
                     dm = g * kept[j]                                # d/d(delta_t A)
                     sumA += deltas[j] * dm
                     sumx = (dxs[j] + g * Bs[j],) + sumx
@@ -449,9 +453,9 @@ if triton is not None:
                 dxs, ddeltas = sumx, sumd
                 tl.store(carry + at, g, mask=d < W)
                 tl.store(dA + at, sumA, mask=d < W)
-            us = _tokens(u, t, W, d, left, T)           # read again, not held in 16 registers all the while
+            us = _tokens(u, t, W, d, rest, T)           # read again, not held in 16 registers all the while
             for j in tl.static_range(T):
-                at, inside = (t + j) * W + d, d < tl.where(j < left, W, 0)
+                at, inside = (t + j) * W + d, d < tl.where(j < rest, W, 0)
                 tl.store(du + at, deltas[j] * dxs[j] + Dd * dys[j], mask=inside)
                 tl.store(ddelta + at, us[j] * dxs[j] + ddeltas[j], mask=inside)
             tl.debug_barrier()
@@ -463,23 +467,23 @@ BD, OPTIONS = 64, dict(num_warps=1, enable_fp_fusion=True)
 
 def fused(u, delta, A, B, C, D, starts, y):
     """`chunked`. Bit for bit the same at each call: no two programs add to the same number."""
-    At, D = A.T.contiguous(), D.contiguous()
     (b, L, W), N = u.shape, A.shape[1]
+    chunks, grid = starts.shape[1] - 1, (b, -(-W // BD))
     with torch.cuda.device_of(u):                       # Triton launches on the current GPU
-        _fused[b, -(-W // BD)](u, delta, At, B, C, D, starts, y, L, W, starts.shape[1] - 1, N, chunk(u), BD,
-                               **OPTIONS)
+        _fused[grid](u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, y, L, W, chunks,
+                     N, tuned(CHUNK, u), BD, **OPTIONS)
 
 
 def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
     """`chunked_backward`."""
-    At, D = A.T.contiguous(), D.contiguous()
     (b, L, W), N = u.shape, A.shape[1]
+    chunks, grid = starts.shape[1] - 1, (b, -(-W // BD))
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    dB, dC = starts.new_empty(2, -(-W // BD), b, L, N)              # every program's share, summed below
+    dB, dC = starts.new_empty(2, grid[1], b, L, N)                  # every program's share, summed below
     dA, dD = torch.zeros_like(carry), starts.new_empty(b, W)        # likewise
     with torch.cuda.device_of(u):
-        _fused_backward[b, -(-W // BD)](dy, u, delta, At, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD,
-                                        L, W, starts.shape[1] - 1, N, chunk(u), BD, maxnreg=168, **OPTIONS)
+        _fused_backward[grid](dy, u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, carry, du, ddelta,
+                              dA, dB, dC, dD, L, W, chunks, N, tuned(CHUNK, u), BD, maxnreg=168, **OPTIONS)
     return du, ddelta, dA.sum(0).T, dB.sum(0), dC.sum(0), dD.sum(0)
 
 

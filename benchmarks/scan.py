@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,12 +33,8 @@ def inputs(b, L, D, N, device, dtype=torch.float32):
 
 
 def plain(*x):
-    """Without the fused kernels."""
-    engine, dis.engine = dis.engine, lambda device, dtype: (dis.chunked, dis.chunked_backward)
-    try:
-        return dis.selective_scan(*x)
-    finally:
-        dis.engine = engine
+    """Without the fused kernels: see `both`."""
+    return dis.selective_scan(*x)
 
 
 def forms(device):
@@ -64,8 +61,11 @@ def forms(device):
 
 
 def both(function, x):
-    y = function(*x)
-    return y, *torch.autograd.grad(y, x, torch.ones_like(y))
+    """Forward and, if there is something to differentiate, backward."""
+    engine = (lambda device, dtype: (dis.chunked, dis.chunked_backward)) if function is plain else dis.engine
+    with mock.patch.object(dis, "engine", engine):
+        y = function(*x)
+        return y, *(torch.autograd.grad(y, x, torch.ones_like(y)) if y.requires_grad else ())
 
 
 def error(got, want):
@@ -79,7 +79,7 @@ def compare(size, args, device):
     names, times = list(found), 10 if device.type == "cuda" else 1
     slow = [n == "definition" for n in names]           # once, warmed up: it takes up to half a minute
     with torch.no_grad():
-        forward = medians([None if s else lambda n=n: found[n](*x) for n, s in zip(names, slow)],
+        forward = medians([None if s else lambda n=n: both(found[n], x) for n, s in zip(names, slow)],
                           device, args.repeats, times)
     train = medians([None if s else lambda n=n: both(found[n], x) for n, s in zip(names, slow)],
                     device, args.repeats, times)
@@ -119,7 +119,7 @@ def growth(args, device):
 def bound(size, N, device, took):
     """On a GPU: what the bytes moved and the exps computed would take by themselves, at the rates that a copy
     and a loop of exps reach here and now."""
-    (b, L, D), T, blocks = size, dis.CHUNK["cuda"], -(-size[2] // dis.BD)
+    (b, L, D), T, blocks = size, dis.tuned(dis.CHUNK, torch.empty(0, device=device)), -(-size[2] // dis.BD)
     x = torch.empty(2**28, device=device)
     copied = 8 * x.numel() / medians([x.clone], device, 5, 10)[0] * 1e3                     # bytes per second
     exps = 64 * 2**22 / medians([exp_loop(device)], device, 5, 10)[0] * 1e3                 # per second
@@ -128,9 +128,9 @@ def bound(size, N, device, took):
     numbers = b * L * (9 * D + 3 * N * D / T + 4 * N * blocks + 4 * N)
     count = 2 * b * L * D * N
     move, compute = 4e3 * numbers / copied, 1e3 * count / exps
-    print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s take {move:.3f} ms, {count / 1e6:.0f}M exps "
-          f"at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f}, {took / max(move, compute):.1f} times "
-          f"the larger\n")
+    print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s take {move:.3f} ms, {count / 1e6:.0f}M "
+          f"exps at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f}, {took / max(move, compute):.1f} "
+          f"times the larger\n")
 
 
 def exp_loop(device):

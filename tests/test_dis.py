@@ -73,8 +73,8 @@ def test_multiply_adds_agree_with_pytorchs_counter():
 @pytest.mark.parametrize("L, segments", [(1, 1), (2, 1), (37, 1), (256, 1), (256, 3), (331, 5)])
 def test_scan_equals_reference(L, segments, N, monkeypatch):
     """Outputs and all gradients, several batch blocks and chunks, the last ones ragged; and segments."""
-    monkeypatch.setattr(dis, "ELEMENTS", {"cpu": 2 * dis.CHUNK["cpu"] * N * 24})
-    monkeypatch.setattr(dis, "BUSY", {"cpu": 3 * 24 * segments})
+    monkeypatch.setitem(dis.ELEMENTS, "cpu", 2 * dis.CHUNK["cpu"] * N * 24)
+    monkeypatch.setitem(dis.BUSY, "cpu", 3 * 24 * segments)
     x = inputs(3, L, 24, N, torch.float32)
     assert dis.segments(x[0]) == segments
     y, expected = dis.selective_scan(*x), dis.selective_scan_ref(*[v.double() for v in x])
@@ -140,6 +140,14 @@ def test_scan_of_views(segments, monkeypatch):
     assert torch.equal(y, want) and all(torch.equal(a, b) for a, b in pairs)
     torch.library.opcheck(dis.scan, views, test_utils=("test_schema", "test_autograd_registration",
                                                        "test_faketensor"))
+
+
+def test_wrong_shapes_are_refused():
+    """They would broadcast here, and be read out of bounds by a kernel."""
+    x = inputs(2, 5, 4, 3, torch.float32)
+    for i, wrong in ((1, x[1][:, :, :1]), (3, x[3][..., :1]), (4, x[4][:1]), (5, x[5][:1])):
+        with pytest.raises(ValueError, match="do not fit"):
+            dis.selective_scan(*x[:i], wrong, *x[i + 1:])
 
 
 def test_autocast_changes_nothing():

@@ -12,6 +12,7 @@ pytest.importorskip("triton", minversion="3.3", reason="triton is not installed 
 dis = checkpoint.load_paper("dis")
 ENGINE, CHUNKED = dis.engine, (dis.chunked, dis.chunked_backward)
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+CLOSE = 1e-6 if DEVICE == "cpu" else 2e-5               # a GPU's 2^x has 22 bits
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,7 @@ def small(monkeypatch):
     """The fused kernels also on a CPU; several chunks and blocks of channels in tiny arrays."""
     monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
     monkeypatch.setattr(dis, "BD", 4)
-    monkeypatch.setattr(dis, "CHUNK", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(dis, "CHUNK", {"cuda": 4})
 
 
 @pytest.fixture
@@ -60,16 +61,16 @@ def test_equals_the_definition(b, L, D, N, segments, cut_into):
     """Ragged and whole channels, chunks and segments, any N."""
     cut_into(segments)
     x = inputs(b, L, D, N)
-    assert worst(grads(x), exact(x)) < 1e-6
+    assert worst(grads(x), exact(x)) < CLOSE
 
 
 def test_the_sizes_of_a_gpu(monkeypatch):
     monkeypatch.undo()
     assert (dis.CHUNK["cuda"], dis.BD) == (8, 64)
-    monkeypatch.setattr(dis, "CHUNK", {"cpu": 8, "cuda": 8})
+    monkeypatch.setattr(dis, "CHUNK", {"cuda": 8})
     monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
     x = inputs(1, 19, 70, 3)
-    assert worst(grads(x), exact(x)) < 1e-6
+    assert worst(grads(x), exact(x)) < CLOSE
 
 
 @pytest.mark.parametrize("step", [0.0, 100.0])
@@ -80,7 +81,7 @@ def test_a_step_of_zero_and_one_that_forgets_all(step, cut_into):
     x = [u, torch.full_like(delta, step).requires_grad_(), *rest]
     want = exact(x)
     for got, reference in zip(grads(x), want):
-        assert (got - reference).abs().max() <= 1e-6 * reference.abs().max() + 1e-30
+        assert (got - reference).abs().max() <= CLOSE * reference.abs().max() + 1e-30
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -100,14 +101,14 @@ def test_bfloat16(cut_into):
     got, want = grads(x), exact(x)
     assert [v.dtype for v in got] == [torch.float32] + [v.dtype for v in x]
     for g, w in zip(got, want):
-        assert worst([g], [w]) < (1e-6 if g.dtype == torch.float32 else 2**-8 + 1e-6)
+        assert worst([g], [w]) < (CLOSE if g.dtype == torch.float32 else 2**-8 + CLOSE)
 
 
 def test_all_bfloat16():
     x = [v.detach().bfloat16().requires_grad_() for v in inputs(1, 9, 5, 2)]
     got = grads(x)
     assert [v.dtype for v in got[1:]] == [torch.bfloat16] * 6
-    assert worst(got, exact(x)) < 2**-8 + 1e-6
+    assert worst(got, exact(x)) < 2**-8 + CLOSE
 
 
 def test_views():
@@ -128,6 +129,11 @@ def test_used_on_cuda_if_it_gives_the_same(monkeypatch):
     engine, gpu = ENGINE.__wrapped__, SimpleNamespace(type="cuda")
     monkeypatch.setattr(dis, "compare", lambda device, compare=dis.compare: compare(torch.device(DEVICE)))
     assert engine(gpu, torch.float32) == (dis.fused, dis.fused_backward)
+    asked = []
+    monkeypatch.setattr(dis, "engine", lambda device, dtype: asked.append(engine(gpu, dtype)) or asked[-1])
+    with torch.autocast(DEVICE, torch.bfloat16):            # which must not reach the comparison
+        grads(inputs(1, 2, 3, 1))
+    assert asked == 2 * [(dis.fused, dis.fused_backward)]
     assert engine(gpu, torch.float64) == engine(torch.device("cpu"), torch.float32) == CHUNKED
     right = dis.fused
     for fault in (lambda *x: (right(*x), x[-1].mul_(1.01)), lambda *x: 1 / 0):
