@@ -156,10 +156,10 @@ def selective_scan(u, delta, A, B, C, D):
 # All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut into
 # chunks of T tokens, and only the state before each chunk is kept, in `starts` (b, chunks + 1, N, D), the
 # last one at the end. Backward makes a chunk's other states again when it gets there.
-CHUNK = {"cpu": 16, "cuda": 8}                  # T
-# Numbers in a work array of one block, (b, T, N, D). On a CPU 2 MB stay in the cache; a GPU, where each
+CHUNK = {"cpu": 16, "cuda": 8}                   # T
+# Numbers in a work array of one block, (b, T, N, D). On a CPU 4 MB stay in the cache; a GPU, where each
 # operation is a launch, wants large ones. Neither is delicate.
-ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 # Rows times channels that keep all cores busy, see `segments`.
 BUSY = {"cpu": 2**12, "cuda": 2**16}
 
@@ -172,28 +172,38 @@ def tuned(numbers, u):
 def chunked(u, delta, A, B, C, D, starts, y):
     """Fills y, and all of starts but the first, which is given."""
     u, delta, B, C = (v.to(y.dtype) for v in (u, delta, B, C))
-    At = A.T.contiguous()                                                     # (N, D)
+    At, work = A.T.contiguous(), work_arrays(2, y, A)                         # (N, D)
     for r, c, s in blocks(u, A):
-        _, hs = states(starts[r, c], delta[r, s] * u[r, s], delta[r, s], At, B[r, s])
+        _, hs = states(starts[r, c], delta[r, s] * u[r, s], delta[r, s], At, B[r, s], work)
         starts[r, c + 1] = hs[:, -1]
         y[r, s] = torch.addcmul((C[r, s, None, :] @ hs)[:, :, 0], D, u[r, s])  # (b, T, D)
 
 
+def rows(u, A):
+    """How many rows of the batch make a block."""
+    return min(len(u), max(1, tuned(ELEMENTS, u) // (tuned(CHUNK, u) * A.numel())))
+
+
 def blocks(u, A):
     """(slice of the batch, number of a chunk, its slice of time): all of them, chunks in order."""
-    (b, L, D), N, T = u.shape, A.shape[1], tuned(CHUNK, u)
-    rows = max(1, tuned(ELEMENTS, u) // (T * N * D))
-    return [(slice(i, i + rows), c, slice(t, min(t + T, L)))
-            for i in range(0, b, rows) for c, t in enumerate(range(0, L, T))]
+    (b, L, _), T = u.shape, tuned(CHUNK, u)
+    return [(slice(i, i + rows(u, A)), c, slice(t, min(t + T, L)))
+            for i in range(0, b, rows(u, A)) for c, t in enumerate(range(0, L, T))]
 
 
-def states(h, x, delta, At, B):
+def work_arrays(count, u, A):
+    """(b, T, N, D) each. Made once: the system clears new memory, which takes as long as the arithmetic."""
+    return u.new_empty(count, rows(u, A), tuned(CHUNK, u), *A.T.shape)
+
+
+def states(h, x, delta, At, B, work):
     """One block. h (b, N, D) the state before it -> decays and states after each of its tokens, both
-    (b, T, N, D). N before D: inner loops then run over D contiguous numbers."""
-    a = torch.mul(delta[:, :, None, :], At).exp_()                            # (b, T, N, D)
-    hs = torch.mul(x[:, :, None, :], B[:, :, :, None])                        # (b, T, N, D)
-    for t in range(x.shape[1]):
-        h = hs[:, t].addcmul_(a[:, t], h)                                     # (b, N, D)
+    (b, T, N, D), in `work`. N before D: inner loops then run over D contiguous numbers."""
+    a, hs = work[:2, :len(x), :x.shape[1]]
+    torch.mul(delta[:, :, None, :], At, out=a).exp_()                         # (b, T, N, D)
+    torch.mul(x[:, :, None, :], B[:, :, :, None], out=hs)                     # (b, T, N, D)
+    for a_t, h_t in zip(a.unbind(1), hs.unbind(1)):
+        h = h_t.addcmul_(a_t, h)                                              # (b, N, D)
     return a, hs
 
 
@@ -205,19 +215,21 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
     carry (b, N, D): exp(delta_t A) g_t on its way to token t - 1. Overwritten: from that of the token after
     the last to that of the first."""
     dy, u, delta, B, C = (v.to(starts.dtype) for v in (dy, u, delta, B, C))
-    At = A.T.contiguous()
+    At, work = A.T.contiguous(), work_arrays(3, starts, A)
     dA, dD = torch.zeros_like(At), torch.zeros_like(D)                        # (N, D), (D,)
     du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
     for r, c, s in reversed(blocks(u, A)):
         x = delta[r, s] * u[r, s]                                             # (b, T, D)
-        a, hs = states(starts[r, c], x, delta[r, s], At, B[r, s])
-        dC[r, s] = (hs @ dy[r, s, :, None])[..., 0]                           # (b, T, N)
-        g = torch.mul(dy[r, s, None, :], C[r, s, :, None])                    # (b, T, N, D)
+        a, hs = states(starts[r, c], x, delta[r, s], At, B[r, s], work)
+        g = work[2, :len(x), :x.shape[1]]
+        torch.mul(dy[r, s, None, :], C[r, s, :, None], out=g)                 # (b, T, N, D)
         g[:, -1] += carry[r]
         for t in reversed(range(1, g.shape[1])):
             g[:, t - 1].addcmul_(a[:, t], g[:, t])                            # (b, N, D)
         torch.mul(a[:, 0], g[:, 0], out=carry[r])
-        dB[r, s] = (g @ x[..., None])[..., 0]                                 # (b, T, N)
+        # rows times matrices: matrices times columns would take seven times as long
+        dC[r, s] = (dy[r, s, None, :] @ hs.mT)[:, :, 0]                       # (b, T, N)
+        dB[r, s] = (x[:, :, None, :] @ g.mT)[:, :, 0]                         # (b, T, N)
         dx = (B[r, s, None, :] @ g)[:, :, 0]                                  # (b, T, D)
         du[r, s] = torch.addcmul(delta[r, s] * dx, D, dy[r, s])
         dD += torch.mul(dy[r, s], u[r, s], out=x).sum((0, 1))

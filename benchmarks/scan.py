@@ -16,7 +16,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from timing import in_fresh_process, medians, milliseconds, peak_megabytes, table  # noqa: E402
+from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns  # noqa: E402
 
 from checkpoint import load_paper  # noqa: E402
 
@@ -77,15 +77,12 @@ def compare(size, args, device):
     """A table of all forms at one size; ratios are to ours."""
     found, x = forms(device), inputs(*size, args.state, device)
     names, times = list(found), 10 if device.type == "cuda" else 1
-    slow = [n == "definition" for n in names]           # once, warmed up: it takes up to half a minute
+    often = names[1:]               # the definition once, warmed up: it may take half a minute
     with torch.no_grad():
-        forward = medians([None if s else lambda n=n: both(found[n], x) for n, s in zip(names, slow)],
-                          device, args.repeats, times)
-    train = medians([None if s else lambda n=n: both(found[n], x) for n, s in zip(names, slow)],
-                    device, args.repeats, times)
-    with torch.no_grad():
-        forward[0] = min(milliseconds(lambda: dis.selective_scan_ref(*x), device) for _ in range(2))
-    train[0] = milliseconds(lambda: both(dis.selective_scan_ref, x), device)
+        forward = turns([lambda f=found[n]: both(f, x) for n in often], device, args.rounds, times)
+        forward.insert(0, [milliseconds(lambda: both(found[names[0]], x), device) for _ in range(2)][1:])
+    train = turns([lambda f=found[n]: both(f, x) for n in often], device, args.rounds, times)
+    train.insert(0, [milliseconds(lambda: both(found[names[0]], x), device)])
     exact = both(dis.selective_scan_ref, inputs(*size, args.state, device, torch.float64))
     errors = [error(both(f, x), exact) for f in found.values()]
     del exact
@@ -97,9 +94,10 @@ def compare(size, args, device):
     ours = names.index("ours")
     print(f"(B, L, D) = {size}, N = {args.state}")
     table(["", "forward ms", "ratio", "with backward ms", "ratio", "memory MB", "ratio", "error"],
-          [[name, f, f / forward[ours], t, t / train[ours], m, m and m / memory[ours], f"{e:.0e}"]
+          [[name, median(f), ratio(f, forward[ours]), median(t), ratio(t, train[ours]), m,
+            m and m / memory[ours], f"{e:.0e}"]
            for name, f, t, m, e in zip(names, forward, train, memory, errors)])
-    return train[ours]
+    return median(train[ours])
 
 
 def growth(args, device):
@@ -109,9 +107,9 @@ def growth(args, device):
     for name in start:
         sizes = [{**start, name: start[name] * 2**i} for i in range(4)]
         xs = [inputs(*s.values(), device) for s in sizes]
-        times = medians([lambda x=x: both(dis.selective_scan, x) for x in xs], device, args.repeats)
-        rows.append([name, *(f"{s[name]}: {t:.1f} ms" for s, t in zip(sizes, times)),
-                     f"{times[-1] / times[0]:.1f}x"])
+        times = turns([lambda x=x: both(dis.selective_scan, x) for x in xs], device, args.rounds)
+        rows.append([name, *(f"{s[name]}: {median(t):.1f} ms" for s, t in zip(sizes, times)),
+                     f"{ratio(times[-1], times[0]):.1f}x"])
     print("growth of ours, with backward; all else " + ", ".join(f"{k} = {v}" for k, v in start.items()))
     table(["", "", "", "", "", "8 times as large"], rows)
 
@@ -121,8 +119,8 @@ def bound(size, N, device, took):
     and a loop of exps reach here and now."""
     (b, L, D), T, blocks = size, dis.tuned(dis.CHUNK, torch.empty(0, device=device)), -(-size[2] // dis.BD)
     x = torch.empty(2**28, device=device)
-    copied = 8 * x.numel() / medians([x.clone], device, 5, 10)[0] * 1e3                     # bytes per second
-    exps = 64 * 2**22 / medians([exp_loop(device)], device, 5, 10)[0] * 1e3                 # per second
+    copied = 8 * x.numel() / median(turns([x.clone], device, 5, 10)[0]) * 1e3                     # bytes per second
+    exps = 64 * 2**22 / median(turns([exp_loop(device)], device, 5, 10)[0]) * 1e3                 # per second
     # forward: u, delta in, y out; backward: u twice, delta, dy in, du, ddelta out; the states of every chunk
     # out, and in twice; B, C and the parts of dB, dC
     numbers = b * L * (9 * D + 3 * N * D / T + 4 * N * blocks + 4 * N)
@@ -153,7 +151,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sizes", nargs="*", default=["64x49x256", "16x256x768", "2x4096x768"])
     p.add_argument("--state", type=int, default=16)
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = p.parse_args()

@@ -21,7 +21,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from timing import medians, table  # noqa: E402
+from timing import median, ratio, table, turns  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
@@ -149,7 +149,7 @@ def step_of(model, preset, shape, batch, device, bf16=False, compiled=False, cla
     return step
 
 
-def growth(models, device, repeats):
+def growth(models, device, rounds):
     """Twice the side (4 times the tokens or pixels), twice the width, twice the batch: how much more time."""
     width = {"dis": ("width", 64), "diffussm": ("width", 64), "mdm": ("width", 16), "cunet": ("nf", 8)}
     rows = []
@@ -160,8 +160,8 @@ def growth(models, device, repeats):
         def step(side, D, B):
             return step_of(model, "tiny", (1, side, side), B, device, **{**extra, name: D})
         sizes = [(32, D, 2), (64, D, 2), (32, 2 * D, 2), (32, D, 4)]
-        ms = medians([step(*s) for s in sizes], device, repeats)
-        rows.append([model, ms[0], *(f"{x / ms[0]:.2f}x" for x in ms[1:])])
+        ms = turns([step(*s) for s in sizes], device, rounds)
+        rows.append([model, median(ms[0]), *(f"{ratio(x, ms[0]):.2f}x" for x in ms[1:])])
     print(f"growth of a training step, float32: 32x32, 2 images; width {width['dis'][1]} (mdm 16, cunet 8)")
     table(["", "ms", "64x64: 4 times the tokens", "twice the width", "twice the batch"], rows)
 
@@ -180,7 +180,7 @@ def throughput(names, device, batch):
                     step()
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats()
-                    ms = medians([step], device, 3, 5)[0]
+                    ms = median(turns([step], device, 3, 5)[0])
                 kind = " + ".join(["fused scan"] * (fused and model == "dis") + ["compile"] * compiled)
                 rows.append([name, kind or "plain", 1e3 * batch / ms,
                              torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None])
@@ -195,7 +195,7 @@ def main():
     p.add_argument("--models", nargs="*", default=list(CORES), choices=list(CORES))
     p.add_argument("--steps", type=int, default=60, help="of training; the first six do not count")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=5, help="of the growth")
     p.add_argument("--throughput", nargs="+", metavar="PAPER:PRESET", help="only that, of these")
     p.add_argument("--batch", type=int, default=64, help="of --throughput")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -209,7 +209,7 @@ def main():
            {m: training(m, flags, device, args.steps) for m in args.models})
     shares("sampling, a step of DDIM for 64 digits with guidance",
            ["core", "network", "noise", "sampler"], {m: sampling(m, device) for m in args.models})
-    growth(args.models, device, args.repeats)
+    growth(args.models, device, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times of things that take turns, and peaks of memory in fresh processes."""
+"""What the benchmarks share: times of things that take turns, peaks of memory in fresh processes, tables."""
 import re
 import statistics
 import subprocess
@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import torch
+
+median = statistics.median
 
 
 def milliseconds(function, device, times=1):
@@ -20,17 +22,21 @@ def milliseconds(function, device, times=1):
     return 1e3 * (time.perf_counter() - start) / times
 
 
-def medians(functions, device, repeats, times=1):
-    """Milliseconds of each, warmed up, taking turns: on a noisy machine only ratios from one process mean
-    something. A None stays None."""
+def turns(functions, device, rounds, times=1):
+    """-> for each the milliseconds of each round, after one to warm up. They take turns, since on a noisy
+    machine only what is measured side by side can be compared: see `ratio`."""
     records = [[] for _ in functions]
-    for i in range(repeats + 1):
+    for i in range(rounds + 1):
         for function, record in zip(functions, records):
-            if function is not None:
-                took = milliseconds(function, device, times)
-                if i:
-                    record.append(took)
-    return [statistics.median(record) if record else None for record in records]
+            took = milliseconds(function, device, times)
+            if i:
+                record.append(took)
+    return records
+
+
+def ratio(records, others):
+    """How many times as long the first took: median of the ratios of the rounds."""
+    return median(a / b for a, b in zip(records, others))
 
 
 def kilobytes(key):
