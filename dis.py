@@ -161,7 +161,7 @@ CHUNK = {"cpu": 16, "cuda": 8}                   # T
 # operation is a launch, wants large ones. Neither is delicate.
 ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 # Rows times channels that keep all cores busy, see `segments`.
-BUSY = {"cpu": 2**12, "cuda": 2**16}
+BUSY = {"cpu": 2**10, "cuda": 2**16}
 
 
 def tuned(numbers, u):
@@ -251,7 +251,7 @@ def segments(u):
     """S. One, unless two passes at S times the speed are a clear gain."""
     b, L, D = u.shape
     S = min(tuned(BUSY, u) // max(1, b * D), L // (4 * tuned(CHUNK, u)))
-    return S if S > 2 else 1
+    return S if S > 4 else 1
 
 
 def cut(x, S):

@@ -119,8 +119,8 @@ def bound(size, N, device, took):
     and a loop of exps reach here and now."""
     (b, L, D), T, blocks = size, dis.tuned(dis.CHUNK, torch.empty(0, device=device)), -(-size[2] // dis.BD)
     x = torch.empty(2**28, device=device)
-    copied = 8 * x.numel() / median(turns([x.clone], device, 5, 10)[0]) * 1e3                     # bytes per second
-    exps = 64 * 2**22 / median(turns([exp_loop(device)], device, 5, 10)[0]) * 1e3                 # per second
+    copy, loop = turns([x.clone, exp_loop(device)], device, 5, 10)
+    copied, exps = 8e3 * x.numel() / median(copy), 64e3 * 2**22 / median(loop)              # per second
     # forward: u, delta in, y out; backward: u twice, delta, dy in, du, ddelta out; the states of every chunk
     # out, and in twice; B, C and the parts of dB, dC
     numbers = b * L * (9 * D + 3 * N * D / T + 4 * N * blocks + 4 * N)

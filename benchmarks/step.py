@@ -5,8 +5,8 @@
     python benchmarks/step.py --throughput dis:DiS-S/2 diffussm:DiffuSSM-S      32x32x4 latents, on a GPU
 
 The steps are those of train.py itself: its functions are wrapped by a clock, and what none of them took is
-Python's. A part's time is without that of parts inside it. On a GPU the clock waits for every part, so the sum
-is more than a step takes when nobody looks.
+Python's. A part's time is without that of parts inside it. On a GPU the clock waits for every part, so the
+sum is more than a step takes when nobody looks.
 """
 import argparse
 import contextlib
@@ -30,7 +30,7 @@ import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 
 # What a paper is about, by the names of the functions that do it: forward, backward.
-CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_grad"],
+CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_backward"],
          "mdm": [], "cunet": []}
 SHAPE = {"dis": (4, 32, 32), "diffussm": (4, 32, 32), "mdm": (3, 64, 64), "cunet": (3, 64, 64)}
 
@@ -92,8 +92,8 @@ def training(model, flags, device, steps=60, warm=6):
     with tempfile.TemporaryDirectory() as folder, clock.watch(*places), \
             mock.patch.object(data, "batches", batches), mock.patch.object(train, "update_ema", ema), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train.main(["--model", model, "--max-steps", str(steps), "--results-dir", folder, "--sample-every", "0",
-                    "--ckpt-every", str(10 * steps), "--device", str(device), *flags])
+        train.main(["--model", model, "--max-steps", str(steps), "--results-dir", folder, "--sample-every",
+                    "0", "--ckpt-every", str(10 * steps), "--device", str(device), *flags])
     (start, before), (end, after) = marks[warm - 1], marks[-1]
     per_step = 1e3 / (steps - warm)
     parts = {k: per_step * (after[k] - before.get(k, 0)) for k in after}
@@ -175,8 +175,8 @@ def throughput(names, device, batch):
             for compiled in (False, True):
                 engine = dis.engine if fused else lambda device, dtype: (dis.chunked, dis.chunked_backward)
                 with mock.patch.object(dis, "engine", engine):
-                    step = step_of(model, preset, SHAPE[model], batch, device, device.type == "cuda", compiled,
-                                   **({"classes": 1000} if model != "cunet" else {}))
+                    step = step_of(model, preset, SHAPE[model], batch, device, device.type == "cuda",
+                                   compiled, classes=1000 * (model != "cunet"))
                     step()
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats()

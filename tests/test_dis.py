@@ -70,7 +70,7 @@ def test_multiply_adds_agree_with_pytorchs_counter():
 # --- the scan ---
 
 @pytest.mark.parametrize("N", [1, 16])
-@pytest.mark.parametrize("L, segments", [(1, 1), (2, 1), (37, 1), (256, 1), (256, 3), (331, 5)])
+@pytest.mark.parametrize("L, segments", [(1, 1), (2, 1), (37, 1), (256, 1), (331, 5)])
 def test_scan_equals_reference(L, segments, N, monkeypatch):
     """Outputs and all gradients, several batch blocks and chunks, the last ones ragged; and segments."""
     monkeypatch.setitem(dis.ELEMENTS, "cpu", 2 * dis.CHUNK["cpu"] * N * 24)
