@@ -150,20 +150,17 @@ def step_of(model, preset, shape, batch, device, bf16=False, compiled=False, cla
 
 
 def growth(models, device, rounds):
-    """Twice the side (4 times the tokens or pixels), twice the width, twice the batch: how much more time."""
-    width = {"dis": ("width", 64), "diffussm": ("width", 64), "mdm": ("width", 16), "cunet": ("nf", 8)}
+    """Four times the tokens (twice the side), twice the width, twice the batch: how much more time."""
+    options = {"dis": lambda D: dict(patch=1, depth=2, width=64 * D), "diffussm": lambda D: dict(width=64 * D),
+               "mdm": lambda D: dict(channels=(32 * D, 64 * D), outer=()), "cunet": lambda D: dict(nf=8 * D)}
     rows = []
     for model in models:
-        name, D = width[model]
-        extra = {"dis": dict(patch=1, depth=2), "diffussm": dict(depth=2), "mdm": {}, "cunet": {}}[model]
-
-        def step(side, D, B):
-            return step_of(model, "tiny", (1, side, side), B, device, **{**extra, name: D})
-        sizes = [(32, D, 2), (64, D, 2), (32, 2 * D, 2), (32, D, 4)]
-        ms = turns([step(*s) for s in sizes], device, rounds)
+        steps = [step_of(model, "tiny", (1, side, side), B, device, **options[model](D))
+                 for side, D, B in ((32, 1, 2), (64, 1, 2), (32, 2, 2), (32, 1, 4))]
+        ms = turns(steps, device, rounds)
         rows.append([model, median(ms[0]), *(f"{ratio(x, ms[0]):.2f}x" for x in ms[1:])])
-    print(f"growth of a training step, float32: 32x32, 2 images; width {width['dis'][1]} (mdm 16, cunet 8)")
-    table(["", "ms", "64x64: 4 times the tokens", "twice the width", "twice the batch"], rows)
+    print("growth of a training step, float32; at first 32x32 (1024 tokens), 2 images, narrow networks")
+    table(["", "ms", "64x64", "twice the width", "twice the batch"], rows)
 
 
 def throughput(names, device, batch):
