@@ -9,13 +9,15 @@ of cuDNN, cuBLAS, cuFFT), the allocator's gaps, NCCL's buffers. benchmarks/memor
 import copy
 import sys
 import weakref
+from collections import defaultdict
 from contextlib import ExitStack, suppress
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
-                                           FakeTensor, FakeTensorMode)
+                                           FakeTensorMode)
+from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTEXT = 1e9               # bytes that CUDA, its kernels and the libraries take before the first tensor
@@ -25,14 +27,11 @@ aten = torch.ops.aten
 class Tracker(TorchDispatchMode):
     """Adds up the bytes of storages made while it is active, takes off those that are freed: `now`, `peak`. A
     view, or what an in-place operation returns, has the storage of another tensor: nothing counts twice.
-    Storages of `known` tensors do not count at all."""
-    IN_PLACE = {aten.addcmul_.default, aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor,
-                aten.exp_.default}
-
-    def __init__(self, known=(), cuda=False):
+    Storages of `known` tensors do not count at all. bodies: of operators to look into."""
+    def __init__(self, known=(), cuda=False, bodies={}):
         super().__init__()
         self.now = self.peak = 0
-        self.cuda, self.alive = cuda, {}
+        self.cuda, self.bodies, self.alive = cuda, bodies, {}
         for tensor in known:
             self.add(tensor, 0)
 
@@ -50,12 +49,11 @@ class Tracker(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if args and isinstance(args[0], FakeTensor):        # short cuts of most calls, for the scan's loops
-            if func is torch.ops.prim.device.default:
-                return args[0].fake_device
-            if func in self.IN_PLACE:
-                return args[0]
-        out = func(*args, **(kwargs or {}))
+        if func in self.bodies:
+            with self:
+                out = self.bodies[func](*args)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
@@ -78,32 +76,30 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-class FirstTwo(list):
-    """A list with its whole length that is read no further than its second entry."""
-
-    def __iter__(self):
-        return iter(self[:2])
+def operators(model):
+    """What the operators of the model's file do inside."""
+    return {op._opoverload: op._init_fn for op in vars(sys.modules[type(model).__module__]).values()
+            if isinstance(op, CustomOpDef)}
 
 
 def stand_ins(model, cuda):
-    """A context in which tensors without numbers, which are "on the CPU", need what others need on CUDA; and
-    in which the autograd functions of the model's file that work in blocks (`blocks`, `ELEMENTS` in dis.py)
-    do two of them: the others use the same memory again, and DiS-H would take minutes."""
-    stack = ExitStack()
+    """A context in which tensors without numbers, which are "on the CPU", need what others need on CUDA."""
+    stack, paper = ExitStack(), sys.modules[type(model).__module__]
 
     def replace(where, name, value):
-        stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(mock.patch.object(where, name, value, create=True))
 
-    for f in list(vars(sys.modules[type(model).__module__]).values()):
-        if isinstance(f, type) and issubclass(f, torch.autograd.Function) and hasattr(f, "blocks"):
-            def two(*args, blocks=f.blocks):
-                parts = blocks(*args)
-                return tuple(map(FirstTwo, parts)) if isinstance(parts, tuple) else FirstTwo(parts)
-            stack.enter_context(mock.patch.dict(f.ELEMENTS, clear=cuda))
-            replace(f, "blocks", staticmethod(two))
     if not cuda:
         return stack
 
+    for numbers in vars(paper).values():                    # sizes of blocks, by kind of device
+        if isinstance(numbers, dict) and "cpu" in numbers:
+            stack.enter_context(mock.patch.dict(numbers))
+            numbers.pop("cpu")
+    if hasattr(paper, "fused"):                             # dis: all of it but the kernels
+        replace(paper, "engine", lambda *_: (paper.fused, paper.fused_backward))
+        for kernel in ("_fused", "_fused_backward"):
+            replace(paper, kernel, defaultdict(lambda: lambda *args, **options: None))      # [grid](..)
     if hasattr(aten, "_fused_rms_norm"):                    # PyTorch 2.9
         replace(F, "rms_norm",
                 lambda x, shape, weight=None, eps=None: FusedRMSNorm.apply(x.float(), weight))
@@ -161,7 +157,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
     weights = [*twin.parameters(), *twin.buffers()]
     known = [*weights, *(p.grad for p in weights if p.grad is not None), *batch.values()]
     try:
-        with stand_ins(model, cuda), Tracker(known, cuda) as tracker:
+        with stand_ins(model, cuda), Tracker(known, cuda, operators(model)) as tracker:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = diffusion.loss(twin, **batch)["loss"].mean()
             loss.backward()
