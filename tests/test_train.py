@@ -223,6 +223,31 @@ def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, mode
     assert counts[1] - counts[0] == 6, counts
 
 
+def test_compiled_sampling_is_one_graph_that_no_step_waits_in(tmp_path, monkeypatch):
+    """What CUDA graphs need: the same shapes at every step, and no look at a number in between."""
+    run(tmp_path, "--max-steps", 1)
+    graphs, looks, compile = [], [], torch.compile
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda net, mode: compile(net, backend=count, fullgraph=True))
+
+    def draw(*flags):
+        path = tmp_path / "a.png"
+        sample.main(["--ckpt", str(tmp_path / "run"), "--num-samples", "8", "--out", str(path),
+                     "--device", "cpu", *flags])
+        return np.asarray(Image.open(path))
+    compiled = draw("--steps", "8", "--compile")
+    assert len(graphs) == 1
+    for steps in (4, 8):
+        with Looks() as counter:
+            picture = draw("--steps", str(steps))
+        looks.append(counter.count)
+    assert looks[0] == looks[1]
+    assert np.array_equal(compiled, picture)
+
+
 def test_overfit_one_batch(tmp_path):
     run(tmp_path, "--overfit-one-batch", "--max-steps", 250, "--log-every", 10, "--lr", "5e-3",
         "--global-batch-size", 4, "--image-size", "8")
