@@ -151,7 +151,8 @@ def step_of(model, preset, shape, batch, device, bf16=False, compiled=False, cla
 
 def growth(models, device, rounds):
     """Four times the tokens (twice the side), twice the width, twice the batch: how much more time."""
-    options = {"dis": lambda D: dict(patch=1, depth=2, width=64 * D), "diffussm": lambda D: dict(width=64 * D),
+    options = {"dis": lambda D: dict(patch=1, depth=2, width=64 * D),
+               "diffussm": lambda D: dict(width=64 * D),
                "mdm": lambda D: dict(channels=(32 * D, 64 * D), outer=()), "cunet": lambda D: dict(nf=8 * D)}
     rows = []
     for model in models:
@@ -168,9 +169,10 @@ def throughput(names, device, batch):
     dis, rows = checkpoint.load_paper("dis"), []
     for name in names:
         model, preset = name.split(":")
-        for fused in (False, True)[model != "dis" or device.type != "cuda":]:
+        for fused in (False, True) if model == "dis" and device.type == "cuda" else (False,):
             for compiled in (False, True):
-                engine = dis.engine if fused else lambda device, dtype: (dis.chunked, dis.chunked_backward)
+                chunked = dis.chunked, dis.chunked_backward
+                engine = dis.engine if fused else lambda device, dtype: chunked
                 with mock.patch.object(dis, "engine", engine):
                     step = step_of(model, preset, SHAPE[model], batch, device, device.type == "cuda",
                                    compiled, classes=1000 * (model != "cunet"))
@@ -178,7 +180,7 @@ def throughput(names, device, batch):
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats()
                     ms = median(turns([step], device, 3, 5)[0])
-                kind = " + ".join(["fused scan"] * (fused and model == "dis") + ["compile"] * compiled)
+                kind = " + ".join(["fused scan"] * fused + ["compile"] * compiled)
                 rows.append([name, kind or "plain", 1e3 * batch / ms,
                              torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None])
                 del step
