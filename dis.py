@@ -156,7 +156,7 @@ def selective_scan(u, delta, A, B, C, D):
 # All states at once would be a (b, L, D, N) tensor, N times the size of the input. So time is cut into
 # chunks of T tokens, and only the state before each chunk is kept, in `starts` (b, chunks + 1, N, D), the
 # last one at the end. Backward makes a chunk's other states again when it gets there.
-CHUNK = {"cpu": 16, "cuda": 8}                   # T
+CHUNK = {"cpu": (16, 64), "cuda": (8, 8)}       # T, at least and at most
 # Numbers in a work array of one block, (b, T, N, D). On a CPU 4 MB stay in the cache; a GPU, where each
 # operation is a launch, wants large ones. Neither is delicate.
 ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
@@ -169,31 +169,38 @@ def tuned(numbers, u):
     return numbers.get(u.device.type, numbers["cuda"])
 
 
+def chunk(rows, u, A):
+    """T for so many rows: longer chunks where few rows would not fill a block."""
+    least, most = tuned(CHUNK, u)
+    return max(least, min(most, tuned(ELEMENTS, u) // max(1, rows * A.numel())))
+
+
 def chunked(u, delta, A, B, C, D, starts, y):
     """Fills y, and all of starts but the first, which is given."""
     u, delta, B, C = (v.to(y.dtype) for v in (u, delta, B, C))
-    At, work = A.T.contiguous(), work_arrays(2, y, A)                         # (N, D)
+    At, work = A.T.contiguous(), work_arrays(2, u, A)                         # At: (N, D)
     for r, c, s in blocks(u, A):
         _, hs = states(starts[r, c], delta[r, s] * u[r, s], delta[r, s], At, B[r, s], work)
         starts[r, c + 1] = hs[:, -1]
         y[r, s] = torch.addcmul((C[r, s, None, :] @ hs)[:, :, 0], D, u[r, s])  # (b, T, D)
 
 
-def rows(u, A):
-    """How many rows of the batch make a block."""
-    return min(len(u), max(1, tuned(ELEMENTS, u) // (tuned(CHUNK, u) * A.numel())))
+def block(u, A):
+    """Rows and tokens of a block."""
+    T = chunk(len(u), u, A)
+    return min(len(u), max(1, tuned(ELEMENTS, u) // (T * A.numel()))), T
 
 
 def blocks(u, A):
     """(slice of the batch, number of a chunk, its slice of time): all of them, chunks in order."""
-    (b, L, _), T = u.shape, tuned(CHUNK, u)
-    return [(slice(i, i + rows(u, A)), c, slice(t, min(t + T, L)))
-            for i in range(0, b, rows(u, A)) for c, t in enumerate(range(0, L, T))]
+    (b, L, _), (rows, T) = u.shape, block(u, A)
+    return [(slice(i, i + rows), c, slice(t, min(t + T, L)))
+            for i in range(0, b, rows) for c, t in enumerate(range(0, L, T))]
 
 
 def work_arrays(count, u, A):
     """(b, T, N, D) each. Made once: the system clears new memory, which takes as long as the arithmetic."""
-    return u.new_empty(count, rows(u, A), tuned(CHUNK, u), *A.T.shape)
+    return u.new_empty(count, *block(u, A), *A.T.shape)
 
 
 def states(h, x, delta, At, B, work):
@@ -215,7 +222,7 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
     carry (b, N, D): exp(delta_t A) g_t on its way to token t - 1. Overwritten: from that of the token after
     the last to that of the first."""
     dy, u, delta, B, C = (v.to(starts.dtype) for v in (dy, u, delta, B, C))
-    At, work = A.T.contiguous(), work_arrays(3, starts, A)
+    At, work = A.T.contiguous(), work_arrays(3, u, A)
     dA, dD = torch.zeros_like(At), torch.zeros_like(D)                        # (N, D), (D,)
     du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
     for r, c, s in reversed(blocks(u, A)):
@@ -250,7 +257,7 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
 def segments(u):
     """S. One, unless two passes at S times the speed are a clear gain."""
     b, L, D = u.shape
-    S = min(tuned(BUSY, u) // max(1, b * D), L // (4 * tuned(CHUNK, u)))
+    S = min(tuned(BUSY, u) // max(1, b * D), L // (4 * tuned(CHUNK, u)[0]))
     return S if S > 4 else 1
 
 
@@ -283,7 +290,7 @@ def scan_forward(u, delta, A, B, C, D):
         A, D = A.to(dtype), D.to(dtype)
         u, delta, B, C = (cut(x, S) for x in (u, delta, B, C))                          # (b S, K, .)
         y = torch.empty_like(u, dtype=dtype)
-        starts = y.new_zeros(b * S, -(-u.shape[1] // tuned(CHUNK, u)) + 1, N, W)
+        starts = y.new_zeros(b * S, -(-u.shape[1] // chunk(b * S, u, A)) + 1, N, W)
         if S > 1:
             forward(u, delta, A, B, C, D, starts, y)
             starts[:, 0] = entering(starts[:, -1], delta.to(dtype), A, S)
@@ -326,7 +333,7 @@ def compare(device):
     u, delta, B, C = (torch.rand(2, 19, k, device=device, generator=g) for k in (80, 80, 2, 2))
     A, D, found = -u[0, 1, :, None] - B[0, 0], u[0, 0], []
     for forward, backward in ((fused, fused_backward), (chunked, chunked_backward)):
-        y, starts = torch.empty_like(u), u.new_zeros(2, -(-19 // tuned(CHUNK, u)) + 1, 2, 80)
+        y, starts = torch.empty_like(u), u.new_zeros(2, -(-19 // chunk(2, u, A)) + 1, 2, 80)
         forward(u, delta, A, B, C, D, starts, y)
         found.append([y, *backward(y, u, delta, A, B, C, D, starts, torch.zeros_like(starts[:, 0]))])
     if not all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(*found)):
@@ -346,7 +353,8 @@ scan_grad = torch.library.custom_op(
 def _shapes(u, delta, A, B, C, D):
     """What `scan_forward` returns, without numbers."""
     S, y = segments(u), u.new_empty(u.shape, dtype=torch.promote_types(u.dtype, torch.float32))
-    return y, y.new_empty(len(u) * S, -(-u.shape[1] // (S * tuned(CHUNK, u))) + 1, A.shape[1], A.shape[0])
+    K, rows = -(-u.shape[1] // S), len(u) * S
+    return y, y.new_empty(rows, -(-K // chunk(rows, u, A)) + 1, A.shape[1], A.shape[0])
 
 
 def _keep(ctx, inputs, output):
@@ -483,7 +491,7 @@ def fused(u, delta, A, B, C, D, starts, y):
     chunks, grid = starts.shape[1] - 1, (b, -(-W // BD))
     with torch.cuda.device_of(u):                       # Triton launches on the current GPU
         _fused[grid](u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, y, L, W, chunks,
-                     N, tuned(CHUNK, u), BD, **OPTIONS)
+                     N, chunk(b, u, A), BD, **OPTIONS)
 
 
 def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
@@ -495,7 +503,7 @@ def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
     dA, dD = torch.zeros_like(carry), starts.new_empty(b, W)        # likewise
     with torch.cuda.device_of(u):
         _fused_backward[grid](dy, u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, carry, du, ddelta,
-                              dA, dB, dC, dD, L, W, chunks, N, tuned(CHUNK, u), BD, maxnreg=168, **OPTIONS)
+                              dA, dB, dC, dD, L, W, chunks, N, chunk(b, u, A), BD, maxnreg=168, **OPTIONS)
     return du, ddelta, dA.sum(0).T, dB.sum(0), dC.sum(0), dD.sum(0)
 
 

@@ -117,7 +117,7 @@ def growth(args, device):
 def bound(size, N, device, took):
     """On a GPU: what the bytes moved and the exps computed would take by themselves, at the rates that a copy
     and a loop of exps reach here and now."""
-    (b, L, D), T, blocks = size, dis.tuned(dis.CHUNK, torch.empty(0, device=device)), -(-size[2] // dis.BD)
+    (b, L, D), T, blocks = size, dis.CHUNK["cuda"][0], -(-size[2] // dis.BD)
     x = torch.empty(2**28, device=device)
     copy, loop = turns([x.clone, exp_loop(device)], device, 5, 10)
     copied, exps = 8e3 * x.numel() / median(copy), 64e3 * 2**22 / median(loop)              # per second

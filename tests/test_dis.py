@@ -73,7 +73,7 @@ def test_multiply_adds_agree_with_pytorchs_counter():
 @pytest.mark.parametrize("L, segments", [(1, 1), (2, 1), (37, 1), (256, 1), (331, 5)])
 def test_scan_equals_reference(L, segments, N, monkeypatch):
     """Outputs and all gradients, several batch blocks and chunks, the last ones ragged; and segments."""
-    monkeypatch.setitem(dis.ELEMENTS, "cpu", 2 * dis.CHUNK["cpu"] * N * 24)
+    monkeypatch.setitem(dis.ELEMENTS, "cpu", 2 * dis.CHUNK["cpu"][0] * N * 24)
     monkeypatch.setitem(dis.BUSY, "cpu", 3 * 24 * segments)
     x = inputs(3, L, 24, N, torch.float32)
     assert dis.segments(x[0]) == segments

@@ -20,7 +20,7 @@ def small(monkeypatch):
     """The fused kernels also on a CPU; several chunks and blocks of channels in tiny arrays."""
     monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
     monkeypatch.setattr(dis, "BD", 4)
-    monkeypatch.setattr(dis, "CHUNK", {"cuda": 4})
+    monkeypatch.setattr(dis, "CHUNK", {"cuda": (4, 4)})
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_equals_the_definition(b, L, D, N, segments, cut_into):
 
 def test_the_sizes_of_a_gpu(monkeypatch):
     monkeypatch.undo()
-    assert (dis.CHUNK["cuda"], dis.BD) == (8, 64)
-    monkeypatch.setattr(dis, "CHUNK", {"cuda": 8})
+    assert (dis.CHUNK["cuda"], dis.BD) == ((8, 8), 64)
+    monkeypatch.setattr(dis, "CHUNK", {"cuda": (8, 8)})
     monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
     x = inputs(1, 19, 70, 3)
     assert worst(grads(x), exact(x)) < CLOSE
