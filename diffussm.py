@@ -139,12 +139,15 @@ def kernel(log_Abar, CB, L):
     S = math.isqrt(L - 1) + 1                                                   # sqrt(L), rounded up
     a = torch.arange(0, L, S, device=CB.device)                                        # (L/S,)
     b = torch.arange(S, device=CB.device)                                              # (S,)
-    coarse = CB[:, None] * powers(log_Abar, a)                                         # (H, L/S, N/2)
-    fine = powers(log_Abar.conj(), b)                                                  # (H, S, N/2)
-    # Re(p conj q) = Re p Re q + Im p Im q: a real product, many times faster than a complex one. (On a GPU
-    # where TF32 is allowed, train.py's default there, it has TF32's 10 bits of mantissa.)
-    coarse, fine = (torch.view_as_real(x).flatten(2) for x in (coarse, fine))          # (H, ., N)
-    return 2 * (coarse @ fine.mT).flatten(1)[:, :L]                                    # (H, L)
+    h, Ks = 256 if CB.device.type == "cpu" else len(CB), []     # channels whose powers fit a CPU's cache
+    for log_Abar, CB in zip(log_Abar.split(h), CB.split(h)):
+        coarse = (2 * CB)[:, None] * powers(log_Abar, a)                               # (h, L/S, N/2)
+        fine = powers(log_Abar.conj(), b)                                              # (h, S, N/2)
+        # Re(p conj q) = Re p Re q + Im p Im q: a real product, many times faster than a complex one. (On a
+        # GPU where TF32 is allowed, train.py's default there, it has TF32's 10 bits of mantissa.)
+        coarse, fine = (torch.view_as_real(x).flatten(2) for x in (coarse, fine))      # (h, ., N)
+        Ks.append((coarse @ fine.mT).flatten(1)[:, :L])                                # (h, L)
+    return torch.cat(Ks)                                                               # (H, L)
 
 
 def powers(log_Abar, l):
