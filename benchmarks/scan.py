@@ -1,6 +1,6 @@
 """The selective scan of dis.py: time and memory beside the definition and beside others' scans.
 
-    python benchmarks/scan.py                       on two CPU cores 5 minutes
+    python benchmarks/scan.py                       on two CPU cores 3 minutes
     python benchmarks/scan.py --sizes 16x256x768    B x L x D
 
 Others are timed where they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA).
