@@ -159,7 +159,7 @@ def selective_scan(u, delta, A, B, C, D):
 CHUNK = {"cpu": (16, 64), "cuda": (8, 8)}       # T, at least and at most
 # Numbers in a work array of one block, (b, T, N, D). On a CPU 4 MB stay in the cache; a GPU, where each
 # operation is a launch, wants large ones. Neither is delicate.
-ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 # Rows times channels that keep all cores busy, see `segments`.
 BUSY = {"cpu": 2**10, "cuda": 2**16}
 
