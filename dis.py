@@ -280,7 +280,8 @@ def entering(ends, delta, A, S):
 
 
 def scan_forward(u, delta, A, B, C, D):
-    """-> y (b, L, D) and starts (b S, chunks + 1, N, D), for backward."""
+    """-> y (b, L, D) and starts (b S, chunks + 1, N, D), for backward. From here on W counts the channels, as
+    D is the direct path."""
     (b, L, W), S, N = u.shape, segments(u), A.shape[1]
     if (delta.shape, len(A), B.shape, C.shape, D.shape) != (u.shape, W, (b, L, N), (b, L, N), (W,)):
         raise ValueError("the shapes of u, delta, A, B, C, D do not fit: see selective_scan_ref")

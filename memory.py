@@ -211,5 +211,5 @@ def report(rows, capacity=80e9):
                      + "  does not fit" * (row["total"] + CONTEXT > capacity))
     lines.append(f"A GPU of {capacity / 1e9:g} GB has room for {(capacity - CONTEXT) / 2**30:.1f} GiB: "
                  f"{CONTEXT / 1e9:g} GB are CUDA's own. Not counted: kernels' workspaces, gaps, NCCL, a T5 "
-                              f"or VAE, and the grids of samples (--sample-every 0).")
+                 f"or VAE, and the grids of samples (--sample-every 0).")
     return "\n".join(lines)

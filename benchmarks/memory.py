@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))               # before this folder: the module is called memory, too
 import memory  # noqa: E402
+from timing import peak_megabytes  # noqa: E402
 from checkpoint import load_paper  # noqa: E402
 
 # paper, preset, shape, images, what else build takes
@@ -24,12 +25,6 @@ CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
          ("mdm", "tiny", (3, 32, 32), 32, {"text": "bytes"}),
          ("cunet", "cunet", (3, 64, 64), 4, {}),
          ("cunet", "unet", (3, 64, 64), 4, {})]
-
-
-def status(key):
-    """VmRSS or VmHWM, resident memory and its peak, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def measured(model, diffusion, batch, bf16, device):
@@ -43,15 +38,7 @@ def measured(model, diffusion, batch, bf16, device):
         loss.backward()
 
     step()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")           # the peak begins anew
-    before = status("VmRSS")
-    step()
-    return status("VmHWM") - before
+    return 1e6 * peak_megabytes(step, torch.device(device))
 
 
 def line(case, bf16, checkpointing, device):
