@@ -1,7 +1,11 @@
 """Denoising: a clean image is noised to step T, taken back step by step, and compared with itself after each.
 
 "The Missing U for Efficient Diffusion Models", Calvo-Ordonez et al. 2024 (2310.20092), Section 5.2; works
-with any model of one resolution. The command line is sample.py's:
+with any model of one resolution. T here is the paper's t (50 .. 800), where the way back starts, not the
+schedule's length; counting from 0, step T has T + 1 noisings, so the chain takes T + 1 steps. The published
+code differs from Section 5.2: Gaussian noise of std 0.04 to 0.3 on [0, 1], at most 100 steps, no LPIPS.
+
+The command line is sample.py's:
 
     python sample.py --denoise photo.png --from-step 150
     python sample.py --denoise test --num-samples 100 --from-step 50,150,400

@@ -280,6 +280,14 @@ def test_published_code_does_not_see_the_time_and_ours_does():
     assert not torch.equal(*(seeing(x, torch.tensor([t])) for t in (0, 999)))
 
 
+def test_published_table_of_times():
+    """Sines on even columns, cosines on odd ones, of t 10000^(-2j / 256) for every second j."""
+    table = small((3, 32, 32), 0, "published")[0].table.double()
+    angles = 999 * torch.tensor([10_000 ** (-2 * j / 256) for j in range(0, 256, 2)], dtype=torch.float64)
+    torch.testing.assert_close(table[999, ::2], angles.sin(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(table[999, 1::2], angles.cos(), rtol=0, atol=1e-3)
+
+
 def test_class_matters_and_minus_one_is_none():
     for preset in ("tiny", "unet-tiny"):
         model, _ = small(preset=preset)
@@ -290,6 +298,8 @@ def test_class_matters_and_minus_one_is_none():
 
 def test_odd_widths():
     assert forward(small(nf=9)[0]).shape == (2, 1, 12, 12)
+    groups = {2: 1, 6: 1, 8: 2, 12: 2, 16: 4, 18: 2, 20: 4, 24: 4, 32: 8, 40: 8, 48: 8, 56: 8, 512: 8}
+    assert {c: cunet.group_norm(c).num_groups for c in groups} == groups
 
 
 def test_an_image_does_not_depend_on_its_batch():
