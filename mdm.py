@@ -4,11 +4,13 @@ Jiatao Gu, Shuangfei Zhai, Yizhe Zhang, Josh Susskind, Navdeep Jaitly. arXiv 231
 
 The idea. Make a large picture in one process, without an autoencoder and without a cascade of models:
 denoise the picture and smaller copies of itself at the same time, one inside the other like Matryoshka
-dolls. The small copies become readable first and guide the large ones; most of the network works at the
-smallest resolution; and a network trained there is the core of the next larger one.
+dolls. Pixel for pixel the small copies become readable first and guide the large ones; most of the network
+works at the smallest resolution; and a network trained there is the core of the next larger one.
 
 Glossary. B is the batch, R the number of resolutions; lists of resolutions begin with the coarsest, as
-the paper's index r does.
+the paper's index r does, but count from 0: levels[0] has alpha^1. In shapes T is the number of frames (T'
+once shrunk), elsewhere, as in diffusion.py, of steps. L: words of a caption; W: letters of a word, where
+text is (B, L, W); D: width of a token; E: width of `e`.
 
 | code            | symbol          | shape              | meaning, and the part of the paper             |
 |-----------------|-----------------|--------------------|------------------------------------------------|
@@ -17,48 +19,57 @@ the paper's index r does.
 | `z`             | z_t^1 .. z_t^R  | [(B, C, H_r, W_r)] | the extended space: every resolution, noised   |
 | `t`             | t               | (B,)               | one time for all resolutions                   |
 | `levels[r]`     | alpha^r sigma^r |                    | each resolution's own schedule                 |
-| `weights`       | omega^r (Eq. 3) | R numbers          | of the resolutions' losses; see 1              |
+| `weights`       | omega^r N_r/N_R | R numbers          | of the mean squared errors (Eq. 3); see 1      |
 | `UNet`          |                 |                    | the network of the coarsest resolution         |
 | `NestedUNet`    | (Figure 3)      |                    | one more resolution around another network     |
 | `in_adapter`, `out_adapter` |     |                    | the arrows into the inner network and out of it |
 | `tokens`, `mask` |                | (B, L, D), (B, L)  | the words, or one token for the class          |
-| `pooled`        |                 | (B, E)             | their mean, added to the embedding of t        |
+| `pooled`        |                 | (B, E)             | a linear map of their mean, a part of `e`      |
 | `e`             |                 | (B, E)             | embedding of t, the condition, the size        |
 
 Not here: training (train.py; --init-inner is the paper's progressive training), the formulas of one
 resolution's diffusion (diffusion.py), captions to numbers (data.py).
 
 Where paper, authors' code and this file differ. ("Code" is the authors' release.)
- 1. Loss. Eq. 3 sums squared errors over pixels and weights resolution r by N_R / N_r: each resolution then
-    counts alike. The code takes the *mean* over pixels and adds the resolutions up, which is the same. To do
-    both, means and N_R / N_r, would count the coarse ones N_R / N_r times too much. Here: means.
- 2. The network predicts v, and the code's loss is the error of the eps that follows from it: gamma = alpha^2
-    times the error of v. The finer the resolution the smaller its gamma, so the fine ones are learned least.
-    error="eps" is that; `tiny` takes the error of v.
+ 1. Loss. Eq. 3 sums squared errors over pixels and weights resolution r by N_R / N_r, N_r the number of
+    values of D_r(x): each resolution then counts alike. The code takes the *mean* over pixels and adds the
+    resolutions up, which is the same. To do both, means and N_R / N_r, would count the coarse ones N_R / N_r
+    times too much. Here: means.
+ 2. The paper's loss is the error of x with a free weight omega_t, and it allows eps or v instead. The code's
+    network predicts v = alpha eps - sigma x, and its loss is the error of the eps that follows: alpha^2 (the
+    code's gamma, alpha_bar here) times the error of v. The finer the resolution the smaller its alpha, so
+    the fine ones are learned least. error="eps" is that; the tiny presets take "v"; "x0" is the paper's,
+    with omega_t = 1.
  3. Shift of the schedule: SNR / ratio^power, ratio = side / coarsest side. The paper has no formula; the
     released 256 px model has power 1, the 1024 px model power 2 (means of s x s pixels have a noise variance
-    s^2 times smaller, so that with power 2 all resolutions should look equally noisy once reduced).
- 4. Batches of mixed resolutions, "2:1" (the first two thirds of the rows have the fine one), are in the code
-    but switched off by a misplaced key. Here mixed=[1, 0.67] is the chance of each row: the rows are random,
-    yet the same on any number of processes.
+    s^2 times smaller, so that with power 2 all resolutions should look equally noisy once reduced; with power
+    1 the reduced fine picture is even clearer than its small copy, s times in SNR).
+ 4. Batches of mixed resolutions: the paper trains all models on them unless it says otherwise. The released
+    256 px configuration asks for "2:1" (the first two thirds of the rows have the fine one), but a misplaced
+    key switches it off. Here they are off, in the presets "paper-.." too, unless, say, mixed=[1, 0.67] gives
+    each resolution's chance: the rows are random, yet the same on any number of processes.
  5. Text. Two self-attention layers (paper) on a projection of the language model's output; the released
     models have none. The released models attend to padding, too; here it is masked. In the code captions are
     never dropped and "unconditional" is an empty prompt; here a learned token stands for "no text" (2048 or
     1024 parameters more than the released counts) and is trained by --cond-dropout, whose 10% are ours. So is
     text="bytes", the spelling of words instead of a language model.
- 6. A class is one token of a table, then takes the path of the text. The code's one-hot text is the same but
-    for a norm.
- 7. Sampling begins at T - 1 whatever the number of steps; the code's 50 steps begin at 981.
+ 6. A class is one token of a table, then takes the path of the text, text layers included. In the code (where
+    this does not run) a one-hot vector goes to each attention layer, without text layers: but for these and a
+    norm the same, with 407M inside instead of our 435M.
+ 7. Sampling begins at t = T - 1 = 999 (--steps ddim50: 980). The code's 50 steps begin at our t = 980, from
+    pure noise, where a trace of the picture should be left (alpha_bar 9e-4).
  8. Video is five-dimensional. The code folds 16 frames into a 4 x 4 mosaic, over whose seams some
     convolutions leak, and its temporal attention does not know the order of frames; here it does (sines).
-    Widths of the temporal level are ours: no configuration was released.
- 9. Left out: dividing a level's input by its deviation (the released 1024 px model does at 256 px), and
-    "residual mode" (unused). Group norms have 4 channels a group or more (the code: always 32 groups).
+    Widths of the temporal level are ours: no configuration was released. D_r takes block means in space, as
+    the code does; the paper says bilinear for video.
+ 9. Left out: dividing a level's input by its standard deviation (the released 1024 px model does at 256 px),
+    and "residual mode" (unused). Group norms have 4 channels a group or more (the code: always 32 groups).
 10. The size of the original picture ("micro-conditioning", micro=True) is in the released models and not in
     the paper's main text. Their data never sets it, nor does ours.
 11. The paper says 450M parameters for the inner network; no released or described setting has that. The
     presets "paper-.." have the paper's two text layers, and a projection to 1024 that the authors give in a
-    later paper (Kaleido): 436M inside, 450M with the level of 256 px.
+    later paper (Kaleido): 436M inside, 450M with the level of 256 px. Widths, heads, error and power (2 at
+    1024 px) are the released configurations' where there is one.
 """
 import copy
 import math
@@ -84,7 +95,8 @@ def reduce(x, shape):
 
 
 class ExtendedDiffusion:
-    """The diffusion of all resolutions at once, with the methods of diffusion.Diffusion. Section 3.
+    """The diffusion of all resolutions at once, with the methods of diffusion.Diffusion that train.py and
+    sample.py call. Section 3.
 
     shapes    of the resolutions, coarsest first: [(3, 16, 16), (3, 32, 32)]; videos have (C, T, H, W)
     predict   what the network's outputs mean: "v" | "x0" | "eps"
@@ -93,9 +105,10 @@ class ExtendedDiffusion:
               (side_r / side_1)^power
     weights   of the resolutions' mean squared errors, that is, omega^r N_r / N_R of Eq. 3; None: all 1, the
               paper's; "finest": the last one alone, its "simple DM" (Figure 4). A resolution of weight 0 is
-              not denoised; the network sees zeros in its place
-    mixed     the chance of each row to have resolution r, such as [1, 0.67]: the others have only coarser
-              ones, and cost less. None: all rows have all resolutions
+              not trained; the network sees zeros in its place, and zeros are returned
+    mixed     for each resolution the chance that a row has it, such as [1, 0.67]: every row has the coarsest,
+              two thirds the finer, too. A row without a finer one is trained on the coarser ones alone,
+              and costs less. None: all rows have all resolutions
     """
 
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
@@ -114,9 +127,10 @@ class ExtendedDiffusion:
                                  f"{[1] + [0.5] * (self.R - 1)}")
         self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict)
                        for s in self.shapes]
-        for d in self.levels:       # (x0 - x0')^2 = (1 - gamma) (v - v')^2, (eps - eps')^2 = gamma (v - v')^2
-            size = {"v": torch.ones_like(d.alpha_bar), "eps": d.alpha_bar, "x0": 1 - d.alpha_bar}
-            d.tables["rescale"] = size[error] / size[predict]
+        for d in self.levels:
+            # squared errors as multiples of v's: eps - eps' = alpha (v - v') and x0 - x0' = sigma (v' - v)
+            times_v = {"v": torch.ones_like(d.alpha_bar), "eps": d.alpha_bar, "x0": 1 - d.alpha_bar}
+            d.tables["rescale"] = times_v[error] / times_v[predict]
 
     def model_t(self, t):
         return self.levels[0].model_t(t)
@@ -129,8 +143,9 @@ class ExtendedDiffusion:
         return few
 
     def noise_shape(self, shape):
-        """Of the normal numbers that one row of `loss` needs: independent noise for each resolution, and
-        one number more, of which `mixed` decides the resolutions of the row."""
+        """The shape of the normal numbers that one row of `loss` needs: noise for each resolution, all
+        independent (as in the code; the paper writes only the marginals), and one number more, from which
+        `mixed` decides which resolutions the row has."""
         return (sum(math.prod(s) for s in self.shapes) + 1,)
 
     def unpack(self, numbers):
@@ -139,8 +154,9 @@ class ExtendedDiffusion:
         return [p.view(len(p), *s) for p, s in zip(parts, self.shapes)]
 
     def shown(self, z):
-        """What the network may see. A resolution that is not trained could not be sampled either; shown in
-        training alone, it would give the picture away."""
+        """What the network may see: zeros for a resolution of weight 0. It is not trained, so in sampling it
+        would have no sensible z; and in training a less noisy small copy would make the large one's task
+        easier than it is in sampling."""
         return [y if w else torch.zeros_like(y) for y, w in zip(z, self.weights)]
 
     def loss(self, model, x0, t, noise, **cond):
@@ -153,18 +169,18 @@ class ExtendedDiffusion:
             # one is computed, even if it does not count: no weight may go unused under DDP.
             order = u.argsort()                                                       # (B,)
             has = u[order, None] <= torch.tensor(self.mixed, device=t.device)         # (B, R)
-            rows = has.sum(0).clamp(min=1).tolist()                                   # waits for a GPU
-            x0, t, noise = x0[order], t[order], [e[order] for e in noise]
+            rows = has.sum(0).clamp(min=1).tolist()     # a copy to the CPU: waits for the GPU
+            x0, t, noise = x0[order], t[order], [eps[order] for eps in noise]
             cond = {k: v[order] for k, v in cond.items() if v is not None}
         x = [reduce(x0[:n], s) for n, s in zip(rows, self.shapes)]                    # [(n, *shape)]
-        z = [d.q_sample(y, t[:n], e[:n]) for d, y, n, e in zip(self.levels, x, rows, noise)]
+        z = [d.q_sample(y, t[:n], eps[:n]) for d, y, n, eps in zip(self.levels, x, rows, noise)]
         outs = model(self.shown(z), self.model_t(t), **cond)                          # [(n, *shape)]
         terms, total = {}, 0
         for r, (d, n, out) in enumerate(zip(self.levels, rows, outs)):
             mse = (out.float() - d.target(x[r], t[:n], noise[r][:n])).square().flatten(1).mean(1)
             mse = F.pad(mse * d.at("rescale", t[:n], mse), (0, len(t) - n))           # (B,)
             terms[f"loss_{r + 1}"] = mse = mse * has[:, r] if self.mixed else mse
-            # divided by the chance, so that the expected loss is that of unmixed batches
+            # divided by the chance, so that a resolution counts as much as in unmixed batches, on average
             total = total + self.weights[r] / (self.mixed[r] if self.mixed else 1) * mse
         terms["loss"] = total
         if self.mixed:
@@ -174,8 +190,8 @@ class ExtendedDiffusion:
     @torch.no_grad()
     def sample_levels(self, model, shape, seeds, *, sampler="ddim", steps="50", eta=0.0, cfg_scale=1.0,
                       clip=True, on_step=None, **cond):
-        """As diffusion.Diffusion.sample -> every resolution, [(B, *shape_r)]. All are denoised in parallel,
-        one call of the network a step, each by its own schedule. on_step gets lists."""
+        """As diffusion.Diffusion.sample, without `start` -> every resolution, [(B, *shape_r)]. All are
+        denoised in parallel, one call of the network a step, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
             raise ValueError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}")
         few = self.respaced(steps)
@@ -190,8 +206,9 @@ class ExtendedDiffusion:
                 noise = self.unpack(normal(fold(seeds, i), size))
             if on_step:
                 x0 = [d.predict_x0_eps(o, y, t, clip)[0] for d, o, y in zip(few.levels, outs, z)]
-            z = [d.ddpm_step(o, y, t, e, clip) if sampler == "ddpm" else d.ddim_step(o, y, t, e, clip, eta)
-                 for d, o, y, e in zip(few.levels, outs, z, noise)]
+            z = [d.ddpm_step(o, y, t, eps, clip) if sampler == "ddpm"
+                 else d.ddim_step(o, y, t, eps, clip, eta)
+                 for d, o, y, eps in zip(few.levels, outs, z, noise)]
             if on_step:
                 on_step(i, z, x0)
         return self.shown(z)
@@ -224,8 +241,8 @@ def guided(model, scale):
 # --- the condition: words, or a class -----------------------------------------------------------
 
 class Spelling(nn.Module):
-    """Bytes of words (B, L, W), 0 where there is none -> words (B, L, D), learned along: a vector for each
-    letter at each place of a word, summed, and one for each place in the caption."""
+    """Bytes of words (B, L, W), 0 where there is none -> tokens (B, L, D), learned with the network: a vector
+    for each letter at each place of a word, summed, and one for each place in the caption."""
 
     def __init__(self, D, L=16, W=12):
         super().__init__()
@@ -260,9 +277,10 @@ class TextLayer(nn.Module):
 class Condition(nn.Module):
     """A class y (B,), or `text` with `mask` (B, L) -> tokens (B, L, D), mask (B, L), pooled (B, E).
 
-    text is (B, L, W) bytes if the model was built with text="bytes", else (B, L, text) embeddings of a
-    frozen language model. A class becomes a caption of one token. Label -1, a row of the mask without a True,
-    None: no condition, for which a learned token stands.
+    text is (B, L, W) bytes if the model was built with text="bytes", else (B, L, n) embeddings of a frozen
+    language model, where the argument `text` of __init__ is n. A class becomes a caption of one token. No
+    condition is: label -1, a row of the mask without a True, or y and text both None. A learned token then
+    stands in its place (of classes, the table's last row).
     """
 
     def __init__(self, num_classes, text, D, E, layers):
@@ -285,7 +303,8 @@ class Condition(nn.Module):
             tokens = self.null.expand(len(t), 1, -1)                                  # (B, 1, D)
             mask = torch.ones_like(t, dtype=torch.bool)[:, None]                      # (B, 1)
         else:
-            # Attention over nothing would be 0/0: where no token is valid, the first becomes "no text".
+            # Attention over nothing would be 0/0: where no token is valid, all become "no text" and the first
+            # is made valid.
             none = ~mask.any(dim=1, keepdim=True)                                     # (B, 1)
             tokens = torch.where(none[..., None], self.null, self.source(text))       # (B, L, D)
             mask = torch.cat([mask[:, :1] | none, mask[:, 1:]], dim=1)                # (B, L)
@@ -305,12 +324,12 @@ def zero(layer):
 
 
 def group_norm(C):
-    """32 groups; fewer where they would have less than 4 channels: a group of one forgets the mean."""
+    """32 groups; fewer where they would have fewer than 4 channels: a channel alone would lose its mean."""
     return nn.GroupNorm(math.gcd(C, min(32, max(1, C // 4))), C)
 
 
 def sinusoid(t, width):
-    """(B,) -> (B, width): sines, then cosines, of t at wavelengths from 2 pi to 2 pi 10^4."""
+    """(B,) -> (B, width): sines, then cosines, of t at wavelengths from 2 pi to almost 2 pi 10^4."""
     half = width // 2
     angles = t.float()[:, None] * (-math.log(1e4) / half * torch.arange(half, device=t.device)).exp()
     return torch.cat([angles.sin(), angles.cos()], dim=1)                             # (B, width)
@@ -322,7 +341,7 @@ class ResBlock(nn.Module):
     def __init__(self, C_in, C, E):
         super().__init__()
         self.norm1, self.conv1 = group_norm(C_in), nn.Conv2d(C_in, C, 3, padding=1)
-        self.film = nn.Linear(E, 2 * C)
+        self.film = nn.Linear(E, 2 * C)     # e's scale and shift of channels (FiLM, "adaptive group norm")
         self.norm2, self.conv2 = group_norm(C), zero(nn.Conv2d(C, C, 3, padding=1))
         self.skip = nn.Conv2d(C_in, C, 1) if C_in != C else nn.Identity()
 
@@ -383,7 +402,7 @@ class TemporalAttention(nn.Module):
         frame = sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[2])       # (T, C)
         q, k, v = rearrange(self.qkv(self.norm1(x) + frame), "p t (qkv n d) -> qkv p n t d", qkv=3,
                             n=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)                                   # (B h w, n, T, d)
+        y = F.scaled_dot_product_attention(q, k, v)                                   # (B h/2 w/2, n, T, d)
         x = x + self.out(rearrange(y, "p n t d -> p t (n d)"))
         x = x + self.mlp(self.norm2(x))                                               # (B h/2 w/2, T, C)
         x = rearrange(x, "(b h w) t c -> (b t) c h w", b=B, h=small.shape[2])
@@ -458,7 +477,7 @@ class UNet(nn.Module):
                  heads=8,               # of attention
                  embedding=1024,        # E, of t and of what is added to it
                  condition=None,        # a Condition, or None
-                 words=0,               # D of its tokens; 0: no condition
+                 words=0,               # D of its tokens, 0: none; in the methods `words` is [tokens, mask]
                  middle=1,              # layers of attention in the middle; None: no middle
                  mlp=True,              # a small network after each attention
                  temporal=False,        # shrink in time, not in height and width, and look along time
@@ -498,12 +517,13 @@ class UNet(nn.Module):
 
     def forward(self, z, t, y=None, text=None, text_mask=None, size=None):
         """z [(B, *shape_1), .., (B_R, *shape_R)], t (B,) long, y (B,) or text and text_mask as for Condition,
-        size (B,): the shorter side of the original pictures, None: not smaller. -> like z.
+        size (B,): the shorter side each picture had before it was resized, None: at least as large as here;
+        each level sees min(size, its own side). -> like z.
 
         A finer resolution may have fewer rows, those of the first pictures: B_R <= .. <= B.
         """
         condition = self.core.condition
-        words, pooled = None, None
+        words, pooled = None, None      # words: [tokens (B, L, D), mask (B, L)]
         if condition is not None:       # computed once, by the innermost network, for all resolutions
             *words, pooled = condition(t, y, text, text_mask)
         return self.denoise(z, t, words, pooled, size)[0]
@@ -514,9 +534,9 @@ class UNet(nn.Module):
         return self
 
     def denoise(self, z, t, words, pooled, size, above=None):
-        """z [(B, *shape_1)] -> ([prediction], features (B T, C, h, w)). `above`: what the outer network hands
-        in, (n T, C, h, w) of the first n rows. T frames in videos, else 1."""
-        h, e = self.enter(z[-1], t, pooled, size, above)                              # (B, C, h, w), (B, E)
+        """z [(B, *shape_1)] -> ([prediction], features (B T, C_1, H, W)). `above`: what the outer network
+        hands in, (n T, C_1, H, W) of the first n rows. T frames in videos, else 1."""
+        h, e = self.enter(z[-1], t, pooled, size, above)                              # (B T, C_1, H, W)
         h, skips = self.descend(h, e, words)
         for stage in self.middle:
             h = stage(h, e, words)
@@ -553,7 +573,7 @@ class UNet(nn.Module):
         return h, skips
 
     def ascend(self, h, skips, e, words):
-        """Up again, each stage with the features from its own height."""
+        """Up again, each stage with the features from its own height; i counts from the lowest."""
         words = self.of_rows(words, len(e))
         for i, stages in enumerate(self.up):
             for stage in stages:
@@ -630,19 +650,19 @@ class NestedUNet(UNet):
 
     def denoise(self, z, t, words, pooled, size, above=None):
         """z [(B, *shape_1), .., (B_R, *shape_R)] -> (predictions like z, features of the finest)."""
-        h, e = self.enter(z[-1], t, pooled, size, above)                              # (B T, C_1, H, W)
-        h, skips = self.descend(h, e, words)                                          # (B T', C_k, h, w)
+        h, e = self.enter(z[-1], t, pooled, size, above)                              # (B_R T, C_1, H, W)
+        h, skips = self.descend(h, e, words)                                          # (B_R T', C_k, h, w)
         outs, inner = self.inner.denoise(z[:-1], t, words, pooled, size, self.in_adapter(h))
         h = h + self.out_adapter(inner[:len(h)])        # the first rows: those that have this resolution
-        h = self.ascend(h, skips, e, words)                                           # (B T, C_1, H, W)
+        h = self.ascend(h, skips, e, words)                                           # (B_R T, C_1, H, W)
         return [*outs, self.predict(h, z[-1])], h
 
     def shapes(self):
         return [*self.inner.shapes(), self.shape]
 
     def load_inner(self, state):
-        """Progressive training: begin with the weights of a trained network of fewer resolutions, all of
-        them. Raises ValueError unless every single one fits."""
+        """Progressive training: begin with a trained network of fewer resolutions, every weight of it. Raises
+        ValueError unless all fit."""
         inner = self.inner
         while isinstance(inner, NestedUNet) and inner.state_dict().keys() != state.keys():
             inner = inner.inner
@@ -661,12 +681,14 @@ _CORE = dict(channels=(256, 512, 768), blocks=(2, 2, 2), attention=(0, 1, 5))
 _RELEASED = dict(**_CORE, side=64, words=2048, layers=0, micro=True, embedding=1024, heads=8)
 _PAPER = dict(**_CORE, side=64, words=1024, layers=2, micro=False, embedding=1024, heads=8)
 _X4 = dict(channels=(64, 128, 256), blocks=(2, 2, 1))           # an outer level, four times as large
-_X16 = dict(channels=(32, 32, 64), blocks=(2, 2, 1))            # the next
+_X16 = dict(channels=(32, 32, 64), blocks=(2, 2, 1))            # around _X4: 16 times the coarsest
 _DIFFUSION = dict(schedule="cosine", predict="v", error="eps", power=1)
 _TINY = dict(channels=(48, 96), blocks=(1, 1), attention=(0, 1), side=16, words=64, layers=2, micro=False,
              embedding=256, heads=4, schedule="cosine", predict="v", error="v", power=1)
 CONFIGS = {
-    # As many outer levels are used, of those listed, as the picture's size asks for.
+    # As many of the outer levels listed are used as leave the coarsest pictures at least 3/4 of `side`. (A
+    # picture larger than the preset's only makes all resolutions larger.) cc12m-.. are the released
+    # configurations' names; the released checkpoints were trained on 50M pairs from Flickr.
     "cc12m-64": dict(**_RELEASED, outer=(), **_DIFFUSION),
     "cc12m-256": dict(**_RELEASED, outer=(_X4,), **_DIFFUSION),
     "cc12m-1024": dict(**_RELEASED, outer=(_X4, _X16), **{**_DIFFUSION, "power": 2}),
@@ -681,7 +703,7 @@ CONFIGS = {
     # resolutions too.
     "tiny": dict(**_TINY, outer=(dict(channels=(24, 48), blocks=(1, 1)),
                                  dict(channels=(12, 24), blocks=(1, 1)))),
-    # {16, 64} instead of {16, 32, 64} (Figure 8)
+    # two resolutions instead of three, as Figure 8 compares, at our sizes: {16, 64}, {16, 32, 64}
     "tiny-x4": dict(**_TINY, outer=(dict(channels=(12, 24, 48), blocks=(1, 1, 1)),)),
     "tiny-video": dict(**_TINY, temporal=dict(channels=(24, 24, 32, 48, 48), blocks=(1,) * 5),
                        outer=(dict(channels=(16, 24), blocks=(1, 1)),)),
@@ -707,7 +729,7 @@ def build(preset, shape, num_classes=0, text=0, **options):
     if num_classes and text:
         raise ValueError("a model reads classes or text, not both: drop one")
 
-    # Which of the outer levels? As many as leave the coarsest pictures about `side` pixels.
+    # Which of the outer levels? See CONFIGS.
     outer, factor = [], 1
     for spec in c["outer"]:
         k = 2 ** (len(spec["channels"]) - 1)
@@ -791,7 +813,7 @@ def check(c):
 
 
 def table():
-    """The digits of the released and paper-like networks; the null token, ours, is not in theirs."""
+    """Parameters and multiply-adds of the released and paper-like networks; the null token is ours."""
     def row(preset, shape, note="", **condition):
         with torch.device("meta"):
             model = build(preset, shape, **condition)[0]
@@ -811,7 +833,8 @@ def table():
     row("paper-256", (3, 256, 256), "449,833,286", **t5)
     row("paper-128-256", (3, 256, 256), "453,483,977", **t5)
     row("paper-1024", (3, 1024, 1024), "452,876,617", **t5)
-    row("paper-256", (3, 256, 256), "(ImageNet: 1000 classes instead of text)", num_classes=1000)
+    row("paper-256", (3, 256, 256), "421.4M  (1000 classes and \"none\"; theirs: no text layers)",
+        num_classes=1000)
     row("paper-video", (3, 16, 256, 256), "(none; widths of the temporal level ours)", **t5)
     print("\nfor two CPU cores, bytes as text")
     for preset, *shape in (("tiny", 3, 16, 16), ("tiny", 3, 32, 32), ("tiny", 3, 64, 64),
