@@ -3,22 +3,25 @@
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, I),   t = 0 .. T-1
 
 A network sees (x_t, t) and tells what was mixed; everything else is arithmetic on the table
-`alpha_bar`. All formulas below take the network's *output* `out`, never the network, so a paper
-that denoises several resolutions at once can step each one with a schedule of its own.
+`alpha_bar`. The formulas below take the network's *output* `out`, so a paper that denoises several
+resolutions at once can step each one with a schedule of its own; only `loss`, `sample` and `guided`
+call the network.
 
-Index convention (ADM's): t = 0 is *one* step of noise, not none. alpha_bar_prev[0] = 1.
+Index convention, that of ADM's code (Dhariwal & Nichol 2021, 2105.05233; DDPM, IDDPM and DDIM count
+from 1): t = 0 is *one* step of noise, not none. alpha_bar_prev[0] = 1. x_0 is always the clean image,
+never x_t at t = 0; there, x_{t-1} means x_0.
 
 | code             | symbol                  | from                                                    |
 |------------------|-------------------------|---------------------------------------------------------|
 | `alpha_bar`      | alpha-bar_t             | DDPM, Ho et al. 2020 (2006.11239), Section 2            |
 | `beta`           | beta_t                  | DDPM Section 2; linear schedule Section 4               |
 | `q_posterior`    | q(x_{t-1} | x_t, x_0)   | DDPM Eq. 6, 7                                           |
-| `cosine`, `learned`, `respaced` |          | IDDPM, Nichol & Dhariwal 2021 (2102.09672), Eq. 17, 15, Sec. 4 |
+| `cosine`, `learned`, `respaced` |         | IDDPM, Nichol & Dhariwal 2021 (2102.09672), Eq. 17, 15, Sec. 4 |
 | `ddim_step`      | sigma_t(eta)            | DDIM, Song et al. 2020 (2010.02502), Eq. 12, 16         |
 | `v`              | v = sqrt(ab) eps - sqrt(1-ab) x_0 | Salimans & Ho 2022 (2202.00512), App. D       |
-| `guided`         | s                       | classifier-free guidance, Ho & Salimans 2022 (2207.12598) |
+| `guided`         | s = 1 + w               | classifier-free guidance, Ho & Salimans 2022 (2207.12598) |
 | `min_snr`        | gamma                   | Hang et al. 2023 (2303.09556)                           |
-| `shift_snr`      | SNR / ratio^power       | MDM, Gu et al. 2023 (2310.15111), Section 3             |
+| `shift_snr`      | SNR / ratio^power       | the code of MDM, Gu et al. 2023 (2310.15111)            |
 | `bounded`        | s (dynamic thresholding) | Imagen, Saharia et al. 2022 (2205.11487)               |
 
 Shapes: x is (B, C, H, W), or (B, C, T, H, W) for video; t is (B,) long; every loss is (B,).
@@ -29,11 +32,12 @@ import math
 import torch
 
 # ---------------------------------------------------------------------------------------------
-# Noise as a function. Everything random in this project is computed from integers (seed, step,
-# index) by a hash, with no generator whose state would have to be saved, shipped between
-# processes or kept in step. A resumed run therefore repeats the uninterrupted one, and image 7 of
-# seed 0 is the same picture in any batch, on any number of processes. Runs where x lives: on a GPU
-# nothing waits for the CPU.
+# Noise as a function. Noise and timesteps are computed from integers (seed, step, index) by a hash,
+# with no generator whose state would have to be saved, shipped between processes or kept in step.
+# (The order of the data, initial weights and dropout come from generators, each seeded anew by such
+# integers.) A resumed run therefore repeats the uninterrupted one, and image 7 of seed 0 is the same
+# picture in any batch, on any number of processes. Runs where x lives: on a GPU nothing waits for
+# the CPU.
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64      # 2^64 / golden ratio, as a signed 64-bit integer
 
@@ -79,9 +83,9 @@ def normal(seeds, shape):
 # would have only three digits of it left. Tables are made on the CPU whatever the default device.
 
 def linear_alpha_bar(T):
-    """beta from 1e-4 to 0.02, scaled so that the total noise does not depend on T. DDPM Sec. 4."""
+    """beta from 1e-4 to 0.02 (DDPM Sec. 4) times 1000 / T (ADM's code): its sum does not depend on T."""
     if T <= 20:
-        raise ValueError(f"a linear schedule of {T} steps would need beta > 1: use more than 20")
+        raise ValueError(f"a linear schedule of {T} steps would need a beta of 1 or more: use more than 20")
     beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64, device="cpu")
     return (1 - beta).cumprod(0)
 
@@ -98,10 +102,12 @@ SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar}
 
 
 def shift_snr(alpha_bar, ratio, power=1):
-    """Divide the signal-to-noise ratio by ratio^power (ratio > 1: more noise). MDM Section 3.
+    """Divide the signal-to-noise ratio by ratio^power (ratio > 1: more noise).
 
-    An image `ratio` times larger per side shows ratio^2 noisy copies of the same content, so it
-    needs more noise to be equally hidden.
+    For an image `ratio` times larger per side. Averaging the ratio^2 pixels that show the same content
+    divides the noise variance by ratio^2, so equal hiding needs power 2. MDM's released 256 px model
+    uses power 1, our default; the 1024 px one uses 2. The formula is from MDM's code; the paper says
+    only that it shifts by resolution.
     """
     return 1 / (1 + ratio**power * (1 - alpha_bar) / alpha_bar)
 
@@ -111,7 +117,8 @@ def spaced_timesteps(T, spec):
 
     "250": 250 steps evenly from 0 to T-1, both included. "10,15,20": the same within three equal
     sections of 0..T-1. "ddim50": every (T/50)-th step from 0; it never starts at T-1.
-    Raises ValueError if that many steps do not fit.
+    Raises ValueError if that many steps do not fit. (ADM's code takes "ddimN" if any whole stride gives
+    N steps; its sum of strides may round a tie the other way; one step alone is its section's first.)
     """
     spec = str(spec)
     try:
@@ -146,7 +153,8 @@ class Diffusion:
     predict       what the network's output means: "eps" | "v" | "x0"
     variance      of a DDPM step: "small" (the posterior's) | "large" (beta) | "learned" (the
                   network has C more channels that interpolate between the two; IDDPM Eq. 15)
-    min_snr       None, or the gamma that caps the weight of easy, little-noised steps (usually 5)
+    min_snr       None, or the gamma that caps the weight of easy, little-noised steps (5 in its
+                  paper, from memory)
     timestep_map  (T,) the t to show the network; set by `respaced`
     """
 
@@ -163,7 +171,8 @@ class Diffusion:
         prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta = 1 - alpha_bar / prev
         posterior_var = beta * (1 - prev) / (1 - alpha_bar)                     # DDPM Eq. 7
-        # posterior_var[0] = 0: at t = 0 x_0 is known exactly. Its log is needed all the same.
+        # posterior_var[0] = 0: x_{t-1} is then x_0 itself. Its log is needed all the same, so ADM's code
+        # takes the next entry's.
         second = posterior_var[min(1, self.T - 1)]
         # a respaced schedule of one step has no second entry: fall back on beta
         floor = second if second > 0 else beta[0]
@@ -290,7 +299,7 @@ class Diffusion:
         return terms
 
     def vb(self, out, x0, x_t, t):
-        """L_{t-1} (for t = 0: L_0) of the variational bound, bits per dimension, (B,). DDPM Eq. 5."""
+        """L_t of the variational bound (DDPM Eq. 5: L_{t-1}, t from 1 on), bits per dimension, (B,)."""
         true_mean, _, true_logvar = self.q_posterior(x0, x_t, t)
         mean, logvar = self.p_mean_logvar(out, x_t, t)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
@@ -323,10 +332,11 @@ class Diffusion:
                cfg_scale=1.0,       # guidance; 1 = off, and then half the work
                clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
                start=None,          # (x (B, C, H, W), t): from x at step t, not from noise at T - 1;
-                                    # `steps` are then of the t + 1 from t down to 0
+                                    # `steps` are then chosen among the t + 1 steps t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down
                **cond):             # y=, text=, text_mask=: one row per image
         """Draw len(seeds) images of `shape` = (C, H, W); image i is a function of seeds[i]."""
+        # counter T: the start; i: the noise of step i
         x, last = start or (normal(fold(seeds, self.T), shape), None)              # (B, C, H, W)
         d = self.respaced(steps, last)
         # while sampling no weights change: what depends on them alone is made once
@@ -348,8 +358,9 @@ THRESHOLDS = {"imagen": (0.995, 100.0), "deepfloyd": (0.95, 1.5)}
 
 
 def bounded(x0, clip):
-    """Keep x0 (B, ..) in [-1, 1]. clip=True cuts off. "imagen" ("deepfloyd"): what 99.5% (95%) of an
-    image's values lie within, if from 1 to 100 (1.5), becomes 1: guided images keep their contrasts."""
+    """Keep x0 (B, ..) in [-1, 1]. clip=True cuts off. "imagen" ("deepfloyd"), dynamic thresholding: x0 is
+    cut at +-s and divided by s, the 99.5% (95%) quantile of |x0| of each image, but at least 1 and at
+    most 100 (1.5), limits of MDM's code. Guided images keep their contrasts."""
     if clip is True:
         return x0.clamp(-1, 1)
     part, most = THRESHOLDS[clip]

@@ -5,18 +5,20 @@ Jing Nathan Yan, Jiatao Gu, Alexander M. Rush. arXiv 2311.18257, CVPR 2024.
 The idea. Attention costs L^2 for L pixels, so transformers cut the image into patches first and
 lose detail. DiffuSSM mixes single pixels (of the latent) by two long convolutions, one per reading
 direction, whose kernels are state space models (S4D), at a cost of L log L. Then the dense layers
-are the expensive part, so they form an "hourglass": the residual stream holds M neighbouring tokens
-folded into one, and only inside a block, around the convolution, is the sequence unfolded to its
-full length. There is no attention anywhere.
+are the expensive part, so they form an "hourglass" (the paper's word, though it is long in the
+middle): the residual stream holds M neighbouring tokens folded into one, and only inside a block,
+around the convolution, is the sequence unfolded to its full length. There is no attention anywhere.
 
-Glossary. B is the batch axis in shapes and the SSM's input vector in formulas; D is the width in
-shapes and the direct path of an SSM in formulas.
+Glossary. Some letters mean two things. In S4D's formulas and parameters B, C and D are input vector,
+output vector and direct path, x the state, y the output; in shapes and everywhere else batch, channels of
+the image, width, image or stream, class. H counts SSMs in S4D's shapes; elsewhere it is the image's height.
 
 | code            | symbol    | shape           | meaning, and where it is from                          |
 |-----------------|-----------|-----------------|--------------------------------------------------------|
 | `width`         | D         |                 | channels of the residual stream                        |
 | `patch`         | P         |                 | side of a patch; 1: none                               |
 | `ratio`         | M         |                 | of the hourglass: tokens folded into one; 1: none      |
+|                 | m         |                 | phase: a token's place, 0 .. M-1, among the M folded   |
 |                 | L         |                 | tokens at full length, H W / P^2                       |
 |                 | J         |                 | tokens of the residual stream, L / M                   |
 | `I`             | I_j       | (B, J, D)       | what a block reads: the normed, modulated stream       |
@@ -36,33 +38,42 @@ shapes and the direct path of an SSM in formulas.
 
 S4D: On the Parameterization and Initialization of Diagonal State Space Models, Gu, Gupta, Goel, Re
 2022, 2206.11893. Not here: training (train.py), the noise schedule (diffusion.py), the VAE that makes
-a 32x32x4 latent of a 256 px image. No code and no weights of the authors could be found; the paper gives
-the equations of the block, the number of its parameters (9 D^2 + 2 M D^2), D and depth of XL.
+a 32x32x4 latent of a 256 px image. No code and no weights of the authors could be found; the paper gives,
+among other things, the equations of the block, the number of its parameters (9 D^2 + 2 M D^2), D and depth
+of XL. What was read: the text and the equations of the main paper, in translation; not its appendix nor its
+drawing of the block (Figure 2). "Not given", "no .. mentioned" and "only .. in print" mean: in what was read.
 
-Choices. What the paper says, what it leaves open, and what this file does; "ours" is inferred.
- 1. U is printed as (L, D). Of the widths tried (D/2, D, 2D), with all the matrices printed and M
-    different W^up and W^down, only 2D, a half for each direction, counts 9 D^2 + 2 M D^2. Ours: 2D.
+Choices. What the paper says, what it leaves open, and what this file does. "Ours" is inferred or chosen by
+us; the rest is the paper's or the named source's.
+ 1. U is printed as (L, D), Y as (L, 2D). With this Y, all the matrices printed, M different W^up and W^down,
+    and D/2, D and 2D tried for U, for the width between W_0 and W^up, and for the gate, only 2D, D and D
+    count 9 D^2 + 2 M D^2 at every M. Ours: U has 2D, a half for each direction.
  2. The text mentions an MLP after the two directions are concatenated; in the count there is room
     for none. We take it to be W^down.
  3. "An activation" sigma: ours is GELU, that of BiGS, the model's declared ancestor.
  4. No norm appears in the equations. Ours, as in DiT: LayerNorm without parameters before each
     block, and before the decoder.
  5. Time and class are "integrated at each position". Ours: a 2-layer MLP per block, c -> D -> 3D,
-    makes shift, scale and gate, the last layer zero at the start (adaLN-Zero, DiT). Its 4 D^2 are what
-    the paper's total of about 673M leaves for it: XL has 668,878,864 parameters with it, 514.8M without.
+    makes shift, scale and gate, the last layer zero at the start as in DiT's adaLN-Zero (which has one
+    layer, c -> 6D; that would give 745.9M). Its 4 D^2 are what the paper's total of about 673M leaves for
+    it: XL has 668,878,864 parameters with it, 514.8M without.
  6. Folding M tokens into the J x D stream, and back: ours is a linear map of M consecutive tokens.
  7. No positions are mentioned. Ours: fixed sines and cosines of row and column, no parameters.
  8. Only XL has its depth in print (29), S its width (384); L's width, "786", we take to be a slip for
-    768, and the depths of S and L are ours (12 and 24, as DiT-S and DiT-L).
+    768. The depths of S and L are ours: 12, DiT-S's, and 24, DiT-L's, although 768 is DiT-B's width (so L
+    has 248M parameters, between DiT-B's and DiT-L's).
  9. S4D's settings are not given. Ours are those of its authors' code: N = 64, dt log-uniform in
     [0.001, 0.1], A as S4D-Lin, zero-order hold, a direct path D. Their layer's own GELU, output matrix
     and GLU are left out: the block has its own (and they would cost 4 L D^2 more).
 10. Both directions see the current token. (The S4 code's bidirectional option is strictly future in its
     backward half.) The two directions share nothing.
-11. Linear layers start Xavier-uniform as in DiT, each phase of W^up and W^down by itself.
-12. S4D's authors train dt and A at a rate of 0.001 at most and without weight decay. Ours: one rate for
-    all, and no weight decay (train.py's default), which would pull dt to 1 and frequencies to 0.
-13. `python diffussm.py` does not reproduce the paper's 280.3 Gflops; see what it prints.
+11. Linear layers start Xavier-uniform, the MLP of the time step at std 0.02 and the last layers at zero, as
+    in DiT; each phase of W^up and W^down by itself.
+12. S4D's authors train dt and A at a rate of 0.001 at most and without weight decay. Ours: one rate for all,
+    the same up to 0.001. Weight decay (train.py's default: none) would pull dt to 1 and frequencies to 0.
+13. 280.3 and 1066.2 Gflops an image are not printed as such. They are the total Gflops divided by the images
+    of the paper's Table 1 (1.85e11 / 660M, 3.22e11 / 302M), as others quote it. `python diffussm.py` does
+    not reproduce them; see what it prints.
 """
 import inspect
 import math
@@ -104,8 +115,9 @@ def initial_state_matrix(init, N):
         return math.pi * n[:N // 2], ones
     if init == "inv":                   # approximates "legs"; a few very fast states
         return N / math.pi * (N / (2 * n[:N // 2] + 1) - 1), ones
-    # "legs": HiPPO-LegS, made to remember all of the past by Legendre polynomials, without its
-    # rank-one part. What remains is -1/2 plus a skew-symmetric matrix: eigenvalues -1/2 + i omega.
+    # "legs": HiPPO-LegS, made to remember all of the past by Legendre polynomials: A = -1/2 + skew - p p^T.
+    # Without the rank-one p p^T its eigenvalues are -1/2 + i omega. `eigh` wants a Hermitian matrix, hence
+    # -i skew. B = sqrt(2) p is carried into the basis of eigenvectors, and one of each conjugate pair kept.
     p = (n + 0.5).sqrt()
     skew = (p[:, None] * p).triu(1) - (p[:, None] * p).tril(-1)                        # (N, N)
     omega, V = torch.linalg.eigh(-1j * skew)
@@ -124,8 +136,8 @@ def discretize(A, dt, method):
 def kernel_ref(log_Abar, CB, L):
     """The definition: a Vandermonde matrix per channel. log_Abar, CB complex (H, N/2) -> K (H, L).
     Keeps L N numbers per channel for backward."""
-    powers = (log_Abar[:, :, None] * torch.arange(L, device=CB.device)).exp()       # (H, N/2, L)
-    return 2 * (CB[:, :, None] * powers).sum(1).real                                   # (H, L)
+    V = (log_Abar[:, :, None] * torch.arange(L, device=CB.device)).exp()               # (H, N/2, L)
+    return 2 * (CB[:, :, None] * V).sum(1).real                                        # (H, L)
 
 
 def kernel(log_Abar, CB, L):
@@ -143,8 +155,9 @@ def kernel(log_Abar, CB, L):
     for log_Abar, CB in zip(log_Abar.split(h), CB.split(h)):
         coarse = (2 * CB)[:, None] * powers(log_Abar, a)                               # (h, L/S, N/2)
         fine = powers(log_Abar.conj(), b)                                              # (h, S, N/2)
-        # Re(p conj q) = Re p Re q + Im p Im q: a real product, many times faster than a complex one. (On a
-        # GPU where TF32 is allowed, train.py's default there, it has TF32's 10 bits of mantissa.)
+        # Wanted: Re(p r), p `coarse`, r = Abar^b. With q = conj r, `fine`, it is Re p Re q + Im p Im q: a
+        # real product, many times faster than a complex one. (On a GPU where TF32 is allowed, train.py's
+        # default there, its inputs are rounded to TF32's 10 bits of mantissa.)
         coarse, fine = (torch.view_as_real(x).flatten(2) for x in (coarse, fine))      # (h, ., N)
         Ks.append((coarse @ fine.mT).flatten(1)[:, :L])                                # (h, L)
     return torch.cat(Ks)                                                               # (H, L)
@@ -158,8 +171,8 @@ def powers(log_Abar, l):
 
 
 def ssm_ref(u, log_Abar, CB, D):
-    """The recurrence, one token after the other. Its state collects u itself: Bbar, like C, is a factor per
-    state, and waits in CB.
+    """The recurrence, one token after the other. Its x is without the factor Bbar which, since it is the same
+    at every token, can be multiplied at the output: CB = C Bbar.
 
     u (B, L, H): the first half of the H channels is read from the left, the second from the right.
     log_Abar, CB complex (H, N/2), D (H,) -> y (B, L, H). Both directions see the current token.
@@ -178,7 +191,8 @@ def ssm_ref(u, log_Abar, CB, D):
 
 
 def ssm(u, log_Abar, CB, D):
-    """The same as a convolution. Equal to `ssm_ref`: tests/test_diffussm.py::test_ssm_*."""
+    """The same as a convolution. Equal to `ssm_ref`: tests/test_diffussm.py::test_ssm_*. (The model takes the
+    two steps apart, `impulse_response` and `convolve`, so that sampling can keep the kernel.)"""
     return convolve(u, with_direct_path(kernel(log_Abar, CB, u.shape[1]), D))
 
 
@@ -206,8 +220,9 @@ def convolve(u: Tensor, K: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{OPS}::convolve_backward", mutates_args=())
 def convolve_backward(dy: Tensor, u: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """du_l = sum_i K_i dy_{l+i} and dK_i = sum_l u_l dy_{l+i}: correlations, so once more products of
-    spectra, one of them conjugated."""
+    """Read from the left, du_l = sum_i K_i dy_{l+i} and dK_i = sum_l u_l dy_{l+i}: correlations, so once
+    more products of spectra, one of them conjugated. Read from the right, l+i becomes l-i in du: none is
+    conjugated; and in dK u and dy change places: the other one is."""
     du, dK = torch.empty_like(u), torch.empty_like(K)
     for h, right, rows in blocks(u):
         K_hat = spectrum(K[h], mirrored=not right)                                     # (h, L+1)
@@ -258,8 +273,8 @@ class BidirectionalS4D(nn.Module):
     """(B, L, 2D) -> (B, L, 2D): D channels read from the left, D from the right.
 
     All parameters are real: .bfloat16() drops the imaginary part of complex ones, and optimizers, DDP and
-    file formats support them halfway. Always computed in float32 (or float64), inside autocast too: bf16
-    has no FFT, and powers of Abar would lose their phase.
+    file formats support them halfway. Always computed in float32 (or float64; on TF32 see `kernel`), inside
+    autocast too: bf16 has no FFT, and powers of Abar would lose their angle.
     """
 
     def __init__(self, channels, state=64, init="lin", discretization="zoh", dt_min=1e-3, dt_max=0.1):
@@ -271,7 +286,7 @@ class BidirectionalS4D(nn.Module):
         self.A_imag = nn.Parameter(torch.empty(channels, state // 2))
         self.C = nn.Parameter(torch.empty(channels, state // 2, 2))
         self.D = nn.Parameter(torch.empty(channels))
-        omega, B = initial_state_matrix(init, state)
+        omega, B = initial_state_matrix(init, state)        # B goes into C: only their product matters
         with torch.no_grad():
             # a state remembers 1 / (dt / 2) tokens: 20 to 2000
             self.log_dt.uniform_(math.log(dt_min), math.log(dt_max))
@@ -315,13 +330,14 @@ def whole(p):
 class Block(nn.Module):
     """(B, J, D) -> (B, J, D). With sigma = GELU, l = j M + m, and m the phase, 0 .. M-1:
 
+        I     = norm(x) (1 + scale) + shift
         U_l   = sigma(W_up_m sigma(W_0 I_j))                        up:   J x D  -> L x 2D
         Y     = BidirectionalSSM(U)                                 mix:  here far tokens meet
         I'_j  = concatenation over m of sigma(W_down_m Y_l)         down: L x 2D -> J x 2D
-        O_j   = W_3 (sigma(W_2 I'_j) * sigma(W_1 I_j))              gate
+        O_j   = W_3 (sigma(W_2 I'_j) * sigma(W_1 I_j))              gate from I
+        x    <- x + gate O                                          this gate, shift, scale from c: choice 5
 
-    around it a skip connection, before it a norm modulated by time and class. Matrices:
-    1 + 2M + 4 + 1 + 2 + 1 = 9 + 2M times D^2, all of them applied J = L/M times.
+    Matrices: 1 + 2M + 4 + 1 + 2 + 1 = 9 + 2M times D^2, all of them applied J = L/M times.
     """
 
     def __init__(self, width, ratio=2, **s4d):
@@ -353,7 +369,8 @@ class Block(nn.Module):
 # --- the model --------------------------------------------------------------------------------------
 
 def sinusoid(t, width):
-    """(B,) -> (B, width): cosines, then sines, of t at wavelengths from 2 pi to 2 pi 10^4."""
+    """(B,) -> (B, width): cosines, then sines, of the numbers t (steps; rows and columns, too) at wavelengths
+    from 2 pi to almost 2 pi 10^4."""
     half = width // 2
     freqs = (-math.log(10000) / half * torch.arange(half, device=t.device)).exp()
     angles = t.float()[:, None] * freqs                                                 # (B, width // 2)
@@ -575,7 +592,7 @@ def table():
           "the kernels, once for all images of a batch\n"
           "                       parameters       all  matrices      SSM attention  kernels   the paper")
     for preset in list(CONFIGS)[:3]:
-        for side, paper in ((32, "280.3 Gflops"), (64, "1066.2")):
+        for side, paper in ((32, "280.3* Gflops"), (64, "1066.2*")):
             model = on_meta(preset, (4, side, side))
             depth, L, width = len(model.blocks), side**2, CONFIGS[preset]["width"]
             figures = (model.macs(), depth * L // model.ratio * matrices(model.blocks[0]),
@@ -591,10 +608,11 @@ def table():
               f" {sum(p.numel() for p in model.parameters()) / 1e6:6.1f}M parameters")
     print("\nThe paper's figures do not quite add up. Of its formula for a layer, 13 (L/M) D^2 + L D^2 +\n"
           "FFTs (M = 2), the first term gives 256.2 and 1024.7, the first two 295.6 and 1182.3, and no\n"
-          "matrix in its equations costs the second. Its 280.3 and 1066.2 (total Gflops divided by images\n"
-          "seen) lie between, 3.80 apart, though from L = 1024 to 4096 no term grows less than 4 times. So\n"
-          "we report our own count. A flop there is a multiply-add, as in DiT, whose XL/2 has 118.6 at 256\n"
-          "px, 524.5 at 512. Hence an image costs DiffuSSM-XL about twice what it costs DiT-XL/2, in\n"
+          "matrix in its equations costs the second. 280.3 and 1066.2 (*: total Gflops divided by images\n"
+          "seen, 1.85e11 / 660M and 3.22e11 / 302M, from its Table 1 as others quote it) lie between; the\n"
+          "second is 3.80 times the first, though from L = 1024 to 4096 no term grows less than 4 times.\n"
+          "So we report our own count. A flop there is a multiply-add, as in DiT, whose XL/2 has 118.6 at\n"
+          "256 px, 524.5 at 512. Hence an image costs DiffuSSM-XL about twice what it costs DiT-XL/2, in\n"
           "training and in sampling; the saving the paper reports is in the number of training images.")
 
 
