@@ -131,8 +131,8 @@ def spaced_timesteps(T, spec):
         raise ValueError(f"cannot take {spec} of the {T} diffusion steps: "
                          f"ask for 1 to {T // len(counts)}")
     if spec.startswith("ddim"):
-        if T % counts[0]:
-            raise ValueError(f"{spec} needs a count that divides {T}: drop 'ddim' for even spacing")
+        if T % counts[0] or counts == [1]:      # one step from 0 would take pure noise for the least noisy
+            raise ValueError(f"{spec} needs a count above 1 that divides {T}: drop 'ddim' for even spacing")
         return list(range(0, T, T // counts[0]))
     kept, start = [], 0
     for i, count in enumerate(counts):

@@ -101,7 +101,7 @@ def test_respaced_keeps_alpha_bar_and_shows_the_original_t():
     torch.testing.assert_close(d.alpha_bar, LINEAR.alpha_bar[spaced_timesteps(1000, "250")])
 
 
-@pytest.mark.parametrize("spec", ["ddim300", "0", "2000", "ten", "-5", ""])
+@pytest.mark.parametrize("spec", ["ddim300", "ddim1", "0", "2000", "ten", "-5", ""])
 def test_impossible_respacing_says_so(spec):
     with pytest.raises(ValueError):
         spaced_timesteps(1000, spec)
