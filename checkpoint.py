@@ -7,6 +7,8 @@ so that nothing in it can run.
 
 A checkpoint holds whole tensors under the model's own names, whatever the number of processes, DDP or shards,
 precision or torch.compile: any run can go on from any other's.
+
+    python checkpoint.py results/dis-mnist dis-mnist.pt      to share: an eighth of the size
 """
 import csv
 import importlib.util
@@ -24,6 +26,8 @@ import zlib
 from pathlib import Path
 
 import torch
+
+import parallel
 
 try:
     import fcntl
@@ -117,6 +121,18 @@ def newest_good(folder, say=print):
     if problems:
         raise ValueError(problems[0])
     return None, None
+
+
+def share(path, out):
+    """Writes the averaged weights of a checkpoint in half precision, without the optimizer and without what
+    only the machine of the training knows: enough to draw, and to begin other runs. -> bytes"""
+    saved = read(path)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in saved["ema"].items()}
+    args = {**saved["args"], "data_dir": None, "results_dir": "results", "name": None, "device": "auto",
+            "resume": "auto", "init_inner": None}
+    slim = {**saved, "model": half, "ema": half, "opt": None, "args": args}      # the tensors are written once
+    replace(Path(out), lambda f: torch.save(slim, f))
+    return Path(out).stat().st_size
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -341,3 +357,17 @@ def open_log(path, fields, step):
     text = "".join(",".join(row) + "\r\n" for row in [fields, *rows])
     replace(path, lambda f: f.write(text.encode()))
     return open(path, "a", newline="")
+
+
+def main(argv=None):
+    p = parallel.Parser("The averaged weights of a run in half precision, to share.")
+    p.add_argument("run", help="a run's folder, or one of its checkpoints")
+    p.add_argument("out", help="the file to write")
+    args = p.parse_args(argv)
+    with parallel.told_plainly():
+        print(f"{share(in_folder(args.run), args.out) / 1e6:.1f} MB -> {args.out}: "
+              f"python sample.py --ckpt {args.out}")
+
+
+if __name__ == "__main__":
+    parallel.run(main)

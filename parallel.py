@@ -68,7 +68,7 @@ def run(main):
             raise
         traceback.print_exc() if not gone else print(f"error: {gone}. {goes_on} ({e})", file=sys.stderr)
         code = 1
-    finally:            # at exit Python waits for workers that it asks to end, by a signal they ignore (data.py)
+    finally:            # at exit Python waits for workers that it asks to end, by a signal they ignore
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch complains that they were killed
         for worker in multiprocessing.active_children():

@@ -280,8 +280,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
     if saved:
-        parallel.load_optimizer(optimizer, saved["opt"])
-        say(f"resumed     at step {start}")
+        if saved["opt"]:
+            parallel.load_optimizer(optimizer, saved["opt"])
+        say(f"resumed     at step {start}{'' if saved['opt'] else ', with a new optimizer'}")
         saved = None                        # a large file may be mapped: let go of it
     stop, latest = parallel.Interruption(), folder / "latest.pt"
     bar = tqdm(total=args.max_steps, initial=start, unit="step", disable=not main_process,
