@@ -340,10 +340,10 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     assert "sharded, checkpointing" in out and "device" in out and not (tmp_path / "results").exists()
 
 
-def test_the_recipes_of_the_readme_start(tmp_path, monkeypatch, capsys):
+def test_the_recipes_start(tmp_path, monkeypatch, capsys):
     """Each as typed, with --dry-run 8 in torchrun's place, on data of the right kind. The memory they need is
     counted in test_memory.py, for smaller ones: here it would take minutes."""
-    text = (ROOT / "README.md").read_text().split("**The papers' recipes**")[1].split("```")[1]
+    text = (ROOT / "docs/scaling.md").read_text().split("**The papers' recipes**")[1].split("```")[1]
     commands = [shlex.split(c) for c in re.findall(r"train\.py (.*)", text.replace("\\\n", " "))]
     assert {c[c.index("--preset") + 1] for c in commands} == {"DiS-H/2", "DiffuSSM-XL", "paper-256", "cunet"}
     monkeypatch.chdir(tmp_path)
@@ -367,6 +367,27 @@ def test_the_recipes_of_the_readme_start(tmp_path, monkeypatch, capsys):
     for says in ("906,966,560", "668,878,864", "mdm paper-256", "7,674,915", "8 processes"):
         assert says in out
     assert not (tmp_path / "results").exists()
+
+
+# --- weights to share ---
+
+def test_weights_to_share(tmp_path, capsys):
+    """A run's average in half precision draws nearly the same pictures, tells nothing of the machine, and can
+    begin another run."""
+    run(tmp_path, "--max-steps", "3", "--data-dir", str(tmp_path))
+    whole, slim = tmp_path / "run" / "latest.pt", tmp_path / "slim.pt"
+    checkpoint.main([str(tmp_path / "run"), str(slim)])
+    assert slim.stat().st_size < whole.stat().st_size / 4
+    assert str(tmp_path) not in repr(checkpoint.read(slim)["args"])
+    out, pictures = tmp_path / "a.png", []
+    for path in (whole, slim):
+        sample.main(["--ckpt", str(path), "--num-samples", "4", "--steps", "3", "--out", str(out)])
+        pictures.append(np.asarray(Image.open(out)).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 3
+    train.main([*SMALL, "--results-dir", str(tmp_path), "--name", "more", "--resume", str(slim), "--max-steps",
+                "5"])
+    assert "resumed     at step 3, with a new optimizer" in capsys.readouterr().out
+    assert checkpoint.read(tmp_path / "more/latest.pt")["step"] == 5
 
 
 # --- launching: a file called dis.py must get in nobody's way ---
