@@ -1,0 +1,286 @@
+"""The evidence of the README: studies made of runs of train.py, judged by judge.py.
+
+    python benchmarks/evidence.py                        all studies on MNIST
+    python benchmarks/evidence.py minutes skip           some of them, by name
+    python benchmarks/evidence.py minutes --data cifar10 --data-dir DIR
+
+A study has arms, ways of training that differ in one thing; each is trained with every seed, on one core, as
+many at a time as --jobs says. What is done is not done again, and what was interrupted goes on. Runs lie in
+--results-dir; their scores are gathered in assets/evidence/<data>-<study>.csv, of which figures.py makes the
+README's tables and figures.
+"""
+import csv
+import io
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import checkpoint
+import data
+import denoise
+import judge as judges
+import parallel
+import sample
+import train
+from diffusion import fold, normal
+
+# --- what is studied ----------------------------------------------------------------------------
+
+DIS, DIFFUSSM, MDM, CUNET = (["--model", m] for m in ("dis", "diffussm", "mdm", "cunet"))
+WIDE_UNET = ["--model", "cunet", "--preset", "unet-tiny"]               # as wide as cunet's tiny
+UNET = [*WIDE_UNET, "--set", "dim=16"]                                  # as many parameters as it
+STEADY = ["--lr-schedule", "constant"]                  # for runs that go on after they were judged
+HALF, FULL = ["--image-size", "half"], []
+
+DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=2000)              # how samples to be judged are drawn
+QUICK = DRAW | dict(steps=25, n=1000)
+
+
+class Study:
+    """arms     {name: [(flags of train.py, steps), ..]}: stages, each begun inside the network of the one
+             before; the last is judged, after each of its steps. Or {name: weights}, a file in assets
+             that is judged as it is; seeds are then of the samples
+    draws    how samples are drawn for that
+    noise    also the error at each of these noise-to-signal ratios
+    denoise  also test images denoised, from each of these steps"""
+
+    def __init__(self, what, arms, seeds=(0, 1, 2), draws=[QUICK], noise=(), denoise=()):
+        self.what, self.arms, self.seeds = what, arms, seeds
+        self.draws, self.noise, self.denoise = draws, noise, denoise
+
+
+LEVELS = 0.1, 0.3, 1, 3, 10
+FIVE = {"DiS": DIS, "DiffuSSM": DIFFUSSM, "MDM": MDM, "cU-Net": CUNET, "U-Net": UNET}
+HOUR = {"DiS": 23000, "DiffuSSM": 4500, "MDM": 9500, "cU-Net": 12500, "U-Net": 12500}
+STUDIES = {
+    "minutes": Study("60 minutes of one core each", {name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
+                     (0,), [DRAW, DRAW | dict(cfg=2.0, n=1000)], noise=LEVELS),
+    "steps": Study("2,000 steps of 32 images each", {name: [(FIVE[name], [2000])] for name in FIVE},
+                   (0,), [DRAW], noise=LEVELS),
+    "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {
+        "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [250, 500, 1000])],
+        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [250, 500, 1000, 2000, 4000])]}),
+    "skip": Study("Which long skip? DiS, an ablation", {
+        skip: [([*DIS, "--set", f"skip={skip}"], [2000])] for skip in ("concat", "add", "none")}),
+    "time": Study("Time as a token, or by adaptive norms? DiS, an ablation", {
+        time: [([*DIS, "--set", f"time={time}"], [2000])] for time in ("token", "adaln")}),
+    "patch": Study("Which patches? DiS, an ablation", {
+        f"{p} x {p}": [([*DIS, "--set", f"patch={p}"], [2000])] for p in (2, 4, 7)}),
+    "losses": Study("Which loss, which order? MDM, Figures 4 and 8", {
+        "finest": [([*MDM, "--set", "weights=finest"], [1000])],
+        "all": [(MDM, [1000])],
+        "progressive": [([*MDM, *HALF], [1000]), (MDM, [500])]}),
+    "ode": Study("cU-Net or U-Net? Tables 1 to 3", {
+        "cU-Net": [(CUNET, [1600])], "U-Net, as wide": [(WIDE_UNET, [1600])],
+        "U-Net, as large": [(UNET, [1600])]},
+        draws=[QUICK | dict(sampler=s, steps=k, n=500) for s in ("ddim", "ddpm") for k in (2, 5, 10, 25, 50)],
+        denoise=(50, 150, 400)),
+    "samplers": Study("How many steps of which sampler?", {"DiS": "dis-mnist.pt", "MDM": "mdm-mnist.pt"},
+                      draws=[QUICK | dict(sampler=s, steps=k) for s in ("ddim", "ddpm")
+                             for k in (5, 10, 25, 50, 100, 250)]),
+    "guidance": Study("How much guidance?", {"DiS": "dis-mnist.pt", "MDM": "mdm-mnist.pt"},
+                      draws=[QUICK | dict(cfg=w) for w in (1, 1.5, 2, 3, 4, 6)]),
+}
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+FIELDS = ["arm", "seed", "step", "minutes", "parameters", "macs", "sampler", "steps", "cfg", "n",
+          "recognised", "distance", "x_real", "precision", "recall", "seconds",
+          *(f"error_{ratio}" for ratio in LEVELS), "from_step", "metric", "noisy", "one_step", "best",
+          "after"]
+
+
+def read_rows(path):
+    """Lines of a .csv, numbers as numbers; none if there is no file."""
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as f:
+        return [{k: value(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+
+def write_rows(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: v if isinstance(v, str) or v == int(v) and int(v) else f"{v:.5g}"
+                      for k, v in row.items()} for row in rows)
+    checkpoint.replace(path, lambda f: f.write(text.getvalue().encode()))
+
+
+def minutes_of(log):
+    """Of training, from its rate in images/s."""
+    rows = [(row["images"], row["images_per_s"]) for row in read_rows(log)]
+    return sum((n - before) / rate for (before, _), (n, rate) in zip([(0, 1), *rows], rows)) / 60
+
+
+@torch.no_grad()
+def errors_by_noise(model, diffusion, test, ratios, n=1000):
+    """{"error_<ratio>": mean squared error of what the network believes x_0 to be}, of n test images noised
+    until sigma / alpha is the ratio: one scale for all, whatever they predict and by whatever schedule."""
+    n = min(n, len(test))
+    batch, found = test[range(n)], {}
+    levels = getattr(diffusion, "levels", [diffusion])          # of mdm the finest counts
+    for ratio in ratios:
+        tables, total = levels[-1].tables, 0.0
+        t = (tables["noise"] / tables["signal"] - ratio).abs().argmin()
+        for rows in torch.arange(n).split(100):
+            x0, y, at = batch["x"][rows] / 127.5 - 1, batch["y"][rows], t.expand(len(rows))
+            noise = normal(fold(rows, 1), diffusion.noise_shape(test.shape))
+            if len(levels) > 1:
+                x = [functional.adaptive_avg_pool2d(x0, s[1:]) for s in diffusion.shapes]      # [(B, *shape)]
+                e = diffusion.unpack(noise[:, :-1])
+                z = diffusion.shown([d.q_sample(*of) for d, *of in zip(levels, x, [at] * len(x), e)])
+                x_t, out = z[-1], model(z, diffusion.model_t(at), y=y)[-1]
+            else:
+                x_t = diffusion.q_sample(x0, at, noise)
+                out = model(x_t, diffusion.model_t(at), y=y)
+            belief, _ = levels[-1].predict_x0_eps(out, x_t, at)
+            total += (belief - x0).square().flatten(1).mean(1).sum().item()
+        found[f"error_{ratio}"] = total / n
+    return found
+
+
+def judged(judge, model, diffusion, trained, seed, how):
+    """Draw samples, as many of each class -> their figures, and the seconds they took."""
+    numbers, began = torch.arange(how["n"]), time.perf_counter()
+    y = numbers % trained["num_classes"]
+    images = sample.generate(model, diffusion, tuple(trained["shape"]), 10**6 * (seed + 1) + numbers,
+                             {"y": y}, 100, "cpu", sampler=how["sampler"], steps=str(how["steps"]),
+                             cfg_scale=how["cfg"], progress=False)
+    seconds = time.perf_counter() - began
+    images = torch.from_numpy(sample.to_uint8(images)).permute(0, 3, 1, 2)                     # (N, C, H, W)
+    return how | judge(images, y) | {"seconds": seconds}
+
+
+def denoised(model, diffusion, test, T, n=100):
+    """n test images, noised to step T and taken back by DDPM -> a row for PSNR and one for SSIM."""
+    metrics = {"psnr": denoise.psnr, "ssim": denoise.ssim}
+    scores, seconds, _ = denoise.denoise(
+        model, diffusion, test[range(n)]["x"] / 127.5 - 1, torch.arange(n), None, T, str(T + 1), metrics, 100,
+        torch.device("cpu"), sampler="ddpm")
+    for metric in metrics:
+        after = max(seconds, key=lambda k: scores[metric, k])
+        yield {"n": n, "from_step": T, "metric": metric, "noisy": scores[metric, "noisy"],
+               "one_step": scores[metric, "one step"], "best": scores[metric, after], "after": after,
+               "seconds": seconds[after]}
+
+
+def do_run(args, name, arm, seed):
+    """Train an arm's stages with one seed, judge, write down. What is written down is not done again."""
+    study, path = STUDIES[name], file_of(args, name, arm, seed)
+    rows, judge = read_rows(path), judges.Judge(args.data, args.data_dir, cache=args.results_dir)
+    test = data.load(args.data, args.data_dir, split="test")
+
+    def note(checkpoint_path, minutes, wanted):
+        """Judge as `wanted`: a list of ways to draw, or of steps to denoise from, one line each."""
+        model, diffusion, trained = checkpoint.load_run(checkpoint_path)
+        about = {"arm": arm, "seed": seed, "step": trained["step"], "minutes": minutes,
+                 "parameters": sum(p.numel() for p in model.parameters()), "macs": model.macs(),
+                 **errors_by_noise(model, diffusion, test, study.noise)}
+        for how in wanted:
+            new = (denoised(model, diffusion, test, how["from_step"]) if "from_step" in how else
+                   [judged(judge, model, diffusion, trained, seed, how)])
+            rows.extend(about | row for row in new)
+            write_rows(path, rows)
+
+    def missing(step, last):
+        """What no line tells yet of the weights after so many steps; None: of the only ones."""
+        wanted = study.draws + [{"from_step": T, "metric": "ssim"} for T in study.denoise * last]
+        here = [row for row in rows if step in (None, row["step"])]
+        return [how for how in wanted if not any(how.items() <= row.items() for row in here)]
+
+    if isinstance(study.arms[arm], str):
+        if wanted := missing(None, last=True):
+            note(HERE.parent / "assets" / study.arms[arm], 0.0, wanted)
+        return
+    minutes, begin = 0.0, []                                # of the stages before
+    for number, (flags, steps) in enumerate(study.arms[arm], start=1):
+        final = number == len(study.arms[arm])
+        run = path.with_suffix("" if final else f".stage{number}")
+        flags = [str(test.shape[-1] // 2) if f == "half" else f for f in flags]
+        for step in steps:
+            wanted = missing(step, last=step == steps[-1])
+            if final and not wanted:
+                continue
+            train.main([*flags, *begin, "--data", args.data, "--seed", str(seed), "--max-steps", str(step),
+                        *(["--data-dir", args.data_dir] if args.data_dir else []), "--sample-every", "0",
+                        "--results-dir", str(run.parent), "--name", run.name])
+            if checkpoint.read(run / "latest.pt")["step"] < step:
+                sys.exit("stopped; the same command goes on")
+            if final:
+                note(run / "latest.pt", minutes + minutes_of(run / "log.csv"), wanted)
+        minutes, begin = minutes + minutes_of(run / "log.csv"), ["--init-inner", str(run)]
+
+
+# --- all runs -------------------------------------------------------------------------------------
+
+def file_of(args, name, arm, seed):
+    """Where a run's scores are kept; the run itself lies beside."""
+    arm = "".join(c if c.isalnum() else "-" for c in arm.lower())
+    return Path(args.results_dir) / f"{args.data}-{name}-{arm}-{seed}.csv"
+
+
+def gather(args, name):
+    """The scores of a study, of whatever is done -> one file."""
+    study = STUDIES[name]
+    rows = [row for arm in study.arms for seed in study.seeds
+            for row in read_rows(file_of(args, name, arm, seed))]
+    if rows:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_rows(args.out / f"{args.data}-{name}.csv", rows)
+
+
+def main(argv=None):
+    p = parallel.Parser(__doc__.splitlines()[0])
+    p.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
+    p.add_argument("--data", default="mnist", help="what to train on")
+    p.add_argument("--data-dir", help="as in train.py")
+    p.add_argument("--results-dir", default="results/evidence", help="runs are folders in here")
+    p.add_argument("--out", type=Path, default=HERE.parent / "assets" / "evidence",
+                   help="where scores are gathered")
+    p.add_argument("--jobs", type=parallel.number(int, 1), default=os.cpu_count(), help="runs at a time")
+    p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run of a study alone, here")
+    args = p.parse_args(argv)
+    if unknown := [s for s in args.studies if s not in STUDIES]:
+        parallel.fail(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
+    if args.run:
+        return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
+    os.makedirs(args.results_dir, exist_ok=True)
+    with parallel.told_plainly():               # trains the classifier, if need be, with all cores
+        judges.Judge(args.data, args.data_dir, cache=args.results_dir)
+
+    def start(name, arm, seed):
+        """One run in a process of one core, since two that share cores would wait for each other."""
+        log, began = file_of(args, name, arm, seed).with_suffix(".log"), time.perf_counter()
+        with open(log, "a") as f:
+            rc = subprocess.run(
+                [sys.executable, __file__, name, "--run", arm, str(seed), "--data", args.data,
+                 "--results-dir", args.results_dir, *["--data-dir", args.data_dir] * bool(args.data_dir)],
+                stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        gather(args, name)
+        took = f"{(time.perf_counter() - began) / 60:.1f} min"
+        print(f"{name}: {arm}, seed {seed}: {f'failed, see {log}' if rc else took}", flush=True)
+        return rc
+
+    runs = [(name, arm, seed) for name in args.studies or STUDIES for seed in STUDIES[name].seeds
+            for arm in STUDIES[name].arms]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        sys.exit(max(pool.map(lambda run: start(*run), runs)))
+
+
+if __name__ == "__main__":
+    parallel.run(main)

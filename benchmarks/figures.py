@@ -1,0 +1,201 @@
+"""Tables (Markdown, printed) and figures (PNG) of the studies in assets/evidence/*.csv.
+
+    python benchmarks/figures.py                    of all that is there
+    python benchmarks/figures.py mnist-skip         of one study
+
+Where there are three seeds, a table gives the median and, in brackets, the lowest and the highest; a figure
+shows each seed. Figures need `pip install matplotlib`; without it only tables are printed.
+"""
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import parallel
+from evidence import LEVELS, STUDIES, read_rows
+
+try:
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+COLOURS = ["#1f6fb4", "#d9701c", "#2f8f4e", "#b03060", "#6b5b95"]
+SHARE, DISTANCE = "recognised as the class asked for", "Frechet distance / that of real images"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+def spread(values, form):
+    """Median, and the range if there is one."""
+    values = sorted(values)
+    middle = form(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({form(values[0])} to {form(values[-1])})"
+
+
+def percent(x):
+    return f"{100 * x:.0f}%" if x < 0.995 else f"{100 * x:.1f}%"
+
+
+def digits(x):
+    return f"{x:.3g}" if x < 1000 else f"{x:,.0f}"
+
+
+def markdown(head, lines):
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def groups(rows, *keys):
+    """-> {values of keys: rows}, in the order in which they come."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(k) for k in keys), []).append(row)
+    return found
+
+
+def cost_table(rows):
+    """What each arm costs."""
+    lines = []
+    for (arm,), of in groups(rows, "arm").items():
+        last = [r for r in of if r["step"] == max(r["step"] for r in of)]
+        images = 32 * last[0]["step"]
+        lines.append([arm, f"{last[0]['parameters']:,.0f}", f"{last[0]['macs'] / 1e6:.0f}M",
+                      f"{last[0]['step']:,.0f}", spread({r["minutes"] for r in last}, digits),
+                      digits(images / 60 / statistics.median(r["minutes"] for r in last))])
+    return markdown(["", "parameters", "multiply-adds", "steps", "minutes of one core", "images/s"], lines)
+
+
+def quality_table(rows):
+    lines = []
+    keys = "arm", "step", "sampler", "steps", "cfg"
+    for (arm, step, sampler, steps, cfg), of in groups(rows, *keys).items():
+        lines.append([arm, f"{step:,.0f}", f"{sampler.upper()} {steps:.0f}", f"{cfg:g}",
+                      spread([r["recognised"] for r in of], percent),
+                      spread([r["x_real"] for r in of], digits),
+                      spread([r["precision"] for r in of], "{:.2f}".format),
+                      spread([r["recall"] for r in of], "{:.2f}".format)])
+    return markdown(["", "steps", "sampler", "guidance", "recognised", "distance, x real", "precision",
+                     "recall"], lines)
+
+
+def noise_table(rows):
+    lines = [[arm, *(digits(of[0][f"error_{ratio}"]) for ratio in LEVELS)]
+             for (arm,), of in groups([r for r in rows if f"error_{LEVELS[0]}" in r], "arm").items()]
+    return markdown(["error of x_0 at sigma / alpha =", *LEVELS], lines)
+
+
+def denoising_table(rows):
+    lines = []
+    for (metric, T, arm), of in sorted(groups(rows, "metric", "from_step", "arm").items()):
+        lines.append([f"{metric.upper()} from step {T:.0f}", arm, digits(of[0]["noisy"]),
+                      *(spread([r[k] for r in of], digits)
+                        for k in ("one_step", "best", "after", "seconds"))])
+    return markdown(["", "", "noisy", "one step", "best", "after steps", "seconds"], lines)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+def panels(n, title):
+    figure, axes = pyplot.subplots(1, n, figsize=(4.6 * n, 3.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for axis in axes:
+        axis.grid(True, axis="y", color="#dddddd", linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def dots(rows, title):
+    """A dot for each seed, a bar at the median, of arms side by side."""
+    figure, axes = panels(2, title)
+    arms = groups(rows, "arm")
+    for axis, key, label in zip(axes, ("recognised", "x_real"), (SHARE, DISTANCE)):
+        for i, (arm, of) in enumerate(arms.items()):
+            values = [r[key] for r in of]
+            axis.plot([i] * len(values), values, "o", color=COLOURS[i], alpha=0.7)
+            axis.plot([i - 0.2, i + 0.2], [statistics.median(values)] * 2, color=COLOURS[i], linewidth=2)
+        axis.set_xticks(range(len(arms)), [arm for arm, in arms])
+        axis.set_xlim(-0.6, len(arms) - 0.4)
+        axis.set_ylabel(label, fontsize=9)
+    axes[0].yaxis.set_major_formatter(lambda x, _: percent(x))
+    axes[1].set_ylim(bottom=0)
+    return figure
+
+
+def curves(rows, title, x, y, labels, split=("arm",), scale="log"):
+    """Medians over seeds as lines, ranges as bands; of y for each of the x given."""
+    figure, axes = panels(len(x) * len(y), title)
+    for axis, (across, key) in zip(axes, [(a, b) for a in x for b in y]):
+        for i, (which, of) in enumerate(groups(rows, *split).items()):
+            points = sorted(groups(of, "step" if across == "minutes" else across).values(),
+                            key=lambda g: g[0][across])
+            at = [statistics.median(r[across] for r in g) for g in points]
+            low, middle, high = zip(*((min(v), statistics.median(v), max(v)) for v in (
+                [r[key] for r in g] for g in points)))
+            colour = COLOURS[[*groups(rows, "arm")].index((which[0],)) % len(COLOURS)]
+            style = "--" if "ddpm" in which else "-"
+            axis.plot(at, middle, style, marker="o", markersize=3, color=colour, label=", ".join(which))
+            axis.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+        axis.set_xscale(scale)
+        ticks = sorted({r[across] for r in rows}) if across not in ("minutes",) else None
+        if ticks and len(ticks) < 9:
+            axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axis.minorticks_off()
+        axis.set_xlabel(labels.get(across, across), fontsize=9)
+        axis.set_ylabel(labels.get(key, key), fontsize=9)
+        if key == "x_real":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:g}"[0] in "235" else "")
+            axis.tick_params(axis="y", which="minor", labelsize=7)
+        else:
+            axis.yaxis.set_major_formatter(lambda v, _: percent(v) if key == "recognised" else f"{v:g}")
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+LABELS = {"recognised": SHARE, "x_real": DISTANCE, "step": "training steps of 32 images",
+          "minutes": "minutes of training on one core", "steps": "steps of the sampler",
+          "cfg": "guidance scale"}
+
+
+def figure_of(name, study, rows):
+    """The picture that goes with a study, or None if its table says it all."""
+    if name == "hourglass":
+        return curves(rows, study.what, ("step", "minutes"), ("x_real",), LABELS)
+    if name in ("samplers", "ode"):
+        return curves(rows, study.what, ("steps",), ("recognised", "x_real"), LABELS, ("arm", "sampler"))
+    if name == "guidance":
+        return curves(rows, study.what, ("cfg",), ("recognised", "x_real", "recall"), LABELS, scale="linear")
+    return dots(rows, study.what) if len(study.seeds) > 1 else None
+
+
+def main(argv=None):
+    p = parallel.Parser(__doc__.splitlines()[0])
+    p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-skip (default: all)")
+    p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="of the scores")
+    args = p.parse_args(argv)
+    files = [args.folder / f"{s}.csv" for s in args.studies] or sorted(args.folder.glob("*.csv"))
+    for path in files:
+        name, rows = path.stem.split("-", 1)[1], read_rows(path)
+        if not rows or name not in STUDIES:
+            parallel.fail(f"no scores in {path}: run benchmarks/evidence.py first")
+        study = STUDIES[name]
+        drawn, noised = [r for r in rows if "recognised" in r], [r for r in rows if "metric" in r]
+        print(f"\n## {study.what} ({path.stem})\n\n{cost_table(rows)}\n\n{quality_table(drawn)}")
+        if study.noise:
+            print(f"\n{noise_table(rows)}")
+        if noised:
+            print(f"\n{denoising_table(noised)}")
+        figure = figure_of(name, study, drawn) if pyplot else None
+        if figure:
+            figure.savefig(path.with_suffix(".png"), dpi=110)
+            pyplot.close(figure)
+            print(f"\n-> {path.with_suffix('.png')}")
+    if not pyplot:
+        print("no figures: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    parallel.run(main)

@@ -1,0 +1,236 @@
+"""How good are the pictures? A small classifier, trained here on real ones, looks at samples.
+
+    python benchmarks/judge.py --data mnist                       the judge itself, on cases of known quality
+    python benchmarks/judge.py samples.npz --data mnist           uint8 images (N, H, W, C); arr_1, if it is
+                                                                  there: the classes asked for
+    python benchmarks/judge.py FOLDER --data mnist --class-labels all
+                                                                  PNGs; the classes as sample.py was told
+
+It reports
+    recognised   the share that the classifier takes for the class asked for
+    distance     the Frechet distance between its features of the samples and of the test set, both taken as
+                 normal distributions; `x real` is how many times that of as many real training images
+    precision    the share of samples that lie among real images, recall the share of real images that lie
+                 among samples (Kynkaanniemi et al. 2019: within the radius of some image's 3rd neighbour)
+
+The features are this classifier's: the distances are comparable with each other, for one data set and number
+of samples, and with nobody's FID. The classifier is trained once for each data set and kept in --cache.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import parallel
+import sample
+
+NEIGHBOUR = 3
+
+
+class Classifier(nn.Module):
+    """(B, C, H, W) in [-1, 1] -> features (B, 128), logits (B, K)."""
+
+    def __init__(self, shape, num_classes):
+        super().__init__()
+        C, H, W = shape
+        layers = []
+        for width in (32, 64):
+            for _ in range(2):
+                layers += [nn.Conv2d(C, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                C = width
+            layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(C * (H // 4) * (W // 4), 128), nn.ReLU())
+        self.head = nn.Linear(128, num_classes)
+
+    def forward(self, x):
+        f = self.body(x)
+        return f, self.head(f)
+
+
+def train(dataset, steps=1400, batch=128, seed=0):
+    """-> Classifier. 1,400 steps are three passes over MNIST, 3 minutes on two cores."""
+    torch.manual_seed(seed)
+    net = Classifier(dataset.shape, dataset.num_classes)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for indices in data.batch_order(len(dataset), seed, batch, 0, steps, 0, batch):
+        part = dataset[indices]
+        loss = F.cross_entropy(net(part["x"] / 127.5 - 1)[1], part["y"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    return net.eval()
+
+
+def frechet(f, g):
+    """|mean f - mean g|^2 + tr(F + G - 2 (F G)^1/2) of features (N, d) and (M, d) with covariances F, G."""
+    f, g = f.double(), g.double()
+    F_, G = torch.cov(f.T), torch.cov(g.T)                                                  # (d, d)
+    values, vectors = torch.linalg.eigh(F_)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # F G has the eigenvalues of F^1/2 G F^1/2, which is symmetric
+    trace = torch.linalg.eigvalsh(root @ G @ root).clamp(min=0).sqrt().sum()
+    return ((f.mean(0) - g.mean(0)).square().sum() + F_.trace() + G.trace() - 2 * trace).item()
+
+
+def share_within(points, of):
+    """The share of points (N, d) within the radius of some `of` (M, d): up to its NEIGHBOUR-th neighbour."""
+    radius = torch.cat([torch.cdist(part, of).kthvalue(NEIGHBOUR + 1, dim=1).values     # the 1st is itself
+                        for part in of.split(1000)])                                        # (M,)
+    inside = [(torch.cdist(part, of) <= radius).any(1) for part in points.split(1000)]
+    return torch.cat(inside).float().mean().item()
+
+
+class Judge:
+    """Of one data set. `judge(images, labels)` -> the figures, a dict. accuracy: of the classifier on the
+    test set; half_distance: between two halves of the test set."""
+
+    def __init__(self, name, data_dir=None, image_size=None, cache="results", say=print):
+        self.train_set = data.load(name, data_dir, image_size)
+        test = data.load(name, data_dir, image_size, "test")
+        if not test.num_classes or len(test.shape) != 3:
+            raise ValueError(f"the judge needs pictures with classes, and {name} has none: use shapes, "
+                             f"mnist, fashion or cifar10")
+        shape = "x".join(map(str, test.shape))
+        path = Path(cache) / f"judge-{name}-{shape}.pt"
+        if path.exists():
+            self.net = Classifier(test.shape, test.num_classes)
+            self.net.load_state_dict(torch.load(path, weights_only=True))
+            self.net.eval()
+        else:
+            say(f"training a classifier of {name}, once, minutes ...")
+            self.net = train(self.train_set)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            torch.save(self.net.state_dict(), part)
+            part.replace(path)
+        self.shape = test.shape
+        everything = test[range(len(test))]
+        self.real, guesses = self.look(everything["x"])
+        self.accuracy = (guesses == everything["y"]).float().mean().item()
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.real)))
+        half = len(order) // 2
+        self.half_distance = frechet(self.real[order[:half]], self.real[order[half:]])
+        self.real = self.real[order]            # so that the first n are a fair choice
+        self.floors = {}
+
+    @torch.no_grad()
+    def look(self, images):
+        """uint8 (N, C, H, W) -> features (N, 128), guessed classes (N,)."""
+        features, logits = zip(*(self.net(part / 127.5 - 1) for part in torch.as_tensor(images).split(500)))
+        return torch.cat(features), torch.cat(logits).argmax(1)
+
+    def floor(self, n, draws=5):
+        """The distance of n real training images from the test set, the mean of some draws."""
+        if n not in self.floors:
+            some = [np.random.default_rng(d).choice(len(self.train_set), n, replace=False)
+                    for d in range(draws)]
+            self.floors[n] = float(np.mean([frechet(self.look(self.train_set[i]["x"])[0], self.real)
+                                            for i in some]))
+        return self.floors[n]
+
+    def __call__(self, images, labels=None):
+        """uint8 (N, C, H, W), the classes asked for (N,) -> {"n", "recognised", "distance", "x_real",
+        "precision", "recall"}."""
+        n = len(images)
+        features, guesses = self.look(images)
+        distance = frechet(features, self.real)
+        real = self.real[:n]                    # as many, so that both have neighbours as near
+        return {"n": n,
+                "recognised": None if labels is None else (guesses == labels).float().mean().item(),
+                "distance": distance, "x_real": distance / self.floor(n),
+                "precision": share_within(features, real), "recall": share_within(real, features)}
+
+
+def report(rows):
+    """rows: (name, figures) -> text."""
+    lines = [f"{'':28s} {'n':>6s} {'recognised':>11s} {'distance':>9s} {'x real':>7s} {'precision':>10s} "
+             f"{'recall':>7s}"]
+    for name, r in rows:
+        seen = "-" if r["recognised"] is None else f"{r['recognised']:.1%}"
+        lines.append(f"{name:28s} {r['n']:6,d} {seen:>11s} {r['distance']:9.4g} {r['x_real']:7.3g} "
+                     f"{r['precision']:10.3f} {r['recall']:7.3f}")
+    return "\n".join(lines)
+
+
+def known_cases(judge, n):
+    """Training images, and what can be wrong with pictures -> (name, images, labels)."""
+    rng = np.random.default_rng(9)
+    every = rng.permutation(len(judge.train_set))
+    batch = judge.train_set[every[:n]]
+    x, y = batch["x"], batch["y"]
+    yield "real training images", x, y
+    yield "labels shuffled", x, y[torch.from_numpy(rng.permutation(n))]
+    yield "blurred, sigma 1 px", blurred(x, 1), y
+    noise = torch.from_numpy(rng.normal(0, 25, x.shape))
+    yield "with noise, sigma 0.1", (x + noise).round().clamp(0, 255).to(torch.uint8), y
+    labels = judge.train_set.labels[every]
+    left = every[(labels != 0).numpy()][:n]
+    batch = judge.train_set[left]
+    yield "no picture of class 0", batch["x"], batch["y"]
+    few = torch.from_numpy(rng.integers(0, 50, n))
+    yield "50 images, over and over", x[few], y[few]
+    yield "nothing but noise", torch.from_numpy(rng.integers(0, 256, x.shape, dtype=np.uint8)), y
+
+
+def blurred(x, sigma):
+    images = [sample.to_pil(image) for image in x.permute(0, 2, 3, 1).numpy()]                # (H, W, C)
+    soft = [np.atleast_3d(np.asarray(i.filter(ImageFilter.GaussianBlur(sigma)))) for i in images]
+    return torch.from_numpy(np.stack(soft)).permute(0, 3, 1, 2)                               # (N, C, H, W)
+
+
+def read_samples(path, class_labels, num_classes, seed):
+    """.npz or a folder of PNGs -> uint8 (N, C, H, W), labels (N,) or None."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.png"))
+        if not files:
+            raise ValueError(f"no .png in {path}: pass what `sample.py --save-images` wrote")
+        images, labels = np.stack([np.atleast_3d(np.asarray(Image.open(f))) for f in files]), None
+    elif path.suffix == ".npz" and path.exists():
+        with np.load(path) as file:
+            images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
+    else:
+        raise ValueError(f"{path} is neither a folder nor an .npz: pass samples, or nothing")
+    if labels is not None:
+        labels = torch.from_numpy(labels).long()
+    elif class_labels:
+        labels = sample.choose_labels(class_labels, num_classes, seed + torch.arange(len(images)))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels                               # (N, C, H, W)
+
+
+def main(argv=None):
+    p = parallel.Parser(__doc__.splitlines()[0])
+    p.add_argument("samples", nargs="*", help="folders of PNGs or .npz files; none: known cases")
+    p.add_argument("--data", default="mnist", help="what they should look like")
+    p.add_argument("--data-dir", help="as in train.py")
+    p.add_argument("--image-size", help="as in train.py")
+    p.add_argument("--class-labels", help="as sample.py was told: all, random, or 0,1,2")
+    p.add_argument("--seed", type=parallel.number(int), default=0, help="as sample.py was told")
+    p.add_argument("--num-samples", type=parallel.number(int, 200), default=2000, help="of the known cases")
+    p.add_argument("--cache", default="results", help="where the classifier is kept")
+    args = p.parse_args(argv)
+    with parallel.told_plainly():
+        judge = Judge(args.data, args.data_dir, args.image_size, args.cache)
+        cases = []
+        for path in args.samples:
+            images, labels = read_samples(path, args.class_labels, judge.train_set.num_classes, args.seed)
+            if tuple(images.shape[1:]) != judge.shape or len(images) <= NEIGHBOUR:
+                raise ValueError(f"{path} has {len(images)} images of {tuple(images.shape[1:])}, and "
+                                 f"{args.data} is {judge.shape}: pass --data and --image-size as in training")
+            cases.append((str(path), images, labels))
+    print(f"the classifier recognises {judge.accuracy:.2%} of {len(judge.real):,} test images; distance of "
+          f"half of them from the other half: {judge.half_distance:.3g}")
+    print(report((name, judge(images, labels))
+                 for name, images, labels in cases or known_cases(judge, args.num_samples)))
+
+
+if __name__ == "__main__":
+    parallel.run(main)
