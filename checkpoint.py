@@ -130,7 +130,7 @@ def share(path, out):
     half = {k: v.half() if v.is_floating_point() else v for k, v in saved["ema"].items()}
     args = {**saved["args"], "data_dir": None, "results_dir": "results", "name": None, "device": "auto",
             "resume": "auto", "init_inner": None}
-    slim = {**saved, "model": half, "ema": half, "opt": None, "args": args}      # the tensors are written once
+    slim = {**saved, "model": half, "ema": half, "opt": None, "args": args}   # written once
     replace(Path(out), lambda f: torch.save(slim, f))
     return Path(out).stat().st_size
 

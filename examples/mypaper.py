@@ -4,7 +4,6 @@
     python train.py --model examples/mypaper.py
     python sample.py --model examples/mypaper.py
 """
-import torch
 from einops import rearrange
 from torch import nn
 
