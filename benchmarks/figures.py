@@ -1,11 +1,11 @@
 """Tables (Markdown, printed) and figures (PNG) of the studies in assets/evidence/*.csv.
 
-    python benchmarks/figures.py                    of all that is there
-    python benchmarks/figures.py mnist-skip         of one study
+    python benchmarks/figures.py > docs/results.md      of all that is there
+    python benchmarks/figures.py mnist-skip             of one study
 
-Where there are three seeds, a table gives the median and, in brackets, the lowest and the highest; a figure
-shows each seed. Figures need `pip install matplotlib`; without it only tables are printed.
+Figures need `pip install matplotlib`; without it only tables are printed.
 """
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ try:
 except ImportError:
     pyplot = None
 
-COLOURS = ["#1f6fb4", "#d9701c", "#2f8f4e", "#b03060", "#6b5b95"]
+COLOURS = ["#1f6fb4", "#d9701c", "#2f8f4e", "#b03060", "#6b5b95", "#7a7a7a"]
 SHARE, DISTANCE = "recognised as the class asked for", "Frechet distance / that of real images"
 
 
@@ -97,6 +97,14 @@ def denoising_table(rows):
 
 # --- figures --------------------------------------------------------------------------------------
 
+def plain(x, _):
+    return f"{x:g}"
+
+
+def share(x, _):
+    return f"{100 * x:.3g}%"
+
+
 def panels(n, title):
     figure, axes = pyplot.subplots(1, n, figsize=(4.6 * n, 3.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -115,10 +123,11 @@ def dots(rows, title):
             values = [r[key] for r in of]
             axis.plot([i] * len(values), values, "o", color=COLOURS[i], alpha=0.7)
             axis.plot([i - 0.2, i + 0.2], [statistics.median(values)] * 2, color=COLOURS[i], linewidth=2)
-        axis.set_xticks(range(len(arms)), [arm for arm, in arms])
+        axis.set_xticks(range(len(arms)), [arm.replace(", ", "\n") for arm, in arms], fontsize=8,
+                        rotation=20 if len(arms) > 3 else 0)
         axis.set_xlim(-0.6, len(arms) - 0.4)
         axis.set_ylabel(label, fontsize=9)
-    axes[0].yaxis.set_major_formatter(lambda x, _: percent(x))
+    axes[0].yaxis.set_major_formatter(share)
     axes[1].set_ylim(bottom=0)
     return figure
 
@@ -138,19 +147,19 @@ def curves(rows, title, x, y, labels, split=("arm",), scale="log"):
             axis.plot(at, middle, style, marker="o", markersize=3, color=colour, label=", ".join(which))
             axis.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
         axis.set_xscale(scale)
-        ticks = sorted({r[across] for r in rows}) if across not in ("minutes",) else None
-        if ticks and len(ticks) < 9:
-            axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.xaxis.set_major_formatter(plain)
+        if across != "minutes":
+            axis.set_xticks(sorted({r[across] for r in rows}))
             axis.minorticks_off()
         axis.set_xlabel(labels.get(across, across), fontsize=9)
         axis.set_ylabel(labels.get(key, key), fontsize=9)
         if key == "x_real":
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            axis.yaxis.set_major_formatter(plain)
             axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:g}"[0] in "235" else "")
             axis.tick_params(axis="y", which="minor", labelsize=7)
         else:
-            axis.yaxis.set_major_formatter(lambda v, _: percent(v) if key == "recognised" else f"{v:g}")
+            axis.yaxis.set_major_formatter(share if key == "recognised" else plain)
     axes[0].legend(fontsize=8, frameon=False)
     return figure
 
@@ -171,30 +180,68 @@ def figure_of(name, study, rows):
     return dots(rows, study.what) if len(study.seeds) > 1 else None
 
 
+def commands(data, study):
+    """What was run, an arm a line."""
+    lines = []
+    for arm, stages in study.arms.items():
+        if isinstance(stages, str):
+            lines.append(f"- {arm}: the weights `assets/{stages}`")
+            continue
+        typed = [f"`train.py {shlex.join(flags)} --data {data} --max-steps {steps[-1]}`"
+                 for flags, steps in stages]
+        lines.append(f"- {arm}: {', then inside of that '.join(typed)}")
+    return "\n".join(lines)
+
+
+def section(path, show):
+    """Everything about one study."""
+    data, name = path.stem.split("-", 1)
+    rows = read_rows(path)
+    if not rows or name not in STUDIES:
+        parallel.fail(f"no scores in {path}: run benchmarks/evidence.py first")
+    study, seeds = STUDIES[name], sorted({f"{r['seed']:.0f}" for r in rows})
+    drawn, noised = [r for r in rows if "recognised" in r], [r for r in rows if "metric" in r]
+    trained = not any(isinstance(stages, str) for stages in study.arms.values())
+    show(f"\n## {study.what}\n\n`python benchmarks/evidence.py {name} --data {data}`, "
+         f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}:\n\n{commands(data, study)}\n")
+    if trained:
+        show(cost_table(rows) + "\n")
+    show(quality_table(drawn) + "\n")
+    if study.noise:
+        show(noise_table(rows) + "\n")
+    if noised:
+        show(denoising_table(noised) + "\n")
+    if pyplot and (figure := figure_of(name, study, drawn)):
+        figure.savefig(path.with_suffix(".png"), dpi=110)
+        pyplot.close(figure)
+    if path.with_suffix(".png").exists():
+        show(f"![{study.what}](../assets/evidence/{path.stem}.png)\n")
+
+
+HEAD = """# Results
+
+Made by `python benchmarks/evidence.py`, printed by `python benchmarks/figures.py`. All runs are on one CPU
+core, in float32, with the defaults of `train.py` but for the flags named (batches of 32, AdamW at 2e-3,
+cosine decay). Samples are judged by a small classifier (`benchmarks/judge.py`): how many it recognises as the
+class asked for; the Frechet distance in its features from the test set, as a multiple of that of as many real
+training images; precision and recall. That distance is nobody's FID. Where there are three seeds, tables give
+the median (the lowest to the highest) and figures show each."""
+
+
 def main(argv=None):
     p = parallel.Parser(__doc__.splitlines()[0])
     p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-skip (default: all)")
     p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="of the scores")
     args = p.parse_args(argv)
-    files = [args.folder / f"{s}.csv" for s in args.studies] or sorted(args.folder.glob("*.csv"))
+    order = list(STUDIES)
+    files = [args.folder / f"{s}.csv" for s in args.studies] or sorted(
+        args.folder.glob("*-*.csv"), key=lambda f: (f.stem[:5] != "mnist", order.index(f.stem.split("-")[1])))
+    if not args.studies:
+        print(HEAD)
     for path in files:
-        name, rows = path.stem.split("-", 1)[1], read_rows(path)
-        if not rows or name not in STUDIES:
-            parallel.fail(f"no scores in {path}: run benchmarks/evidence.py first")
-        study = STUDIES[name]
-        drawn, noised = [r for r in rows if "recognised" in r], [r for r in rows if "metric" in r]
-        print(f"\n## {study.what} ({path.stem})\n\n{cost_table(rows)}\n\n{quality_table(drawn)}")
-        if study.noise:
-            print(f"\n{noise_table(rows)}")
-        if noised:
-            print(f"\n{denoising_table(noised)}")
-        figure = figure_of(name, study, drawn) if pyplot else None
-        if figure:
-            figure.savefig(path.with_suffix(".png"), dpi=110)
-            pyplot.close(figure)
-            print(f"\n-> {path.with_suffix('.png')}")
+        section(path, print)
     if not pyplot:
-        print("no figures: pip install matplotlib")
+        print("no figures: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":
