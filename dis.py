@@ -814,6 +814,8 @@ CONFIGS = {f"DiS-{size}/{p}": dict(width=width, depth=depth, patch=p, **_PAPER_D
 # positions start as sines and cosines and class vectors at full size.
 CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="adaln",
                        pos_init="sincos", label_std=1.0, schedule="cosine", predict="x0", variance="small")
+# 1.4 million parameters, to be compared with the other papers' "mini" (README)
+CONFIGS["mini"] = {**CONFIGS["tiny"], "width": 160}
 
 
 def build(preset, shape, num_classes=0, **options):

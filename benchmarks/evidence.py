@@ -61,7 +61,7 @@ class Study:
 LEVELS = 0.1, 0.3, 1, 3, 10
 FIVE = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-Net": CUNET + MINI,
         "U-Net": UNET}
-HOUR = {"DiS": 23000, "DiffuSSM": 4500, "MDM": 15000, "cU-Net": 15500, "U-Net": 12500}         # steps
+HOUR = {"DiS": 22000, "DiffuSSM": 4800, "MDM": 18000, "cU-Net": 15500, "U-Net": 12500}         # steps
 STUDIES = {
     "minutes": Study("60 minutes of one core each", {name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
                      (0,), [DRAW, DRAW | dict(cfg=2.0, n=1000)], noise=LEVELS),
