@@ -6,7 +6,7 @@ so that nothing in it can run.
     results/<name>/log.csv, args.json, samples/
 
 A checkpoint holds whole tensors under the model's own names, whatever the number of processes, DDP or shards,
-precision or torch.compile: any run can go on from any other's.
+precision or torch.compile: a run can go on in any of these ways from a checkpoint made in another.
 
     python checkpoint.py results/dis-mnist dis-mnist.pt      to share: an eighth of the size
 """
@@ -61,7 +61,8 @@ def sums(path):
 
 def read(path, checked=False):
     """-> the checkpoint's dict, tensors on the CPU, mapped from the file until they are used. Never runs code
-    in it: weights_only=True admits tensors, numbers, strings, lists and dicts. Raises ValueError."""
+    in it: weights_only=True admits tensors, numbers, strings, lists and dicts. checked: its checksums were
+    compared already. Raises ValueError."""
     try:
         if (zipped := zipfile.is_zipfile(path)) and not checked:    # what torch.save writes
             check(path)
@@ -167,12 +168,12 @@ def load_paper(name):
 
 
 def load_run(path, weights="ema", device="cpu", model=None):
-    """Checkpoint path -> (model in eval mode, diffusion, args of the training, with its "step").
+    """A checkpoint or a run's folder -> (model in eval mode, diffusion, args of the training, "step" too).
 
     model: for a run of a model of your own its .py file: a checkpoint's word is not enough to run a file.
     Raises ValueError.
     """
-    checkpoint = read(path)
+    checkpoint = read(in_folder(path))
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
     if args["model"].endswith(".py") and not model:
         raise ValueError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model "

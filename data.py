@@ -69,7 +69,7 @@ class DataError(ValueError):
 class Dataset:
     """name, shape = (C, H, W), or (C, T, H, W) of clips, num_classes (0: no labels), class_names,
     has_captions, len(), and batches: dataset[indices], see above; `prepare` makes x0 of their "x".
-    latents: None; of latents a dict: data and image_shape of the pictures, vae (a name), scale, shift."""
+    latents: None for pictures, else a dict: data, image_shape of the pictures, vae (a name), scale, shift."""
 
     def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None,
                  latents=None):
@@ -96,8 +96,9 @@ class Dataset:
         if self.has_captions:
             batch["caption"] = [self.captions[i] for i in indices]
         if self.texts:              # half the bytes to move: .float() is for where they are used
+            # (B, L, dim), (B, L)
             batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)
-        return batch                                                    # (B, L, dim), (B, L)
+        return batch
 
     def prepare(self, x, seeds):
         """"x" of a batch, on any device -> x0 float32 (B, C, ..), what a network learns: pictures in [-1, 1];

@@ -336,7 +336,7 @@ class Diffusion:
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down
                **cond):             # y=, text=, text_mask=: one row per image
         """Draw len(seeds) images of `shape` = (C, H, W); image i is a function of seeds[i]."""
-        # counter T: the start; i: the noise of step i
+        # noise is numbered: T makes the starting x, i what step i adds
         x, last = start or (normal(fold(seeds, self.T), shape), None)              # (B, C, H, W)
         d = self.respaced(steps, last)
         # while sampling no weights change: what depends on them alone is made once

@@ -27,7 +27,8 @@ aten = torch.ops.aten
 class Tracker(TorchDispatchMode):
     """Adds up the bytes of storages made while it is active, takes off those that are freed: `now`, `peak`. A
     view, or what an in-place operation returns, has the storage of another tensor: nothing counts twice.
-    Storages of `known` tensors do not count at all. bodies: of operators to look into."""
+    Storages of `known` tensors do not count at all. bodies: {custom operator: its Python function}, which is
+    run, so that what it allocates counts."""
     def __init__(self, known=(), cuda=False, bodies={}):
         super().__init__()
         self.now = self.peak = 0
@@ -77,13 +78,13 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def operators(model):
-    """What the operators of the model's file do inside."""
+    """{custom operator of the model's file: its Python function}."""
     return {op._opoverload: op._init_fn for op in vars(sys.modules[type(model).__module__]).values()
             if isinstance(op, CustomOpDef)}
 
 
 def stand_ins(model, cuda):
-    """A context in which tensors without numbers, which are "on the CPU", need what others need on CUDA."""
+    """A context in which tensors without numbers, "on the CPU", need what real ones need on CUDA."""
     stack, paper = ExitStack(), sys.modules[type(model).__module__]
 
     def replace(where, name, value):

@@ -4,7 +4,7 @@ torchrun starts a process per GPU and tells each its number, in RANK, LOCAL_RANK
 same script; they fail together, stop together, and split a model's work in one of two ways:
 
     DDP     (DistributedDataParallel) each has all weights; gradients are averaged while backward runs
-    shards  (FSDP2, `fully_shard`; ZeRO-3) each keeps 1/world of weights, gradients, averages, optimizer;
+    shards  (FSDP2, `fully_shard`; ZeRO-3) each keeps 1/world of weights, gradients, EMA, optimizer;
             the weights of one block at a time are gathered, used and dropped. More traffic, less memory
 
 On CPUs they talk through gloo, on GPUs through NCCL.
@@ -73,8 +73,8 @@ def run(main):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch complains that they were killed
         for worker in multiprocessing.active_children():
             worker.kill()
-    if several:         # the interpreter would free models and connections in any order: seen to hang and to
-        sys.stdout.flush()                              # abort; and without the others none is good
+    if several:         # leave at once: the interpreter would free models and connections in any order (seen
+        sys.stdout.flush()                              # to hang and to abort), and nothing is left to do
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)
     raise SystemExit(code)

@@ -12,7 +12,8 @@
     python sample.py --denoise test --num-samples 100 --from-step 50,150,400      test images, scored
 
 Model, preset, image shape and schedule are read from the checkpoint. Image i is a function of
-(seed + i) and its label or prompt alone: the same at any batch size and on any number of processes.
+(seed + i) and its label or prompt alone: up to rounding the same at any batch size and on any number of
+processes.
 
 In a notebook: `from checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
@@ -251,11 +252,13 @@ def parse(argv):
                       help="a checkpoint, a run's folder, or latest: the newest results/*/latest.pt")
     what.add_argument("--results-dir", default="results", help="where latest looks")
     what.add_argument("--model", metavar="PATH",
-                      help="the .py file of a model of your own, if it lies elsewhere now")
+                      help="the .py file, needed for runs of a model of your own: a checkpoint never chooses "
+                           "which code to run")
     what.add_argument("--weights", choices=["ema", "raw"], default="ema",
                       help="the moving average of the weights, or the last ones")
     what.add_argument("--num-samples", type=number(int, 1), metavar="N",
-                      help="how many images (default: 10 a class, 8 a prompt, of videos 2, or 16)")
+                      help="how many images (default: 10 a class if 20 or fewer; 8 a prompt, of videos 2, of "
+                           "more than 20 prompts 1; else 16)")
     what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
     what.add_argument("--text-encoder", metavar="NAME",
                       help="the T5 of the training, if it lies elsewhere now")

@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=8 train.py --preset DiS-S/2 --data cifar10 ...
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
 
-Run the same command again and it continues, bit for bit, from results/<model>-<data>/latest.pt.
+Run the same command again and it continues, on a CPU bit for bit, from results/<model>-<data>/latest.pt.
 """
 import argparse
 import copy
@@ -63,7 +63,7 @@ def parse(argv):
     g = p.add_argument_group("length")
     g.add_argument("--max-steps", type=count, default=4000, help="optimizer steps")
     g.add_argument("--global-batch-size", type=count, default=32, help="images per step, over all processes")
-    g.add_argument("--grad-accum", type=count, default=1, help="split each step's share into this many")
+    g.add_argument("--grad-accum", type=count, default=1, help="micro-batches per step and process")
     g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=number(float), default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--lr-schedule", choices=["cosine", "constant"], default="cosine",
@@ -85,14 +85,16 @@ def parse(argv):
                    help="recompute activations in backward: less memory, a third more time")
     g.add_argument("--shard", action=flag, default=False,
                    help="each process keeps a part of the weights (FSDP2): for models that outgrow a GPU")
-    g.add_argument("--num-workers", type=number(int), default=0, help="processes that read large folders")
+    g.add_argument("--num-workers", type=number(int), default=0, metavar="N",
+                   help="processes that prepare batches, beside each that trains; for large folders")
     g.add_argument("--seed", type=number(int), default=0, help="of everything random")
     g = p.add_argument_group("output")
     g.add_argument("--results-dir", default="results", help="runs are folders in here")
     g.add_argument("--name", help="the run's folder (default: <model>-<data>)")
     g.add_argument("--resume", default="auto", metavar="auto|none|PATH",
                    help="auto: continue the run if it exists; none: begin anew, the old folder is "
-                        "renamed; or a new run that begins from a checkpoint, perhaps with another --lr")
+                        "renamed; PATH: a new run goes on from this checkpoint, at its step, perhaps with "
+                        "another --lr")
     g.add_argument("--init-inner", metavar="PATH",
                    help="progressive training (mdm): a smaller run, whose weights the inner network gets")
     g.add_argument("--log-every", type=count, default=50, help="steps between lines of log.csv")
@@ -203,7 +205,7 @@ def main(argv=None):
     with told_plainly():
         device = parallel.pick_device(args.device)
     args.bf16 = parallel.set_precision(args.precision, device)
-    if args.dry_run:                        # a plan is for GPUs that have it
+    if args.dry_run:                        # the plan is for GPUs that have it, whatever this machine has
         args.bf16 = args.precision != "fp32"
 
     # Data, and what it says of the model: args.shape, .num_classes, .text and more are written here.
@@ -257,7 +259,7 @@ def main(argv=None):
         team.first(lambda: checkpoint.prepare(folder))
         saved = checkpoint.read(origin, checked=True) if origin else None
         if saved:
-            own = folder in origin.parents      # what it once began from stays true
+            own = folder in origin.parents      # then what it first began from stays in its record
             args.init_inner = saved["args"].get("init_inner") if own else None
             if own and args.resume == "auto" and saved["args"]["resume"] != "none":
                 args.resume = saved["args"]["resume"]
@@ -306,7 +308,7 @@ def main(argv=None):
 
     def draw(step):
         """A small grid from the same noise every time, of the averaged weights. The others wait at the next
-        step; of shards each draws along, since the weights are everywhere."""
+        step; with shards all run the model, since each holds a part of it."""
         if main_process or args.shard:
             sheet = sample.preview(ema, diffusion, args, encode, vae, device)
         if main_process:
@@ -397,8 +399,8 @@ def main(argv=None):
             break
 
     bar.close()
-    # Both hold on to the process group. Freed after it, they would take Python's lock into its destructor,
-    # which waits for threads that may want the lock: seen to hang.
+    # `net` (DDP) and `loss` (its graph) hold on to the process group. Freed after it, they would make its
+    # destructor hold Python's lock while it waits for threads that may want the lock: seen to hang.
     net = loss = model = ema = optimizer = None             # and samples need the memory
     team.leave()
     checkpoint.let_go()
@@ -408,8 +410,8 @@ def main(argv=None):
         if step < args.max_steps:
             again = " with --resume auto" * (args.resume == "none")
             return say(f"stopped     at step {step}, saved. The same command{again} continues.")
-        say(f"trained     {step} of {args.max_steps} steps. A larger --max-steps goes on, its learning rate "
-            f"too.")
+        say(f"trained     {step} of {args.max_steps} steps. A larger --max-steps continues, at the rates of "
+            f"the longer schedule.")
         if args.sample_every and not stop.asked:
             final_samples(folder, args, encode=encode)
 

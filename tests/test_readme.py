@@ -1,0 +1,96 @@
+"""What README.md and docs/ say: files that exist, commands that start, pictures that the weights draw."""
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+import data
+import memory
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WEIGHTS = [f"{model}-mnist" for model in ("dis", "diffussm", "mdm", "cunet")]
+
+
+def commands(page):
+    """Lines of bash, continued ones joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_first_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 350
+    assert any("<img" in line or line.startswith("![") for line in lines[:5])
+    assert {"&& python train.py", "&& python -m pytest"} <= {
+        line[line.rindex("&&"):] for line in lines[:22] if "&&" in line}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_is_linked_exists(page):
+    text = page.read_text()
+    for link in re.findall(r'\]\(([^)#]+)|src="([^"]+)"', text):
+        link = link[0] or link[1]
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def test_files_and_their_lines():
+    rows = re.findall(r"^\| \[`([^`]+)`\]\(\1\) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {name for name, _ in rows} >= {p.name for p in ROOT.glob("*.py")}
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_of_train_start(page, tmp_path, monkeypatch, capsys):
+    """Each `train.py ...` as typed, with --dry-run, on stand-ins for data that would be downloaded."""
+    def load(name, data_dir=None, image_size=None, split="train", text_encoder=None, frames=None):
+        if name in ("shapes", "moving"):
+            return real_load(name, data_dir, image_size, split, text_encoder, frames)
+        shape = {"mnist": (1, 28, 28), "fashion": (1, 28, 28)}.get(name, (3, 32, 32))
+        size = data.parse_size(image_size) if image_size else shape[1:]
+        classes = {} if "/" in str(name) and "imagenet" not in str(name) else dict(
+            labels=range(10), class_names=list("0123456789"))
+        return data.Dataset(name, (shape[0], *size), np.zeros((10, shape[0], *size), np.uint8), 10, **classes)
+    real_load = data.load
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(memory, "table", lambda *args: [{"name": "nothing", "total": 0}])
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        if "train.py" not in words or {"...", "--latents", "--text-encoder"} & set(words):
+            continue            # those with latents: test_train.py; with a T5: test_text.py
+        flags = words[words.index("train.py") + 1:]
+        processes = [w.split("=")[1] for w in words if w.startswith("--nproc_per_node")] or ["1"]
+        train.main([*flags, "--dry-run", processes[0], "--results-dir", str(tmp_path)])
+        assert "parameters" in capsys.readouterr().out, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_of_sample_work(page, tmp_path, monkeypatch):
+    """Each `sample.py ...` is understood; those of the weights that are here draw, in fewer steps."""
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        if "sample.py" in words:
+            flags = words[words.index("sample.py") + 1:]
+            if sample.parse(flags).ckpt.startswith("assets"):
+                sample.main([*flags, "--steps", "2", "--out", str(tmp_path / "a.png")])
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_draw_the_picture(name, tmp_path):
+    """The first of three rows of the picture, drawn by the weights beside it; rounding differs by machine."""
+    weights, out = ROOT / "assets" / f"{name}.pt", tmp_path / "few.png"
+    assert weights.stat().st_size <= 3e6 and weights.with_suffix(".csv").exists()
+    assert checkpoint.read(weights)["args"]["data"] == "mnist"
+    sample.main(["--ckpt", str(weights), "--num-samples", "3", "--out", str(out), "--device", "cpu"])
+    drawn = np.asarray(Image.open(out)).astype(int)
+    there = np.asarray(Image.open(weights.with_suffix(".png"))).astype(int)[:drawn.shape[0], :drawn.shape[1]]
+    assert there.shape == drawn.shape and drawn.std() > 50
+    assert np.abs(drawn - there).mean() < 4
