@@ -1,13 +1,13 @@
 """The evidence of the README: studies made of runs of train.py, judged by judge.py.
 
     python benchmarks/evidence.py                        all studies on MNIST
-    python benchmarks/evidence.py minutes skip           some of them, by name
+    python benchmarks/evidence.py minutes ode            some of them, by name
     python benchmarks/evidence.py minutes --data cifar10 --data-dir DIR
 
 A study has arms, ways of training that differ in one thing; each is trained with every seed, on one core, as
 many at a time as --jobs says. What is done is not done again, and what was interrupted goes on. Runs lie in
---results-dir; their scores are gathered in assets/evidence/<data>-<study>.csv, of which figures.py makes the
-README's tables and figures.
+--results-dir, each with its scores in a .csv beside it: delete both to do it again. The scores are gathered
+in assets/evidence/<data>-<study>.csv, of which figures.py makes the README's tables and figures.
 """
 import csv
 import io
@@ -15,7 +15,9 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import torch
 from torch.nn import functional
 
 HERE = Path(__file__).resolve().parent
+ASSETS = HERE.parent / "assets"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import checkpoint
 import data
@@ -41,14 +44,14 @@ UNET, WIDE_UNET = [*CUNET, "--preset", "unet-mini"], [*CUNET, "--preset", "unet-
 STEADY = ["--lr-schedule", "constant"]                  # for runs that go on after they were judged
 HALF = ["--image-size", "half"]
 
-DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=2000)              # how samples to be judged are drawn
-QUICK = DRAW | dict(steps=25, n=1000)
+DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=1000)              # how samples to be judged are drawn
+QUICK = DRAW | dict(steps=25)
 
 
 class Study:
     """arms     {name: [(flags of train.py, steps), ..]}: stages, each begun inside the network of the one
              before; the last is judged, after each of its steps. Or {name: weights}, a file in assets
-             that is judged as it is; seeds are then of the samples
+             that is judged as it is; then the seeds are of the samples alone
     draws    how samples are drawn for that
     noise    also the error at each of these noise-to-signal ratios
     denoise  also test images denoised, from each of these steps"""
@@ -63,16 +66,15 @@ FIVE = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-N
         "U-Net": UNET}
 HOUR = {"DiS": 22000, "DiffuSSM": 4800, "MDM": 18000, "cU-Net": 15500, "U-Net": 12500}         # steps
 STUDIES = {
-    "minutes": Study("60 minutes of one core each", {name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
-                     (0,), [DRAW, DRAW | dict(cfg=2.0, n=1000)], noise=LEVELS),
-    "steps": Study("1,000 steps of 32 images each", {name: [(FIVE[name], [1000])] for name in FIVE},
-                   draws=[QUICK], noise=LEVELS),
-    "colour": Study("10 minutes of one core each, 32 x 32 in colour", {
-        name: [(FIVE[name], [HOUR[name] // 8])] for name in FIVE}, (0,), noise=LEVELS),
+    "minutes": Study("Equal time, about an hour of one core", {
+        name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
+        (0,), [DRAW, DRAW | dict(cfg=2.0)], noise=LEVELS),
+    "steps": Study("Equal steps", {name: [(FIVE[name], [1000])] for name in FIVE}, noise=LEVELS),
+    "colour": Study("Equal time, 32 x 32 in colour", {
+        name: [(FIVE[name], [HOUR[name] // 6])] for name in FIVE}, (0,), noise=LEVELS),
     "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {
-        "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [250, 500, 1000])],
-        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [250, 500, 1000, 2000, 4000])]},
-        draws=[QUICK | dict(n=500)]),
+        "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [500, 1000])],
+        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [500, 1000, 2000, 4000])]}),
     "dis": Study("Long skips, time, patches: ablations of DiS", {
         "concat, adaln, 7 x 7": [(DIS, [1500])],
         "skip add": [([*DIS, "--set", "skip=add"], [1500])],
@@ -87,8 +89,8 @@ STUDIES = {
     "ode": Study("cU-Net or U-Net? Tables 1 to 3", {
         "cU-Net": [(CUNET, [1000])], "U-Net, as wide": [(WIDE_UNET, [1000])],
         "U-Net, as large": [(UNET, [1000])]},
-        draws=[QUICK | dict(steps=k, n=500) for k in (2, 5, 10, 25, 50)]
-        + [QUICK | dict(sampler="ddpm", steps=k, n=500) for k in (10, 50)], denoise=(50, 150)),
+        draws=[QUICK | dict(steps=k) for k in (2, 5, 10, 25)] + [QUICK | dict(sampler="ddpm")],
+        denoise=(50, 150)),
     "samplers": Study("How many steps of which sampler?", {"DiS": "dis-mnist.pt", "MDM": "mdm-mnist.pt"},
                       draws=[QUICK | dict(sampler=s, steps=k) for s in ("ddim", "ddpm")
                              for k in (5, 10, 25, 50, 100)]),
@@ -99,7 +101,8 @@ STUDIES = {
 
 # --- one run --------------------------------------------------------------------------------------
 
-FIELDS = ["arm", "seed", "step", "minutes", "parameters", "macs", "sampler", "steps", "cfg", "n",
+FIELDS = ["arm", "seed", "step", "images", "minutes", "parameters", "macs", "predict", "schedule", "made_of",
+          "sampler", "steps", "cfg", "n",
           "recognised", "distance", "x_real", "precision", "recall", "seconds",
           *(f"error_{ratio}" for ratio in LEVELS), "from_step", "metric", "noisy", "one_step", "best",
           "after"]
@@ -127,26 +130,29 @@ def write_rows(path, rows):
     checkpoint.replace(path, lambda f: f.write(text.getvalue().encode()))
 
 
-def minutes_of(log):
-    """Of training at its usual rate, the median of the log's, since now and then a machine has other work."""
+def done_in(log):
+    """-> minutes of training at its usual rate, the median of the log's, since now and then a machine has
+    other work; images."""
     rows = read_rows(log)
-    return rows[-1]["images"] / statistics.median(row["images_per_s"] for row in rows) / 60
+    images = rows[-1]["images"]
+    return images / statistics.median(row["images_per_s"] for row in rows) / 60, images
 
 
 @torch.no_grad()
 def errors_by_noise(model, diffusion, test, ratios, n=1000):
     """{"error_<ratio>": mean squared error of what the network believes x_0 to be}, of n test images noised
-    until sigma / alpha is the ratio: one scale for all, whatever they predict and by whatever schedule."""
+    until sigma / alpha is the ratio: one scale, whatever a network predicts and by whatever schedule. Of mdm
+    it is the finest resolution's; the coarse ones, with noise of their own, tell it a little more."""
     n = min(n, len(test))
     batch, found = test[range(n)], {}
-    levels = getattr(diffusion, "levels", [diffusion])          # of mdm the finest counts
+    levels = getattr(diffusion, "levels", [diffusion])
     for ratio in ratios:
         tables, total = levels[-1].tables, 0.0
         t = (tables["noise"] / tables["signal"] - ratio).abs().argmin()
         for rows in torch.arange(n).split(100):
             x0, y, at = batch["x"][rows] / 127.5 - 1, batch["y"][rows], t.expand(len(rows))
             noise = normal(fold(rows, 1), diffusion.noise_shape(test.shape))
-            if len(levels) > 1:
+            if hasattr(diffusion, "levels"):
                 x = [functional.adaptive_avg_pool2d(x0, s[1:]) for s in diffusion.shapes]      # [(B, *shape)]
                 e = diffusion.unpack(noise[:, :-1])
                 z = diffusion.shown([d.q_sample(*of) for d, *of in zip(levels, x, [at] * len(x), e)])
@@ -185,23 +191,24 @@ def denoised(model, diffusion, test, T, n=100):
                "seconds": seconds[after]}
 
 
+def made_of(args, name, arm, judge_path):
+    """A number that changes with what decides an arm's scores: flags, presets, weights, the classifier."""
+    stages = STUDIES[name].arms[arm]
+    if isinstance(stages, str):
+        parts = [checkpoint.sums(ASSETS / stages)]
+    else:
+        parts = [stages, args.data]
+        for flags, _ in stages:
+            known = train.parse(["8" if f == "half" else f for f in flags])
+            parts.append(checkpoint.load_paper(known.model).CONFIGS[known.preset])
+    return zlib.crc32(repr([parts, checkpoint.sums(judge_path)]).encode())
+
+
 def do_run(args, name, arm, seed):
     """Train an arm's stages with one seed, judge, write down. What is written down is not done again."""
     study, path = STUDIES[name], file_of(args, name, arm, seed)
-    rows, judge = read_rows(path), judges.Judge(args.data, args.data_dir, cache=args.results_dir)
-    test = data.load(args.data, args.data_dir, split="test")
-
-    def note(checkpoint_path, minutes, wanted):
-        """Judge as `wanted`: a list of ways to draw, or of steps to denoise from, one line each."""
-        model, diffusion, trained = checkpoint.load_run(checkpoint_path)
-        about = {"arm": arm, "seed": seed, "step": trained["step"], "minutes": minutes,
-                 "parameters": sum(p.numel() for p in model.parameters()), "macs": model.macs(),
-                 **errors_by_noise(model, diffusion, test, study.noise)}
-        for how in wanted:
-            new = (denoised(model, diffusion, test, how["from_step"]) if "from_step" in how else
-                   [judged(judge, model, diffusion, trained, seed, how)])
-            rows.extend(about | row for row in new)
-            write_rows(path, rows)
+    made = made_of(args, name, arm, judges.path_of(args.data, None, args.results_dir))
+    rows = [row for row in read_rows(path) if row["made_of"] == made]
 
     def missing(step, last):
         """What no line tells yet of the weights after so many steps; None: of the only ones."""
@@ -209,27 +216,51 @@ def do_run(args, name, arm, seed):
         here = [row for row in rows if step in (None, row["step"])]
         return [how for how in wanted if not any(how.items() <= row.items() for row in here)]
 
-    if isinstance(study.arms[arm], str):
-        if wanted := missing(None, last=True):
-            note(HERE.parent / "assets" / study.arms[arm], 0.0, wanted)
+    stages = study.arms[arm]
+    steps = [None] if isinstance(stages, str) else stages[-1][1]
+    todo = {step: wanted for step in steps if (wanted := missing(step, step == steps[-1]))}
+    if not todo:
         return
-    minutes, begin = 0.0, []                                # of the stages before
-    for number, (flags, steps) in enumerate(study.arms[arm], start=1):
-        final = number == len(study.arms[arm])
+    judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
+    test = data.load(args.data, args.data_dir, split="test")
+
+    def note(weights, minutes, images, wanted):
+        """Judge as `wanted`: a list of ways to draw, or of steps to denoise from, one line each."""
+        model, diffusion, trained = checkpoint.load_run(weights)
+        if trained["data"] != args.data:
+            raise ValueError(f"{weights} was trained on {trained['data']}: pass --data {trained['data']}")
+        config = checkpoint.load_paper(trained["model"]).CONFIGS[trained["preset"]] | trained["set"]
+        about = {"arm": arm, "seed": seed, "step": trained["step"], "images": images, "minutes": minutes,
+                 "parameters": sum(p.numel() for p in model.parameters()), "macs": model.macs(),
+                 "predict": config["predict"], "schedule": config["schedule"], "made_of": made,
+                 **errors_by_noise(model, diffusion, test, study.noise)}
+        for how in wanted:
+            new = (denoised(model, diffusion, test, how["from_step"]) if "from_step" in how else
+                   [judged(judge, model, diffusion, trained, seed, how)])
+            rows.extend(about | row for row in new)
+            write_rows(path, rows)
+
+    if isinstance(stages, str):
+        return note(ASSETS / stages, 0.0, 0, todo[None])
+    minutes, images, begin = 0.0, 0, []                     # of the stages before
+    for number, (flags, steps) in enumerate(stages, start=1):
+        final = number == len(stages)
         run = path.with_suffix("" if final else f".stage{number}")
-        flags = [str(test.shape[-1] // 2) if f == "half" else f for f in flags]
-        for step in steps:
-            wanted = missing(step, last=step == steps[-1])
-            if final and not wanted:
-                continue
-            train.main([*flags, *begin, "--data", args.data, "--seed", str(seed), "--max-steps", str(step),
-                        *(["--data-dir", args.data_dir] if args.data_dir else []), "--sample-every", "0",
-                        "--results-dir", str(run.parent), "--name", run.name])
+        for step in steps if not final else todo:
+            train.main([*sized(flags, test), *begin, "--data", args.data, "--seed", str(seed), "--max-steps",
+                        str(step), *(["--data-dir", args.data_dir] if args.data_dir else []),
+                        "--sample-every", "0", "--results-dir", str(run.parent), "--name", run.name])
             if checkpoint.read(run / "latest.pt")["step"] < step:
                 sys.exit("stopped; the same command goes on")
+            took, seen = done_in(run / "log.csv")
             if final:
-                note(run / "latest.pt", minutes + minutes_of(run / "log.csv"), wanted)
-        minutes, begin = minutes + minutes_of(run / "log.csv"), ["--init-inner", str(run)]
+                note(run / "latest.pt", minutes + took, images + seen, todo[step])
+        minutes, images, begin = minutes + took, images + seen, ["--init-inner", str(run)]
+
+
+def sized(flags, dataset):
+    """The flags with numbers: "half" is half the size of the pictures."""
+    return [str(dataset.shape[-1] // 2) if f == "half" else f for f in flags]
 
 
 # --- all runs -------------------------------------------------------------------------------------
@@ -240,14 +271,29 @@ def file_of(args, name, arm, seed):
     return Path(args.results_dir) / f"{args.data}-{name}-{arm}-{seed}.csv"
 
 
-def gather(args, name):
+def gather(args, name, judge_path):
     """The scores of a study, of whatever is done -> one file."""
-    study = STUDIES[name]
-    rows = [row for arm in study.arms for seed in study.seeds
-            for row in read_rows(file_of(args, name, arm, seed))]
+    study, rows = STUDIES[name], []
+    for arm in study.arms:
+        for seed in study.seeds:
+            found = read_rows(file_of(args, name, arm, seed))
+            rows += [row for row in found if row["made_of"] == made_of(args, name, arm, judge_path)]
     if rows:
         args.out.mkdir(parents=True, exist_ok=True)
         write_rows(args.out / f"{args.data}-{name}.csv", rows)
+
+
+def judge_itself(args):
+    """What the judge says of cases with known answers -> a file, beside the studies'. -> its weights' path"""
+    judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
+    path, about = args.out / f"{args.data}-judge.csv", {"made_of": checkpoint.sums(judge.path)}
+    if not any(about.items() <= row.items() for row in read_rows(path)):
+        args.out.mkdir(parents=True, exist_ok=True)
+        rows = [{"arm": name} | about | judge(images, labels)
+                for name, images, labels in judges.known_cases(judge, DRAW["n"])]
+        write_rows(path, [{"arm": "accuracy"} | about | {"recognised": judge.accuracy,
+                                                         "distance": judge.half_distance}, *rows])
+    return judge.path
 
 
 def main(argv=None):
@@ -256,18 +302,20 @@ def main(argv=None):
     p.add_argument("--data", default="mnist", help="what to train on")
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--results-dir", default="results/evidence", help="runs are folders in here")
-    p.add_argument("--out", type=Path, default=HERE.parent / "assets" / "evidence",
-                   help="where scores are gathered")
+    p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
     p.add_argument("--jobs", type=parallel.number(int, 1), default=os.cpu_count(), help="runs at a time")
     p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run of a study alone, here")
     args = p.parse_args(argv)
     if unknown := [s for s in args.studies if s not in STUDIES]:
         parallel.fail(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
     if args.run:
-        return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
+        with parallel.told_plainly():
+            return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
     os.makedirs(args.results_dir, exist_ok=True)
     with parallel.told_plainly():               # trains the classifier, if need be, with all cores
-        judges.Judge(args.data, args.data_dir, cache=args.results_dir)
+        checkpoint.hold(Path(args.results_dir))             # one of these at a time
+        judge_path = judge_itself(args)
+    writing = threading.Lock()
 
     def start(name, arm, seed):
         """One run in a process of one core, since two that share cores would wait for each other."""
@@ -277,15 +325,17 @@ def main(argv=None):
                 [sys.executable, __file__, name, "--run", arm, str(seed), "--data", args.data,
                  "--results-dir", args.results_dir, *["--data-dir", args.data_dir] * bool(args.data_dir)],
                 stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-        gather(args, name)
+        with writing:
+            gather(args, name, judge_path)
         took = f"{(time.perf_counter() - began) / 60:.1f} min"
-        print(f"{name}: {arm}, seed {seed}: {f'failed, see {log}' if rc else took}", flush=True)
+        print(f"{name}: {arm}, seed {seed}: {f'stopped or failed, see {log}' if rc else took}", flush=True)
         return rc
 
-    runs = [(name, arm, seed) for name in args.studies or STUDIES for seed in STUDIES[name].seeds
+    chosen = args.studies or [name for name in STUDIES if name != "colour"]
+    runs = [(name, arm, seed) for name in chosen for seed in STUDIES[name].seeds
             for arm in STUDIES[name].arms]
     with ThreadPoolExecutor(args.jobs) as pool:
-        sys.exit(max(pool.map(lambda run: start(*run), runs)))
+        sys.exit(int(any(list(pool.map(lambda run: start(*run), runs)))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tables (Markdown, printed) and figures (PNG) of the studies in assets/evidence/*.csv.
 
     python benchmarks/figures.py > docs/results.md      of all that is there
-    python benchmarks/figures.py mnist-skip             of one study
+    python benchmarks/figures.py mnist-ode              of one study
 
 Figures need `pip install matplotlib`; without it only tables are printed.
 """
@@ -60,30 +60,32 @@ def cost_table(rows):
     lines = []
     for (arm,), of in groups(rows, "arm").items():
         last = [r for r in of if r["step"] == max(r["step"] for r in of)]
-        images = 32 * last[0]["step"]
-        lines.append([arm, f"{last[0]['parameters']:,.0f}", f"{last[0]['macs'] / 1e6:.0f}M",
-                      f"{last[0]['step']:,.0f}", spread({r["minutes"] for r in last}, digits),
-                      digits(images / 60 / statistics.median(r["minutes"] for r in last))])
-    return markdown(["", "parameters", "multiply-adds", "steps", "minutes of one core", "images/s"], lines)
+        r = last[0]
+        lines.append([arm, f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M",
+                      f"{r['predict']}, {r['schedule']}", f"{r['images']:,.0f}",
+                      spread({r["minutes"] for r in last}, digits),
+                      digits(r["images"] / 60 / statistics.median(r["minutes"] for r in last))])
+    return markdown(["", "parameters", "multiply-adds", "predicts, schedule", "images seen",
+                     "minutes of one core", "images/s"], lines)
 
 
 def quality_table(rows):
     lines = []
-    keys = "arm", "step", "sampler", "steps", "cfg"
-    for (arm, step, sampler, steps, cfg), of in groups(rows, *keys).items():
-        lines.append([arm, f"{step:,.0f}", f"{sampler.upper()} {steps:.0f}", f"{cfg:g}",
+    keys = "arm", "step", "sampler", "steps", "cfg", "n"
+    for (arm, step, sampler, steps, cfg, n), of in groups(rows, *keys).items():
+        lines.append([arm, f"{step:,.0f}", f"{sampler.upper()} {steps:.0f}", f"{cfg:g}", f"{n:,.0f}",
                       spread([r["recognised"] for r in of], percent),
                       spread([r["x_real"] for r in of], digits),
                       spread([r["precision"] for r in of], "{:.2f}".format),
                       spread([r["recall"] for r in of], "{:.2f}".format)])
-    return markdown(["", "steps", "sampler", "guidance", "recognised", "distance, x real", "precision",
-                     "recall"], lines)
+    return markdown(["", "steps", "sampler", "guidance", "samples", "recognised", "distance, x real",
+                     "precision", "recall"], lines)
 
 
 def noise_table(rows):
-    lines = [[arm, *(digits(of[0][f"error_{ratio}"]) for ratio in LEVELS)]
-             for (arm,), of in groups([r for r in rows if f"error_{LEVELS[0]}" in r], "arm").items()]
-    return markdown(["error of x_0 at sigma / alpha =", *LEVELS], lines)
+    lines = [[arm, *(spread({r[f"error_{ratio}"] for r in of}, digits) for ratio in LEVELS)]
+             for (arm,), of in groups(rows, "arm").items()]
+    return markdown(["squared error of x_0 at sigma / alpha =", *LEVELS], lines)
 
 
 def denoising_table(rows):
@@ -189,26 +191,44 @@ def commands(data, study):
             continue
         typed = [f"`train.py {shlex.join(flags)} --data {data} --max-steps {steps[-1]}`"
                  for flags, steps in stages]
-        lines.append(f"- {arm}: {', then inside of that '.join(typed)}")
+        lines.append(f"- {arm}: {', then with --init-inner '.join(typed)}".replace("--image-size half",
+                                                                                  "--image-size 14"))
     return "\n".join(lines)
+
+
+def judge_section(data, rows, show):
+    """The judge itself."""
+    show(f"\n## The judge of {data}\n\nThe classifier recognises {100 * rows[0]['recognised']:.2f}% of the "
+         f"test images. Half of them are at distance {digits(rows[0]['distance'])} from the other half; "
+         f"{rows[1]['n']:,.0f} real images that it has not seen, and what can be wrong with them:\n")
+    show(markdown(["", "recognised", "distance", "x real", "precision", "recall"], [
+        [r["arm"], percent(r["recognised"]), digits(r["distance"]), digits(r["x_real"]),
+         f"{r['precision']:.2f}", f"{r['recall']:.2f}"] for r in rows[1:]]) + "\n")
 
 
 def section(path, show):
     """Everything about one study."""
     data, name = path.stem.split("-", 1)
     rows = read_rows(path)
+    if name == "judge":
+        return judge_section(data, rows, show)
     if not rows or name not in STUDIES:
-        parallel.fail(f"no scores in {path}: run benchmarks/evidence.py first")
+        parallel.fail(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
     study, seeds = STUDIES[name], sorted({f"{r['seed']:.0f}" for r in rows})
     drawn, noised = [r for r in rows if "recognised" in r], [r for r in rows if "metric" in r]
     trained = not any(isinstance(stages, str) for stages in study.arms.values())
-    show(f"\n## {study.what}\n\n`python benchmarks/evidence.py {name} --data {data}`, "
-         f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}:\n\n{commands(data, study)}\n")
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+    which += "" if trained else " of the samples, one training"
+    show(f"\n## {study.what}\n\n`python benchmarks/evidence.py {name} --data {data}`, {which}:\n\n"
+         f"{commands(data, study)}\n")
     if trained:
         show(cost_table(rows) + "\n")
     show(quality_table(drawn) + "\n")
     if study.noise:
-        show(noise_table(rows) + "\n")
+        show(noise_table(drawn) + "\n")
+        if "MDM" in study.arms:
+            show("MDM also sees the coarse picture with noise of its own, as if the ratio were 1.22 times "
+                 "smaller.\n")
     if noised:
         show(denoising_table(noised) + "\n")
     if pyplot and (figure := figure_of(name, study, drawn)):
@@ -221,21 +241,25 @@ def section(path, show):
 HEAD = """# Results
 
 Made by `python benchmarks/evidence.py`, printed by `python benchmarks/figures.py`. All runs are on one CPU
-core, in float32, with the defaults of `train.py` but for the flags named (batches of 32, AdamW at 2e-3,
-cosine decay). Samples are judged by a small classifier (`benchmarks/judge.py`): how many it recognises as the
-class asked for; the Frechet distance in its features from the test set, as a multiple of that of as many real
-training images; precision and recall. That distance is nobody's FID. Where there are three seeds, tables give
-the median (the lowest to the highest) and figures show each."""
+core, in float32, with the defaults of `train.py` but for the flags named: batches of 32, AdamW at a peak of
+2e-3, cosine decay, the same for all. Presets were chosen in short trials, on the same data and by the same
+kind of judge. Minutes are at a run's median speed.
+
+Samples are judged by a small classifier (`benchmarks/judge.py`): how many it recognises as the class asked
+for; the Frechet distance in its features from the test set, as a multiple of that of as many real images (it
+is nobody's FID, and ratios of different numbers of samples cannot be compared); precision and recall. Where
+there are three seeds, tables give the median (the lowest to the highest) and figures show each."""
 
 
 def main(argv=None):
     p = parallel.Parser(__doc__.splitlines()[0])
-    p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-skip (default: all)")
+    p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-ode (default: all)")
     p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="of the scores")
     args = p.parse_args(argv)
-    order = list(STUDIES)
+    order = ["judge", *STUDIES]
     files = [args.folder / f"{s}.csv" for s in args.studies] or sorted(
-        args.folder.glob("*-*.csv"), key=lambda f: (f.stem[:5] != "mnist", order.index(f.stem.split("-")[1])))
+        (f for f in args.folder.glob("*-*.csv") if f.stem.split("-")[1] in order),
+        key=lambda f: (f.stem[:5] != "mnist", order.index(f.stem.split("-")[1])))
     if not args.studies:
         print(HEAD)
     for path in files:

@@ -18,11 +18,14 @@ step() {                                # name, then a command: run once, its ou
     [ -e "$done" ] && return
     echo "== ${*:2}"
     "${@:2}" | tee "$done.part"
+    ! grep -q "^stopped " "$done.part" || exit 1            # train.py was asked to: it goes on next time
     mv "$done.part" "$done"
 }
 
-# the README's first minutes, and its picture of shapes
+# the README's first minutes
 step shapes python train.py
+cp results/dis-shapes/samples.png assets/shapes.png
+cp results/dis-shapes/log.csv assets/shapes.csv
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
 
@@ -37,7 +40,35 @@ for model in dis diffussm mdm cunet; do
 done
 python benchmarks/evidence.py --data-dir "$data"
 python benchmarks/evidence.py colour --data cifar10 --data-dir "$data"
-python benchmarks/figures.py > docs/results.md
+python benchmarks/figures.py > results/reproduced/results.md
+mv results/reproduced/results.md docs/results.md
+
+# words, emoji and moving shapes by MDM
+mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }
+words=(--data shapes --cond text --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
+mdm words-16 "${words[@]}" --image-size 16 --max-steps 1200
+mdm words-32 "${words[@]}" --image-size 32 --max-steps 800 --init-inner results/words-16
+mdm words-64 "${words[@]}" --image-size 64 --max-steps 700 --init-inner results/words-32
+step draw-words python sample.py --ckpt results/words-64 --sampler ddpm --steps 100 --num-samples 40 \
+    --out assets/words-mdm.png --prompt "a small red star" "a big red star" "a small blue moon" "a big blue moon" \
+    "a small green heart" "a big green heart" "a small yellow square" "a big yellow square" "a small purple ring" \
+    "a big purple ring"
+clips=(--preset tiny-video --data moving --cond text)
+mdm moving-1x16 "${clips[@]}" --frames 1 --image-size 16 --max-steps 1000
+mdm moving-8x16 "${clips[@]}" --global-batch-size 16 --image-size 16 --max-steps 900 --init-inner results/moving-1x16
+mdm moving-8x32 "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 700 --init-inner results/moving-8x16
+step draw-moving python sample.py --ckpt results/moving-8x32 --sampler ddpm --steps 100 --cfg-scale 3 --num-samples 8 \
+    --out results/moving-mdm.png --prompt "a small red circle moving left" "a big green cross moving right" \
+    "a small blue ring moving up" "a big purple heart moving down" "a small orange star moving right" \
+    "a big yellow square moving up" "a small green moon moving down" "a big blue triangle moving left"
+cp results/moving-mdm.gif assets/moving-mdm.gif
+if [ -n "$emoji" ]; then
+    mdm emoji-16 --data "$emoji" --image-size 16 --max-steps 1400
+    mdm emoji-32 --data "$emoji" --image-size 32 --max-steps 900 --init-inner results/emoji-16
+    mdm emoji-64 --data "$emoji" --image-size 64 --max-steps 700 --init-inner results/emoji-32
+    step draw-emoji python sample.py --ckpt results/emoji-64 --sampler ddpm --steps 100 --cfg-scale 3 --levels \
+        --num-samples 16 --out assets/emoji-mdm.png
+fi
 
 # speed and faults
 for name in scan s4d memory kill processes; do step $name python benchmarks/$name.py; done

@@ -4,6 +4,7 @@
     python train.py --model examples/mypaper.py
     python sample.py --model examples/mypaper.py
 """
+import torch
 from einops import rearrange
 from torch import nn
 
@@ -40,7 +41,8 @@ class Mixer(nn.Module):
         self.blocks = nn.ModuleList(Block(H * W // patch**2, width) for _ in range(depth))
 
     def forward(self, x, t, y=None):                    # (B, C, H, W), (B,), (B,): y = -1 is "no class"
-        c = self.time(t) + (0 if y is None else self.label(y % (self.K + 1)))               # (B, D)
+        y = torch.full_like(t, -1) if y is None else y
+        c = self.time(t) + self.label(y % (self.K + 1))                                     # (B, D)
         h = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **self.cut))      # (B, J, D)
         for block in self.blocks:
             h = block(h, c)
