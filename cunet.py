@@ -674,7 +674,7 @@ CONFIGS = {
     "unet": dict(network=UNet, dim=64, **_DDPM),
     # Half the channels of "cunet" and "unet", for two CPU cores. They predict x0, on the linear schedule:
     # after 2,000 steps on MNIST (nf = 6, one run each) 500 samples were at 5.9 times the Frechet distance of
-    # real images (benchmarks/judge.py), with v on the cosine schedule at 15. Class vectors start with standard
+    # real images (benchmarks/judge.py), v on the cosine schedule at 15. Class vectors start with standard
     # deviation 1, not 0.02, or the class would be learned late.
     "tiny": dict(network=CUNet, nf=8, **_TINY),
     "unet-tiny": dict(network=UNet, dim=32, **_TINY),
