@@ -125,7 +125,7 @@ def write_rows(path, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: v if isinstance(v, str) or v == int(v) and int(v) else f"{v:.5g}"
+    writer.writerows({k: v if isinstance(v, str) else int(v) if v == int(v) else f"{v:.5g}"
                       for k, v in row.items()} for row in rows)
     checkpoint.replace(path, lambda f: f.write(text.getvalue().encode()))
 

@@ -36,7 +36,7 @@ def spread(values, form):
 
 
 def percent(x):
-    return f"{100 * x:.0f}%" if x < 0.995 else f"{100 * x:.1f}%"
+    return f"{100 * x:.1f}%"
 
 
 def digits(x):
@@ -182,10 +182,12 @@ def figure_of(name, study, rows):
     return dots(rows, study.what) if len(study.seeds) > 1 else None
 
 
-def commands(data, study):
+def commands(data, study, rows):
     """What was run, an arm a line."""
-    lines = []
+    lines, done = [], {r["arm"] for r in rows}
     for arm, stages in study.arms.items():
+        if arm not in done:
+            continue
         if isinstance(stages, str):
             lines.append(f"- {arm}: the weights `assets/{stages}`")
             continue
@@ -220,7 +222,7 @@ def section(path, show):
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
     which += "" if trained else " of the samples, one training"
     show(f"\n## {study.what}\n\n`python benchmarks/evidence.py {name} --data {data}`, {which}:\n\n"
-         f"{commands(data, study)}\n")
+         f"{commands(data, study, rows)}\n")
     if trained:
         show(cost_table(rows) + "\n")
     show(quality_table(drawn) + "\n")

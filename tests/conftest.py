@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-OTHERS = ["test_train.py", "test_faults.py", "test_cunet.py", "test_latents.py"]
+OTHERS = ["test_train.py", "test_faults.py", "test_cunet.py", "test_latents.py", "test_evidence.py"]
 RUNNING = OUTPUT = None
 
 if not torch.cuda.is_available():       # before anything imports Triton: kernels then run, slowly, on the CPU
