@@ -2,7 +2,8 @@
 
     python benchmarks/evidence.py                        all studies on MNIST
     python benchmarks/evidence.py minutes ode            some of them, by name
-    python benchmarks/evidence.py minutes --data cifar10 --data-dir DIR
+    python benchmarks/evidence.py colour --data cifar10 --data-dir DIR
+    python benchmarks/evidence.py --speed                how fast they train, while nothing else runs
 
 A study has arms, ways of training that differ in one thing; each is trained with every seed, on one core, as
 many at a time as --jobs says. What is done is not done again, and what was interrupted goes on. Runs lie in
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -64,7 +66,7 @@ class Study:
 LEVELS = 0.1, 0.3, 1, 3, 10
 FIVE = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-Net": CUNET + MINI,
         "U-Net": UNET}
-HOUR = {"DiS": 22000, "DiffuSSM": 4800, "MDM": 18000, "cU-Net": 15500, "U-Net": 12500}         # steps
+HOUR = {"DiS": 19000, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500, "U-Net": 5800}         # steps
 STUDIES = {
     "minutes": Study("Equal time, about an hour of one core", {
         name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
@@ -101,8 +103,8 @@ STUDIES = {
 
 # --- one run --------------------------------------------------------------------------------------
 
-FIELDS = ["arm", "seed", "step", "images", "minutes", "parameters", "macs", "predict", "schedule", "made_of",
-          "sampler", "steps", "cfg", "n",
+FIELDS = ["arm", "seed", "step", "images", "minutes", "images_per_s", "parameters", "macs", "predict",
+          "schedule", "made_of", "sampler", "steps", "cfg", "n",
           "recognised", "distance", "x_real", "precision", "recall", "seconds",
           *(f"error_{ratio}" for ratio in LEVELS), "from_step", "metric", "noisy", "one_step", "best",
           "after"]
@@ -296,6 +298,21 @@ def judge_itself(args):
     return judge.path
 
 
+def speed(args, turns=3):
+    """Images/s of the five in training, on one core, as they take turns -> a file beside the studies'."""
+    torch.set_num_threads(1)                                # as the studies' runs have
+    rates = {arm: [] for arm in FIVE}
+    for arm, flags in [*FIVE.items()] * turns:
+        with tempfile.TemporaryDirectory() as folder:
+            train.main([*flags, "--data", args.data, *["--data-dir", args.data_dir] * bool(args.data_dir),
+                        "--max-steps", "60", "--log-every", "10", "--sample-every", "0",
+                        "--results-dir", folder, "--name", "run"])
+            rates[arm] += [row["images_per_s"] for row in read_rows(Path(folder) / "run/log.csv")[1:]]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_rows(args.out / f"{args.data}-speed.csv", [
+        {"arm": arm, "images_per_s": statistics.median(rate)} for arm, rate in rates.items()])
+
+
 def main(argv=None):
     p = parallel.Parser(__doc__.splitlines()[0])
     p.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
@@ -304,10 +321,13 @@ def main(argv=None):
     p.add_argument("--results-dir", default="results/evidence", help="runs are folders in here")
     p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
     p.add_argument("--jobs", type=parallel.number(int, 1), default=os.cpu_count(), help="runs at a time")
+    p.add_argument("--speed", action="store_true", help="measure how fast the five of `minutes` train")
     p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run of a study alone, here")
     args = p.parse_args(argv)
     if unknown := [s for s in args.studies if s not in STUDIES]:
         parallel.fail(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
+    if args.speed:
+        return speed(args)
     if args.run:
         with parallel.told_plainly():
             return do_run(args, args.studies[0], args.run[0], int(args.run[1]))

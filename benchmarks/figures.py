@@ -55,16 +55,17 @@ def groups(rows, *keys):
     return found
 
 
-def cost_table(rows):
-    """What each arm costs."""
+def cost_table(rows, speeds):
+    """What each arm costs. Of the arms in `speeds`, images/s as measured side by side."""
     lines = []
     for (arm,), of in groups(rows, "arm").items():
         last = [r for r in of if r["step"] == max(r["step"] for r in of)]
-        r = last[0]
+        r, minutes = last[0], [r["minutes"] for r in last]
+        if arm in speeds:
+            minutes = [r["images"] / speeds[arm] / 60]
         lines.append([arm, f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M",
                       f"{r['predict']}, {r['schedule']}", f"{r['images']:,.0f}",
-                      spread({r["minutes"] for r in last}, digits),
-                      digits(r["images"] / 60 / statistics.median(r["minutes"] for r in last))])
+                      spread(minutes, digits), digits(r["images"] / 60 / statistics.median(minutes))])
     return markdown(["", "parameters", "multiply-adds", "predicts, schedule", "images seen",
                      "minutes of one core", "images/s"], lines)
 
@@ -224,7 +225,8 @@ def section(path, show):
     show(f"\n## {study.what}\n\n`python benchmarks/evidence.py {name} --data {data}`, {which}:\n\n"
          f"{commands(data, study, rows)}\n")
     if trained:
-        show(cost_table(rows) + "\n")
+        speeds = {r["arm"]: r["images_per_s"] for r in read_rows(path.with_name(f"{data}-speed.csv"))}
+        show(cost_table(rows, speeds if "U-Net" in study.arms else {}) + "\n")
     show(quality_table(drawn) + "\n")
     if study.noise:
         show(noise_table(drawn) + "\n")
@@ -245,7 +247,8 @@ HEAD = """# Results
 Made by `python benchmarks/evidence.py`, printed by `python benchmarks/figures.py`. All runs are on one CPU
 core, in float32, with the defaults of `train.py` but for the flags named: batches of 32, AdamW at a peak of
 2e-3, cosine decay, the same for all. Presets were chosen in short trials, on the same data and by the same
-kind of judge. Minutes are at a run's median speed.
+kind of judge. Minutes are at a run's median speed; of equal time and equal steps, at speeds measured side by
+side (`python benchmarks/evidence.py --speed`).
 
 Samples are judged by a small classifier (`benchmarks/judge.py`): how many it recognises as the class asked
 for; the Frechet distance in its features from the test set, as a multiple of that of as many real images (it

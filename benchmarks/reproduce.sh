@@ -31,6 +31,8 @@ step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/
 
 # the judge, and all studies; the weights of the first are what the last two look at
 step judge python benchmarks/judge.py --data mnist --data-dir "$data" --cache results/evidence
+step speed python benchmarks/evidence.py --speed --data-dir "$data"
+step speed-colour python benchmarks/evidence.py --speed --data cifar10 --data-dir "$data"
 python benchmarks/evidence.py minutes --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net

@@ -184,3 +184,13 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
     names = [evidence.file_of(argparse.Namespace(data="x", results_dir=""), name, arm, 0)
              for name, study in evidence.STUDIES.items() for arm in study.arms]
     assert len(set(names)) == len(names)
+
+
+def test_speeds_are_of_each_in_turn(small, tmp_path, monkeypatch):
+    tiny = [*evidence.DIS, "--set", "width=16", "depth=2", "--global-batch-size", "4"]
+    monkeypatch.setattr(evidence, "FIVE", {"one": tiny, "two": tiny})
+    threads = torch.get_num_threads()
+    evidence.speed(argparse.Namespace(data="shapes", data_dir=None, out=tmp_path), turns=1)
+    torch.set_num_threads(threads)
+    rows = evidence.read_rows(tmp_path / "shapes-speed.csv")
+    assert [r["arm"] for r in rows] == ["one", "two"] and all(r["images_per_s"] > 0 for r in rows)
