@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes every number and picture of the README and of docs/ again. What is done is not done again, so stop it
-# whenever you like and start it again. A day on two cores.
+# Makes the numbers and pictures of the README and of docs/ again. What is done is not done again, so stop it
+# whenever you like and start it again. Not yet run as a whole; about a day on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA [EMOJI]
 #
