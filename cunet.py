@@ -18,50 +18,54 @@ Glossary. B is the batch, C the channels of z and of v (so 2C of the state), h x
 | `z`, `v`         | x, x' (Eq. 4)  | (B, C, h, w)   | features and their velocity                       |
 | `s`              | t~             | scalar, 0 .. 1 | the inner time                                    |
 | `t`              | t              | (B,)           | the diffusion step                                |
-| `Acceleration`   | f^(a) (Eq. 4)  |                | x'' = f(x, x', t, t~)                             |
+| `Acceleration` a | f^(a) (Eq. 4)  |                | x'' = f(x, x', t, t~)                             |
+| `F`              |                |                | of a first-order y' = F(y) (not torch's F)        |
 | `Velocity`       | g (Eq. 4)      |                | x'(0) = g(x(0)), once, at the network's input     |
 | `DynamicBlock`   |                |                | solves on [0, 1] ("dynamic blocks", Figure 2)     |
-| `e`              |                | (B, 256)       | embedding of t, plus class if there is one        |
+| `e`              |                | (B, 256) *     | embedding of t, plus class if there is one        |
 | `scale`, `shift` |                | (B, 2C, 1, 1)  | how e steers the acceleration                     |
 | `nf`             |                |                | C of the first level, doubled at each level below |
 
-In the networks' `forward`, x is the image, y the class label and C the image's channels. A lone h is hidden
-features, in the solver the step's length.
+* `UNet`: (B, 4 dim). In the networks' `forward`, x is the image, y the class label and C the image's
+channels. A lone h is hidden features, in the solver the step's length.
 
 Not here: training (train.py), the diffusion (diffusion.py), denoising and its measures (denoise.py,
 Section 5.2).
 
 What the published code does instead of the paper, and what this file does. ("Code" is the authors'
 release; the preset `published` has its layout, to count and to try.)
- 1. Eq. 4 is of second order. The code solves y' = F(y) on one stack of channels, a first-order neural
-    ODE: no z' = v, no acceleration. Here dynamics="second" is Eq. 4, "first" what the code does.
- 2. The code's network never sees the diffusion step: its outputs for t = 0 and t = 999 are equal, bit
-    for bit (its wo/R variant does see it). Its instance norm of the raw image also hides brightness and
-    contrast. Ours sees t in every block (scale and shift, zero before training), and z(0) is a
-    convolution of the raw image.
+ 1. Eq. 4 is of second order. The code solves y' = F(y) on one stack of channels, a first-order neural ODE:
+    no z' = v, no acceleration. Here dynamics="second" is Eq. 4, "first" what the code does. Eq. 4's f also
+    reads t~: here only with inner_time=True.
+ 2. The code's network never sees the diffusion step: its outputs for t = 0 and t = 999 are equal, bit for
+    bit (what we take to be its wo/R variant does see it). Its instance norm of the raw image also hides
+    brightness and contrast. Ours sees t in every block (scale and shift, zero before training), and z(0) is
+    a convolution of the raw image.
  3. Norms inside the ODE: group norm in the paper and here; instance norm in the code.
- 4. The code ends g with a softplus, so that no velocity is negative, and keeps only g's output, of twice
-    the channels. Here z(0) and v(0) are separate, and g keeps C channels, has the paper's ReLU (the code:
-    softplus) and ends with its last convolution. At the deeper levels the state starts as in the code: a
-    1x1 convolution mixes z and v, softplus, and its output is split again. So there v(0) is never negative
-    here either; within the block the acceleration's residual can turn v.
+ 4. The code's g ends with a softplus, so that its output is never negative. That output, 2C channels, is
+    the whole initial state; the image's own features are dropped. Here z(0) is the stem's output and v(0) =
+    g(z(0)), C channels each; g has the paper's ReLU inside (the code: softplus) and ends with its last
+    convolution, so that v(0) has either sign. In all later blocks the state starts as in the code: a 1x1
+    convolution mixes z and v, softplus, and its output is split again. There v(0) is never negative here
+    either; within the block the acceleration's residual can turn v.
  5. The acceleration ends with a softplus, as in the paper, and is never negative by itself: its sign
     comes from the residual, a 1x1 convolution of (z, v). (In the code the residual is the identity.)
  6. Attention, here at 1/8 of the size, has a residual and a group norm (the code replaces the features,
     after an RMS norm). A group norm precedes the head, which starts at zero (the code: a bare 1x1
     convolution).
- 7. The paper argues with the adjoint method and its O(1) memory; the code backpropagates through one
-    step of rk4, and its adjoint setting crashes. Here gradients="direct" (backpropagation through all
-    steps, as in the code; the default), "checkpoint" (same gradients; keeps a state per step and, in
-    backward, one step's activations) or "adjoint" (constant memory, approximate; allowed only where it was
-    measured to be close: rk4 with four or more steps, relative error below 1e-3; one step: up to a third).
- 8. Images of any size: levels have half the size, rounded up, and going up takes the size of the skip.
-    (In the code 28 x 28 fails.) The paper gives no widths; nf = 16 and four levels are the code's.
+ 7. The paper argues with the adjoint method and its O(1) memory; the code backpropagates through one step
+    of rk4, and its adjoint setting crashes. Here gradients="direct" (backpropagation through all steps, as
+    in the code; the default), "checkpoint" (same gradients; keeps a state per step and, in backward, one
+    step's activations) or "adjoint" (constant memory, approximate; allowed only for rk4 with four or more
+    steps. Relative error of all gradients, of random weights: below 1e-3, with one step up to a fifth. It
+    grows: 2e-2 after 64 training steps of `mini` with steps=4, 9e-4 there with steps=8).
+ 8. Images of any size above one pixel: levels have half the size, rounded up, and going up takes the size of
+    the skip. (In the code 28 x 28 fails.) The paper gives no widths; nf = 16 and four levels are the code's.
  9. The paper's "GFLOPs" are multiply-adds at 3 x 64 x 64, as a profiler saw them; real FLOPs are twice
     that.
-10. The class enters like the time; the paper is unconditional. The time's embedding is ours (128 sines
-    and cosines, two linear layers). The schedule, "as in Ho et al.", is linear, predicting eps; the
-    code's default is v, on a sigmoid schedule.
+10. The class enters like the time; the paper is unconditional. The time's embedding is ours (64 cosines and
+    64 sines, two linear layers). The schedule, as in Ho et al., is linear, predicting eps; the code's
+    default is v, on a sigmoid schedule.
 """
 import inspect
 import math
@@ -75,10 +79,12 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import SCHEDULES, Diffusion
 
-# Runge-Kutta methods, as Butcher tableaux. A row tells how far to go, from where the step began, along each
-# slope found so far. Where it leads, the next slope is found; where the last row leads, the step ends. Each
-# row's sum is its node c (where on t~ the slope is taken); the last row is the weights b. "rk4" is
-# torchdiffeq's: the 3/8 rule, not the classic tableau.
+# Runge-Kutta methods, as Butcher tableaux: row i has the weights a_ij, the last row the weights b.
+#
+#     slope_i  = derivative(s + h sum_j a_ij, y + h sum_j a_ij slope_j)          over j < i
+#     y(s + h) = y + h sum_j b_j slope_j
+#
+# "rk4" is torchdiffeq's: the 3/8 rule, not the classic tableau.
 FIXED = {"euler": ([], [1]),
          "midpoint": ([], [1 / 2], [0, 1]),
          "heun3": ([], [1 / 3], [0, 2 / 3], [1 / 4, 0, 3 / 4]),
@@ -92,7 +98,8 @@ class Acceleration(nn.Module):
     """a(z, v, t, t~) = x'' of Eq. 4, (B, 2C, h, w) -> (B, C, h, w): norm, convolution, softplus, norm,
     scale and shift by the diffusion time, convolution, softplus, plus a residual (Figure 2).
 
-    second=False: F of a first-order y' = F(y), -> (B, 2C, h, w). inner_time: t~ is a further channel.
+    second=False: F of a first-order y' = F(y), -> (B, 2C, h, w). inner_time: t~ is a further channel of
+    what both convolutions read; else s is not used.
     """
 
     def __init__(self, C, second=True, residual=True, inner_time=False):
@@ -131,7 +138,8 @@ class DynamicBlock(nn.Module):
         z' = v,     v' = a(z, v, t, t~)
 
     which is how any solver of first-order equations solves one of second order. `nfe` is the evaluations of a
-    in the last forward, and in its backward, where that recomputes (checkpoint) or solves (adjoint).
+    in the last forward, and in its backward, where that recomputes (checkpoint: counted ahead) or solves
+    (adjoint).
 
     Adaptive solvers choose their steps for the whole batch, so that an image's result then depends, by about
     the tolerance, on the others in its batch.
@@ -176,7 +184,7 @@ def solve(derivative, y, captured, parameters, how):
 
 
 def runge_kutta(derivative, tableau, s, h, y, *captured):
-    """One step, y(s) -> y(s + h). Times are Python's numbers: a GPU's would have to be waited for."""
+    """One step, y(s) -> y(s + h), s and h numbers of Python's: a GPU's would have to be waited for."""
     slopes, point = [], y
     for row, next_row in zip(tableau, tableau[1:]):
         slopes.append(derivative(s + h * sum(row), point, *captured))
@@ -189,7 +197,8 @@ def runge_kutta(derivative, tableau, s, h, y, *captured):
 def solve_by_torchdiffeq(derivative, y, captured, parameters, how, gradients):
     """Waits for a GPU at each step, since torchdiffeq compares times, and breaks compiled graphs."""
     how.nfe = 0
-    # Backward of the adjoint runs outside autocast; what it re-solves must be what forward has solved.
+    # The adjoint's backward runs outside autocast. It enters forward's again, or it would solve the ODE in
+    # another precision.
     kind = y.device.type
     amp = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind),
                dtype=torch.get_autocast_dtype(kind))
@@ -231,7 +240,8 @@ class Velocity(nn.Module):
 # --- attention and time, for both networks ------------------------------------------------------------
 
 class Attention(nn.Module):
-    """x + softmax attention among all h w positions, (B, C, h, w) -> (B, C, h, w)."""
+    """x + softmax attention among all h w positions, (B, C, h, w) -> the same. In CUNet x is the state, so
+    that here C counts z and v."""
 
     def __init__(self, C, heads=4, head=32):
         super().__init__()
@@ -292,7 +302,7 @@ class CUNet(nn.Module):
     unit = DynamicBlock                         # what FSDP2 gathers at a time
 
     def __init__(self,
-                 shape,                 # (C, H, W) of the image, any H and W
+                 shape,                 # (C, H, W) of the image, any H and W above 1 x 1
                  nf=16,                 # C of z and of v at full size
                  num_classes=0,         # 0: unconditional
                  dynamics="second",     # "second": Eq. 4 | "first": y' = F(y), the published code
@@ -318,7 +328,7 @@ class CUNet(nn.Module):
         self.stem = nn.Conv2d(shape[0], nf, 3, padding=1)
         self.velocity = Velocity(nf)
         widths = [2 * nf * 2**i for i in range(self.LEVELS + 1)]       # channels of the state: 32 .. 512
-        self.build_levels(widths, self.block, Attention)
+        self.build_levels(widths, Attention)
         self.norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], shape[0] * (2 if learn_sigma else 1), 1)
         for block in self.blocks():
@@ -330,15 +340,15 @@ class CUNet(nn.Module):
     def block(self, width):
         return DynamicBlock(width // 2, **self.options)
 
-    def build_levels(self, widths, block, attention):
+    def build_levels(self, widths, attention):
         """An ODE's state keeps its shape, so channels change only between blocks, in 1x1 convolutions
         (`widths` are the state's, 2C)."""
         pairs = list(zip(widths[:-1], widths[1:]))
-        self.downs = nn.ModuleList(block(w) for w in widths[:-1])
+        self.downs = nn.ModuleList(self.block(w) for w in widths[:-1])
         self.to_wide = nn.ModuleList(nn.Conv2d(w, wide, 1) for w, wide in pairs)
-        self.bottleneck = block(widths[-1])
+        self.bottleneck = self.block(widths[-1])
         self.to_narrow = nn.ModuleList(nn.Conv2d(wide + w, w, 1) for w, wide in reversed(pairs))
-        self.ups = nn.ModuleList(block(w) for w in reversed(widths[:-1]))
+        self.ups = nn.ModuleList(self.block(w) for w in reversed(widths[:-1]))
         self.attend_down, self.attend_up = (attention(widths[-2]) if self.attention else nn.Identity()
                                             for _ in range(2))
 
@@ -354,7 +364,7 @@ class CUNet(nn.Module):
         return self.head(self.norm(state))
 
     def u_shape(self, state, e):
-        """state (B, 2C, H, W) -> the same shape; C and h x w in the comments are the level's."""
+        """state (B, 2nf, H, W) -> the same; below, C and h x w are the level's."""
         skips = []
         for i, (block, to_wide) in enumerate(zip(self.downs, self.to_wide)):
             state = block(state, e)                                                   # (B, 2C, h, w)
@@ -363,10 +373,10 @@ class CUNet(nn.Module):
             skips.append(state)
             state = F.softplus(to_wide(state))                                        # (B, 4C, h, w)
             state = resize(state, [(n + 1) // 2 for n in state.shape[2:]])            # (B, 4C, h/2, w/2)
-        state = self.bottleneck(state, e)
+        state = self.bottleneck(state, e)                                             # (B, 32nf, h, w)
         for i, (block, to_narrow) in enumerate(zip(self.ups, self.to_narrow)):
             skip = skips.pop()                                                        # (B, 2C, h, w)
-            state = torch.cat([resize(state, skip.shape[2:]), skip], dim=1)           # (B, 6C, h, w)
+            state = torch.cat([resize(state, skip.shape[2:]), skip], dim=1)           # (B, 4C + 2C, h, w)
             state = block(F.softplus(to_narrow(state)), e)                            # (B, 2C, h, w)
             if i == 0:
                 state = self.attend_up(state)
@@ -439,13 +449,13 @@ def check_solver(solver, steps, rtol, atol, gradients):
         raise ValueError(f"{solver} chooses its own steps: drop steps={steps}, or use solver=rk4")
     if solver in ADAPTIVE and gradients == "checkpoint":
         raise ValueError(f"checkpoint recomputes step by step, and {solver} chooses its own steps: use "
-                         f"gradients=direct or adjoint, or solver=rk4")
+                         f"gradients=direct, or solver=rk4")
     if solver in FIXED and (rtol, atol) != (1e-3, 1e-3):
         raise ValueError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use "
                          f"solver=dopri5")
     if gradients == "adjoint" and (solver != "rk4" or steps < 4):
         raise ValueError(f"adjoint gradients solve the ODE again, backwards, which does not come back the "
-                         f"way forward went: with one step of rk4 they are off by up to a third, with "
+                         f"way forward went: with one step of rk4 they were off by up to 40%, with "
                          f"adaptive solvers by an amount that depends on the tolerance. Not {solver} "
                          f"steps={steps}: use solver=rk4 steps=4 or more, or gradients=checkpoint, which is "
                          f"exact")
@@ -455,8 +465,8 @@ def check_solver(solver, steps, rtol, atol, gradients):
 
 class PublishedBlock(nn.Module):
     """y' = F(y) on one stack of channels, with instance norms and no diffusion time. Without the residual
-    ("wo/R") the second convolution is 1x1 and the time is added before the block: only this variant sees
-    it."""
+    (what we take "wo/R" to be, from its parameter count) the second convolution is 1x1 and the time is added
+    before the block: only this variant sees it."""
 
     def __init__(self, width, residual=True, **how):
         super().__init__()
@@ -522,7 +532,7 @@ class Published(CUNet):
             nn.InstanceNorm2d(nf), nn.Conv2d(nf, 2 * nf, 1), nn.Softplus())
         self.velocity = nn.Identity()
         widths = [2 * nf * 2**i for i in range(self.LEVELS + 1)]
-        self.build_levels(widths, self.block, PublishedAttention)
+        self.build_levels(widths, PublishedAttention)
         self.head = nn.Conv2d(widths[0], shape[0] * (2 if learn_sigma else 1), 1)
 
     def block(self, width):
@@ -547,8 +557,8 @@ class ChannelNorm(nn.Module):
 
 
 class LinearAttention(Attention):
-    """Attention at a cost linear in the positions: softmax of q over channels, of k over positions, and
-    k^T v (d x d) first."""
+    """Attention at a cost linear in the positions, which are the last axis: softmax of q over channels, of k
+    over positions, then v k^T first, only d x d."""
 
     def __init__(self, C):
         super().__init__(C)
@@ -557,7 +567,7 @@ class LinearAttention(Attention):
     def attend(self, x):
         q, k, v = rearrange(self.qkv(x), "b (qkv n d) h w -> qkv b n d (h w)", qkv=3, n=self.heads)
         q, k = q.softmax(dim=-2) / math.sqrt(q.shape[-2]), k.softmax(dim=-1)
-        y = (v @ k.mT) @ q                                                            # (B, n, d, h w)
+        y = (v @ k.mT) @ q                                    # (B, n, d, d) @ (B, n, d, h w)
         return self.out_norm(self.out(rearrange(y, "b n d (h w) -> b (n d) h w", h=x.shape[2])))
 
     def macs(self, positions):
@@ -573,7 +583,8 @@ class FullAttention(Attention):
 
 
 class ResBlock(nn.Module):
-    """x (B, C_in, h, w), e (B, E) -> (B, C_out, h, w): twice convolution, norm, SiLU, and a residual."""
+    """x (B, C_in, h, w), e (B, E) -> (B, C_out, h, w): convolution, norm, scale and shift by e, SiLU;
+    convolution, norm, SiLU; plus a residual."""
 
     def __init__(self, C_in, C_out, E):
         super().__init__()
@@ -589,31 +600,33 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """What the paper calls "as in Ho et al." and the authors ran is lucidrains' denoising-diffusion-pytorch
-    1.8.3, dim 64. Layout and parameter count are exactly its; attention's norms (before, and after the
-    linear one), the time's sinusoid and activation, and the zeroed head are ours. At each of four levels two
-    residual blocks and linear attention, at the lowest and in the middle full attention."""
+    """What the paper calls the "same U-Net as Ho et al." and the authors ran is lucidrains'
+    denoising-diffusion-pytorch 1.8.3, dim 64. Layout and parameter count are exactly its; attention's norms
+    (before, and after the linear one), the time's sinusoid and activation, and the zeroed head are ours. At
+    each of four levels two residual blocks and linear attention, at the lowest and in the middle full
+    attention."""
 
     unit = ResBlock
 
     def __init__(self, shape, dim=64, num_classes=0, label_std=0.02, learn_sigma=False):
         super().__init__()
         self.shape, self.num_classes = shape, num_classes
-        if dim % 8:
-            raise ValueError(f"dim {dim} is not divisible by 8: try {dim // 8 * 8 + 8}")
+        if dim % 2:
+            raise ValueError(f"dim {dim} is odd: try {dim + 1}")
         E = 4 * dim
         self.condition = Conditioning(dim, E, num_classes, label_std)
         self.stem = nn.Conv2d(shape[0], dim, 7, padding=3)
         widths = [dim, dim, 2 * dim, 4 * dim, 8 * dim]
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for i, (w, wide) in enumerate(zip(widths[:-1], widths[1:])):
+        for i, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:])):
             lowest = i == 3
+            attention = FullAttention if lowest else LinearAttention
             self.downs.append(nn.ModuleList([
-                ResBlock(w, w, E), ResBlock(w, w, E), (FullAttention if lowest else LinearAttention)(w),
-                nn.Conv2d(w, wide, 3, padding=1) if lowest else nn.Conv2d(4 * w, wide, 1)]))
+                ResBlock(narrow, narrow, E), ResBlock(narrow, narrow, E), attention(narrow),
+                nn.Conv2d(narrow, wide, 3, padding=1) if lowest else nn.Conv2d(4 * narrow, wide, 1)]))
             self.ups.insert(0, nn.ModuleList([
-                ResBlock(wide + w, wide, E), ResBlock(wide + w, wide, E),
-                (FullAttention if lowest else LinearAttention)(wide), nn.Conv2d(wide, w, 3, padding=1)]))
+                ResBlock(wide + narrow, wide, E), ResBlock(wide + narrow, wide, E), attention(wide),
+                nn.Conv2d(wide, narrow, 3, padding=1)]))
         self.middle = nn.ModuleList([ResBlock(widths[-1], widths[-1], E), FullAttention(widths[-1]),
                                      ResBlock(widths[-1], widths[-1], E)])
         self.last = ResBlock(2 * dim, dim, E)
@@ -640,7 +653,7 @@ class UNet(nn.Module):
             x = attention(block2(torch.cat([x, skips.pop()], dim=1), e))
             if i < 3:
                 x = F.interpolate(x, size=skips[-1].shape[2:], mode="nearest")        # (B, wide, 2h, 2w)
-            x = to_narrow(x)
+            x = to_narrow(x)                                                          # (B, narrow, 2h, 2w)
         return self.head(self.last(torch.cat([x, first], dim=1), e))
 
     def macs(self):
@@ -666,7 +679,7 @@ def pixels_to_channels(x):
 
 # --- presets ------------------------------------------------------------------------------
 
-_DDPM = dict(schedule="linear", predict="eps", variance="small")        # "as in Ho et al."
+_DDPM = dict(schedule="linear", predict="eps", variance="small")        # as in Ho et al.
 _TINY = dict(label_std=1.0, schedule="linear", predict="x0", variance="small")
 CONFIGS = {
     "cunet": dict(network=CUNet, nf=16, **_DDPM),

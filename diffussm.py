@@ -9,9 +9,10 @@ are the expensive part, so they form an "hourglass" (the paper's word, though it
 middle): the residual stream holds M neighbouring tokens folded into one, and only inside a block,
 around the convolution, is the sequence unfolded to its full length. There is no attention anywhere.
 
-Glossary. Some letters mean two things. In S4D's formulas and parameters B, C and D are input vector,
-output vector and direct path, x the state, y the output; in shapes and everywhere else batch, channels of
-the image, width, image or stream, class. H counts SSMs in S4D's shapes; elsewhere it is the image's height.
+Glossary. Some letters mean two things:
+    in S4D's formulas and parameters    B input vector, C output vector, D direct path, x state, y output
+    in shapes and everywhere else       B batch, C channels of the image, D width, x image or stream, y class
+H counts SSMs in S4D's shapes; elsewhere it is the image's height.
 
 | code            | symbol    | shape           | meaning, and where it is from                          |
 |-----------------|-----------|-----------------|--------------------------------------------------------|
@@ -19,7 +20,7 @@ the image, width, image or stream, class. H counts SSMs in S4D's shapes; elsewhe
 | `patch`         | P         |                 | side of a patch; 1: none                               |
 | `ratio`         | M         |                 | of the hourglass: tokens folded into one; 1: none      |
 |                 | m         |                 | phase: a token's place, 0 .. M-1, among the M folded   |
-|                 | L         |                 | tokens at full length, H W / P^2                       |
+|                 | L         |                 | tokens at full length, H W / P^2, row by row           |
 |                 | J         |                 | tokens of the residual stream, L / M                   |
 | `I`             | I_j       | (B, J, D)       | what a block reads: the normed, modulated stream       |
 | `W_0`, `W_up`   | W_0, W^up | D -> D -> M 2D  | expand each of the J tokens to its M phases            |
@@ -33,31 +34,37 @@ the image, width, image or stream, class. H counts SSMs in S4D's shapes; elsewhe
 | `A`, `C`        | A, C      | (2D, N/2)       | complex; stored as real numbers                        |
 | `log_Abar`      | log A-bar | (2D, N/2)       | one token's decay and rotation of each state           |
 | `CB`            | C B-bar   | (2D, N/2)       | diagonal A: only this product of B and C matters       |
-| `K`             | K         | (2D, L)         | the convolution kernel                                 |
+| `K`             | K         | (2D, L)         | the convolution kernel; in the model with D in K_0     |
 | `c`             | t + y     | (B, D)          | time plus class, the same at each position             |
 
 S4D: On the Parameterization and Initialization of Diagonal State Space Models, Gu, Gupta, Goel, Re
-2022, 2206.11893. Not here: training (train.py), the noise schedule (diffusion.py), the VAE that makes
-a 32x32x4 latent of a 256 px image. No code and no weights of the authors could be found; the paper gives,
+2022, 2206.11893. DiT: Scalable Diffusion Models with Transformers, Peebles & Xie 2022, 2212.09748. BiGS:
+Pretraining Without Attention, Wang et al. 2022, 2212.10544, the declared ancestor: gated, bidirectional
+S4D, for text. Not here: training (train.py), the noise schedule (diffusion.py), the VAE that makes a
+32x32x4 latent of a 256 px image. No code and no weights of the authors could be found; the paper gives,
 among other things, the equations of the block, the number of its parameters (9 D^2 + 2 M D^2), D and depth
 of XL. What was read: the text and the equations of the main paper, in translation; not its appendix nor its
 drawing of the block (Figure 2). "Not given", "no .. mentioned" and "only .. in print" mean: in what was read.
 
 Choices. What the paper says, what it leaves open, and what this file does. "Ours" is inferred or chosen by
 us; the rest is the paper's or the named source's.
- 1. U is printed as (L, D), Y as (L, 2D). With this Y, all the matrices printed, M different W^up and W^down,
-    and D/2, D and 2D tried for U, for the width between W_0 and W^up, and for the gate, only 2D, D and D
-    count 9 D^2 + 2 M D^2 at every M. Ours: U has 2D, a half for each direction.
+ 1. U is printed as (L, D), Y as (L, 2D). Keep Y, and M different W^up and W^down. Three widths are then open:
+    of U, between W_0 and W^up, and of the gate (W_1 and W_2 lead to it, W_3 from it). Of D/2, D and 2D for
+    each, only 2D, D, D count 9 D^2 + 2 M D^2 at every M. Ours: U has 2D, a half for each direction.
  2. The text mentions an MLP after the two directions are concatenated; in the count there is room
     for none. We take it to be W^down.
- 3. "An activation" sigma: ours is GELU, that of BiGS, the model's declared ancestor.
+ 3. "An activation" sigma: ours is GELU, that of BiGS.
  4. No norm appears in the equations. Ours, as in DiT: LayerNorm without parameters before each
     block, and before the decoder.
  5. Time and class are "integrated at each position". Ours: a 2-layer MLP per block, c -> D -> 3D,
     makes shift, scale and gate, the last layer zero at the start as in DiT's adaLN-Zero (which has one
-    layer, c -> 6D; that would give 745.9M). Its 4 D^2 are what the paper's total of about 673M leaves for
-    it: XL has 668,878,864 parameters with it, 514.8M without.
- 6. Folding M tokens into the J x D stream, and back: ours is a linear map of M consecutive tokens.
+    layer, c -> 6D; that would give 745.9M). As in DiT, SiLU and one layer, c -> 2D, also zero at the start,
+    make shift and scale before the decoder; and c is 256 cosines and sines of t through a 2-layer MLP, plus
+    a table of classes with one more row for "none". The block MLP's 4 D^2 are what the paper's total of
+    about 673M leaves for it: XL has 668,878,864 parameters with it, 514.8M without.
+ 6. Folding M tokens into the J x D stream, and back: ours is one linear map of M tokens that follow each
+    other in a row, together with the patch's: M P^2 C -> D and back. (Where M does not divide W / P, some
+    groups run on into the next row. A group has its first token's position.)
  7. No positions are mentioned. Ours: fixed sines and cosines of row and column, no parameters.
  8. Only XL has its depth in print (29), S its width (384); L's width, "786", we take to be a slip for
     768. The depths of S and L are ours: 12, DiT-S's, and 24, DiT-L's, although 768 is DiT-B's width (so L
@@ -93,22 +100,25 @@ from diffusion import SCHEDULES, Diffusion
 #
 # x'(t) = A x(t) + B u(t),  y(t) = 2 Re C x(t) + D u(t)          A diagonal: N/2 separate complex states
 #
-# (each stands for itself and its conjugate, hence 2 Re). Seen at steps of dt this becomes
+# (each stands for itself and its conjugate, hence 2 Re). If u is constant over each step of length dt,
 #
-# x_l = Abar x_{l-1} + Bbar u_l,  y_l = 2 Re C x_l + D u_l         and, unrolled, since Abar is constant,
-# y = K * u + D u  with  K_l = 2 Re sum_n C_n Bbar_n Abar_n^l
+# x_l = Abar x_{l-1} + Bbar u_l,  y_l = 2 Re C x_l + D u_l        with Abar = exp(dt A), Bbar = (Abar - 1) / A
 #
-# So the recurrence over L tokens is one convolution. Mamba (dis.py) gives that up: its Abar depends on
-# the token. Here the kernel depends on parameters only, not even on the image.
+# ("zoh"; `discretize` has another form). Abar is the same at every token, so that the recurrence unrolls into
+#
+# y = K * u + D u,  K_l = 2 Re sum_n C_n Bbar_n Abar_n^l           * : convolution over tokens
+#
+# Mamba (dis.py) gives that up: its Abar depends on the token. Here the kernel depends on parameters only, not
+# even on the image.
 #
 # In shapes H counts SSMs: 2D in the model, D per direction. The functions want float32 or float64 and no
 # autocast; BidirectionalS4D sees to that.
 
 def initial_state_matrix(init, N):
     """Im A_n, (N/2,) float64, and B_n, (N/2,) complex128, at the start; Re A_n is always -1/2.
-    S4D Sec. 4. What the initialisation decides is which periods a kernel hears: 2 pi / (dt Im A_n) tokens.
-    (Where dt Im A_n exceeds pi, as for the fastest states at the largest dt, a rotation is seen as a slower
-    one: harmless.)"""
+    S4D Sec. 4. What the initialisation decides is which periods a kernel hears: with "zoh" 2 pi / (dt Im A_n)
+    tokens. (Where dt Im A_n exceeds pi, a rotation is seen as a slower one: harmless. With "lin" and N = 64
+    that happens to the fastest states at dt above 0.03. "bilinear" squeezes all angles below pi.)"""
     n = torch.arange(N, dtype=torch.float64, device="cpu")
     ones = torch.ones(N // 2, dtype=torch.complex128, device="cpu")
     if init == "lin":                   # a Fourier series
@@ -151,13 +161,14 @@ def kernel(log_Abar, CB, L):
     S = math.isqrt(L - 1) + 1                                                   # sqrt(L), rounded up
     a = torch.arange(0, L, S, device=CB.device)                                        # (L/S,)
     b = torch.arange(S, device=CB.device)                                              # (S,)
-    h, Ks = 256 if CB.device.type == "cpu" else len(CB), []     # channels whose powers fit a CPU's cache
-    for log_Abar, CB in zip(log_Abar.split(h), CB.split(h)):
-        coarse = (2 * CB)[:, None] * powers(log_Abar, a)                               # (h, L/S, N/2)
-        fine = powers(log_Abar.conj(), b)                                              # (h, S, N/2)
-        # Wanted: Re(p r), p `coarse`, r = Abar^b. With q = conj r, `fine`, it is Re p Re q + Im p Im q: a
-        # real product, many times faster than a complex one. (On a GPU where TF32 is allowed, train.py's
-        # default there, its inputs are rounded to TF32's 10 bits of mantissa.)
+    h = 256 if CB.device.type == "cpu" else len(CB)         # channels whose powers fit a CPU's cache
+    Ks = []
+    for log_Abar_h, CB_h in zip(log_Abar.split(h), CB.split(h)):
+        coarse = (2 * CB_h)[:, None] * powers(log_Abar_h, a)                           # (h, L/S, N/2)
+        fine = powers(log_Abar_h.conj(), b)                                            # (h, S, N/2)
+        # Wanted: Re(coarse Abar^b). `fine` is conj(Abar^b), so that it is Re coarse Re fine + Im coarse Im
+        # fine: a real product, faster than a complex one. (On a GPU where TF32 is allowed, train.py's default
+        # there, its inputs are rounded to TF32's 10 bits of mantissa.)
         coarse, fine = (torch.view_as_real(x).flatten(2) for x in (coarse, fine))      # (h, ., N)
         Ks.append((coarse @ fine.mT).flatten(1)[:, :L])                                # (h, L)
     return torch.cat(Ks)                                                               # (H, L)
@@ -209,9 +220,11 @@ OPS = re.sub(r"\W", "_", __name__)      # namespace: a changed copy of this file
 
 @torch.library.custom_op(f"{OPS}::convolve", mutates_args=())
 def convolve(u: Tensor, K: Tensor) -> Tensor:
-    """u (B, L, H), K (H, L) -> K * u (B, L, H), both directions."""
+    """u (B, L, H), K (H, L) -> y (B, L, H). The first half of the channels is read from the left, y_l =
+    sum_{i <= l} K_i u_{l-i}, the second from the right, y_l = sum_{i < L-l} K_i u_{l+i}. Here and below h
+    and b are slices of channels and images; in shapes, their lengths."""
     y = torch.empty_like(u)
-    for h, right, rows in blocks(u):
+    for h, right, rows in tiles(u):
         K_hat = spectrum(K[h], mirrored=right)                                         # (h, L+1)
         for b in rows:
             y[b, :, h] = irfft(rfft(u[b, :, h].mT).mul_(K_hat)).mT                     # (b, L, h)
@@ -220,11 +233,15 @@ def convolve(u: Tensor, K: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{OPS}::convolve_backward", mutates_args=())
 def convolve_backward(dy: Tensor, u: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """Read from the left, du_l = sum_i K_i dy_{l+i} and dK_i = sum_l u_l dy_{l+i}: correlations, so once
-    more products of spectra, one of them conjugated. Read from the right, l+i becomes l-i in du: none is
-    conjugated; and in dK u and dy change places: the other one is."""
+    """Convolutions and correlations, so products of spectra (_hat), in a correlation one is conjugated:
+
+    from the left     du_l = sum_i K_i dy_{l+i}    conj(K_hat) dy_hat
+                      dK_i = sum_l u_l dy_{l+i}    conj(u_hat) dy_hat
+    from the right    du_l = sum_i K_i dy_{l-i}    K_hat dy_hat
+                      dK_i = sum_l dy_l u_{l+i}    conj(dy_hat) u_hat, the conjugate of what it is above
+    """
     du, dK = torch.empty_like(u), torch.empty_like(K)
-    for h, right, rows in blocks(u):
+    for h, right, rows in tiles(u):
         K_hat = spectrum(K[h], mirrored=not right)                                     # (h, L+1)
         dK_hat = torch.zeros_like(K_hat)
         for b in rows:
@@ -240,13 +257,13 @@ convolve_backward.register_fake(lambda dy, u, K: (torch.empty_like(u), torch.emp
 convolve.register_autograd(lambda ctx, dy: convolve_backward(dy, *ctx.saved_tensors),
                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-BLOCK = {"cpu": 2**18}                  # numbers per block; elsewhere a block per direction
+TILE = {"cpu": 2**18}                   # numbers per tile of u, whose spectra then fit a CPU's cache
 
 
-def blocks(u):
-    """-> [(channels, read from the right?, [images, ..]), ..]: on a CPU, so that spectra fit its cache."""
+def tiles(u):
+    """-> [(channels, read from the right?, [images, ..]), ..]; where TILE says nothing, one per direction."""
     B, L, H = u.shape
-    most = BLOCK.get(u.device.type, u.numel())
+    most = TILE.get(u.device.type, u.numel())
     h = min(H // 2, max(1, most // L))
     b = max(1, most // (L * h))
     return [(slice(i, min(i + h, end)), end == H, [slice(j, j + b) for j in range(0, B, b)])
@@ -280,7 +297,7 @@ class BidirectionalS4D(nn.Module):
     def __init__(self, channels, state=64, init="lin", discretization="zoh", dt_min=1e-3, dt_max=0.1):
         super().__init__()
         self.discretization = discretization
-        self.K = None                       # set by `DiffuSSM.frozen`
+        self.K = None                       # (2D, L), D in it; set by `DiffuSSM.frozen`
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_neg_A_real = nn.Parameter(torch.empty(channels, state // 2))
         self.A_imag = nn.Parameter(torch.empty(channels, state // 2))
@@ -379,7 +396,7 @@ def sinusoid(t, width):
 
 class DiffuSSM(nn.Module):
     """(x_t, t, y) -> prediction (eps, or what the Diffusion says), and with learn_sigma the C channels of
-    the variance after it."""
+    the variance after it. Parameters stay float32; for bf16 use autocast."""
 
     unit = Block                        # what FSDP2 gathers at a time
 
@@ -433,7 +450,7 @@ class DiffuSSM(nn.Module):
             Block(width, ratio, state=state, init=init, discretization=discretization,
                   dt_min=dt_min, dt_max=dt_max) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.final_adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.final_adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))         # choice 5
         self.final = nn.Linear(width, ratio * patch**2 * self.out_channels)
         # where the first of a stream token's M tokens lies (choice 7)
         first = torch.arange(0, L, ratio)
@@ -463,7 +480,7 @@ class DiffuSSM(nn.Module):
 
     def forward(self, x, t, y=None):
         """x (B, C, H, W), t (B,) long, y (B,) long or None; label -1 means "no class".
-        -> (B, C or 2C, H, W)."""
+        -> (B, C', H, W), where C' is C or, with learn_sigma, 2C."""
         p, M, H = self.patch, self.ratio, self.shape[1]
         c = self.time_embed(sinusoid(t, 256))                                            # (B, D)
         if self.num_classes:
@@ -478,8 +495,8 @@ class DiffuSSM(nn.Module):
             else:
                 x = block(x, c)
         shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)                     # 2 x (B, 1, D)
-        x = self.final(self.final_norm(x) * (1 + scale) + shift)                         # (B, J, M*p*p*2C)
-        x = rearrange(x, "b j (m k) -> b (j m) k", m=M)                                  # (B, L, p*p*2C)
+        x = self.final(self.final_norm(x) * (1 + scale) + shift)                         # (B, J, M*p*p*C')
+        x = rearrange(x, "b j (m k) -> b (j m) k", m=M)                                  # (B, L, p*p*C')
         return rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H // p, p1=p, p2=p)
 
     @contextmanager

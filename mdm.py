@@ -7,6 +7,9 @@ denoise the picture and smaller copies of itself at the same time, one inside th
 dolls. Pixel for pixel the small copies become readable first and guide the large ones; most of the network
 works at the smallest resolution; and a network trained there is the core of the next larger one.
 
+    z_t^r = alpha_t^r D_r(x) + sigma_t^r eps^r,    eps^r ~ N(0, I),    r = 1 .. R, one t for all     (Eq. 2)
+    loss  = sum over r of omega_t^r |x_theta^r(z_t, t) - D_r(x)|^2,    omega^r / omega^R = N_R / N_r (Eq. 3)
+
 Glossary. B is the batch, R the number of resolutions; lists of resolutions begin with the coarsest, as
 the paper's index r does, but count from 0: levels[0] has alpha^1. In shapes T is the number of frames (T'
 once shrunk), elsewhere, as in diffusion.py, of steps. L: words of a caption; W: letters of a word, where
@@ -15,19 +18,21 @@ text is (B, L, W); D: width of a token; E: width of `e`.
 | code            | symbol          | shape              | meaning, and the part of the paper             |
 |-----------------|-----------------|--------------------|------------------------------------------------|
 | `x`             | x               | (B, C, H, W)       | a picture; (B, C, T, H, W) a video             |
-| `reduce`        | D_r             |                    | the picture at resolution r (Section 3)        |
+| `reduce`        | D_r             |                    | the picture at resolution r (Section 3.1)      |
 | `z`             | z_t^1 .. z_t^R  | [(B, C, H_r, W_r)] | the extended space: every resolution, noised   |
 | `t`             | t               | (B,)               | one time for all resolutions                   |
-| `levels[r]`     | alpha^r sigma^r |                    | each resolution's own schedule                 |
+| `levels[r]`     | alpha^r sigma^r |                    | its schedule: alpha^2 = alpha_bar = 1 - sigma^2 |
+| `noise`         | eps^1 .. eps^R  | (B, n)             | of all resolutions in a row; `unpack` parts it |
 | `weights`       | omega^r N_r/N_R | R numbers          | of the mean squared errors (Eq. 3); see 1      |
 | `UNet`          |                 |                    | the network of the coarsest resolution         |
 | `NestedUNet`    | (Figure 3)      |                    | one more resolution around another network     |
 | `in_adapter`, `out_adapter` |     |                    | the arrows into the inner network and out of it |
 | `tokens`, `mask` |                | (B, L, D), (B, L)  | the words, or one token for the class          |
+| `words`         |                 |                    | in methods [`tokens`, `mask`]; as an option D  |
 | `pooled`        |                 | (B, E)             | a linear map of their mean, a part of `e`      |
 | `e`             |                 | (B, E)             | embedding of t, the condition, the size        |
 
-Not here: training (train.py; --init-inner is the paper's progressive training), the formulas of one
+Not here: training (train.py; --init-inner is progressive training, Section 3.3), the formulas of one
 resolution's diffusion (diffusion.py), captions to numbers (data.py).
 
 Where paper, authors' code and this file differ. ("Code" is the authors' release.)
@@ -38,8 +43,9 @@ Where paper, authors' code and this file differ. ("Code" is the authors' release
  2. The paper's loss is the error of x with a free weight omega_t, and it allows eps or v instead. The code's
     network predicts v = alpha eps - sigma x, and its loss is the error of the eps that follows: alpha^2 (the
     code's gamma, alpha_bar here) times the error of v. The finer the resolution the smaller its alpha, so
-    the fine ones are learned least. error="eps" is that; the tiny presets take "v"; "x0" is the paper's,
-    with omega_t = 1.
+    the fine ones are learned least. (Against that the released 1024 px configuration asks for weights 16:4:1,
+    finest first, but a misplaced key switches them off.) error="eps" is the code's; the tiny presets take
+    "v"; "x0" is the paper's, with omega_t = 1.
  3. Shift of the schedule: SNR / ratio^power, ratio = side / coarsest side. The paper has no formula; the
     released 256 px model has power 1, the 1024 px model power 2 (means of s x s pixels have a noise variance
     s^2 times smaller, so that with power 2 all resolutions should look equally noisy once reduced; with power
@@ -48,11 +54,11 @@ Where paper, authors' code and this file differ. ("Code" is the authors' release
     256 px configuration asks for "2:1" (the first two thirds of the rows have the fine one), but a misplaced
     key switches it off. Here they are off, in the presets "paper-.." too, unless, say, mixed=[1, 0.67] gives
     each resolution's chance: the rows are random, yet the same on any number of processes.
- 5. Text. Two self-attention layers (paper) on a projection of the language model's output; the released
-    models have none. The released models attend to padding, too; here it is masked. In the code captions are
-    never dropped and "unconditional" is an empty prompt; here a learned token stands for "no text" (2048 or
-    1024 parameters more than the released counts) and is trained by --cond-dropout, whose 10% are ours. So is
-    text="bytes", the spelling of words instead of a language model.
+ 5. Text. The language model's output is projected to width D; then the paper has two self-attention layers,
+    the released models none. The released models attend to padding, too; here it is masked. In the code
+    captions are never dropped and "unconditional" is an empty prompt; here a learned token stands for "no
+    text" (2048 or 1024 parameters more than the released counts) and is trained by --cond-dropout, whose 10%
+    are ours. So is text="bytes", the spelling of words instead of a language model.
  6. A class is one token of a table, then takes the path of the text, text layers included. In the code (where
     this does not run) a one-hot vector goes to each attention layer, without text layers: but for these and a
     norm the same, with 407M inside instead of our 435M.
@@ -96,19 +102,21 @@ def reduce(x, shape):
 
 class ExtendedDiffusion:
     """The diffusion of all resolutions at once, with the methods of diffusion.Diffusion that train.py and
-    sample.py call. Section 3.
+    sample.py call. Sections 3.1, 3.3.
 
-    shapes    of the resolutions, coarsest first: [(3, 16, 16), (3, 32, 32)]; videos have (C, T, H, W)
+    shapes    of the resolutions, coarsest first: [(3, 16, 16), (3, 32, 32)]; of videos (C, T, H, W), but for
+              the coarsest, which is the first frame alone: [(3, 16, 16), (3, 8, 16, 16), (3, 8, 32, 32)]
     predict   what the network's outputs mean: "v" | "x0" | "eps"
     error     of what the squared error is taken: "v" | "x0" | "eps"
     power     resolution r has the signal-to-noise ratio of the coarsest, divided by
               (side_r / side_1)^power
     weights   of the resolutions' mean squared errors, that is, omega^r N_r / N_R of Eq. 3; None: all 1, the
-              paper's; "finest": the last one alone, its "simple DM" (Figure 4). A resolution of weight 0 is
-              not trained; the network sees zeros in its place, and zeros are returned
+              paper's; "finest": the last one alone, its "simple DM" with a nested network (Figure 4b, c).
+              A resolution of weight 0 is not trained; the network sees zeros in its place (our choice), and
+              zeros are returned
     mixed     for each resolution the chance that a row has it, such as [1, 0.67]: every row has the coarsest,
-              two thirds the finer, too. A row without a finer one is trained on the coarser ones alone,
-              and costs less. None: all rows have all resolutions
+              two thirds the finer, too. A row with one resolution has all coarser ones; the others it is
+              not trained on, and costs less. None: all rows have all resolutions
     """
 
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
@@ -117,14 +125,14 @@ class ExtendedDiffusion:
             raise ValueError(f"unknown error {error!r}: choose eps, v or x0")
         weights = [1.0] * self.R if weights is None else weights
         weights = [0.0] * (self.R - 1) + [1.0] if weights == "finest" else weights
-        self.weights, self.mixed = check_list("weights", weights, self.R), mixed
+        self.weights = check_list("weights", weights, self.R)
+        self.mixed = None if mixed is None else check_list("mixed", mixed, self.R)
         if not any(self.weights):
             raise ValueError(f"weights={weights}: one at least must be above 0")
-        if mixed is not None:
-            mixed = check_list("mixed", mixed, self.R)
-            if mixed[0] != 1 or mixed[-1] == 0 or sorted(mixed, reverse=True) != mixed:
-                raise ValueError(f"mixed={mixed}: must begin with 1 and not rise, such as "
-                                 f"{[1] + [0.5] * (self.R - 1)}")
+        if self.mixed and (self.mixed[0] != 1 or self.mixed[-1] == 0
+                           or self.mixed != sorted(self.mixed, reverse=True)):
+            raise ValueError(f"mixed={self.mixed}: must begin with 1, not rise and end above 0, such as "
+                             f"{[1] + [0.5] * (self.R - 1)}")
         self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict)
                        for s in self.shapes]
         for d in self.levels:
@@ -135,10 +143,10 @@ class ExtendedDiffusion:
     def model_t(self, t):
         return self.levels[0].model_t(t)
 
-    def respaced(self, spec, last=None):
+    def respaced(self, spec):
         """The same process at fewer steps, for sampling; see diffusion.Diffusion.respaced."""
         few = copy.copy(self)
-        few.levels = [d.respaced(spec, last) for d in self.levels]
+        few.levels = [d.respaced(spec) for d in self.levels]
         few.T = few.levels[0].T
         return few
 
@@ -278,9 +286,9 @@ class Condition(nn.Module):
     """A class y (B,), or `text` with `mask` (B, L) -> tokens (B, L, D), mask (B, L), pooled (B, E).
 
     text is (B, L, W) bytes if the model was built with text="bytes", else (B, L, n) embeddings of a frozen
-    language model, where the argument `text` of __init__ is n. A class becomes a caption of one token. No
-    condition is: label -1, a row of the mask without a True, or y and text both None. A learned token then
-    stands in its place (of classes, the table's last row).
+    language model, where the argument `text` of __init__ is n. A class becomes a caption of one token. "No
+    condition" is written as label -1, as a row of the mask without a True, or as y and text both None; then a
+    learned token stands in its place (of classes, the table's last row).
     """
 
     def __init__(self, num_classes, text, D, E, layers):
@@ -303,8 +311,8 @@ class Condition(nn.Module):
             tokens = self.null.expand(len(t), 1, -1)                                  # (B, 1, D)
             mask = torch.ones_like(t, dtype=torch.bool)[:, None]                      # (B, 1)
         else:
-            # Attention over nothing would be 0/0: where no token is valid, all become "no text" and the first
-            # is made valid.
+            # Where no token is valid, all become "no text" and the first is made valid: attention over none
+            # means nothing, and their mean, below, would be 0/0.
             none = ~mask.any(dim=1, keepdim=True)                                     # (B, 1)
             tokens = torch.where(none[..., None], self.null, self.source(text))       # (B, L, D)
             mask = torch.cat([mask[:, :1] | none, mask[:, 1:]], dim=1)                # (B, L)
@@ -324,7 +332,8 @@ def zero(layer):
 
 
 def group_norm(C):
-    """32 groups; fewer where they would have fewer than 4 channels: a channel alone would lose its mean."""
+    """32 groups or fewer, as many as divide C, each of 4 channels or more (a channel alone would lose its
+    mean) where C allows."""
     return nn.GroupNorm(math.gcd(C, min(32, max(1, C // 4))), C)
 
 
@@ -500,10 +509,8 @@ class UNet(nn.Module):
             if i < len(channels) - 1:
                 self.shrink.append(Shrink(C, temporal))
                 skips.append(C)
-        self.middle = None
-        if middle is not None:
-            self.middle = nn.ModuleList([Stage(C, C, E, words, middle, heads, mlp),
-                                         Stage(C, C, E, words, 0, heads, mlp)])
+        self.middle = nn.ModuleList([] if middle is None else [Stage(C, C, E, words, middle, heads, mlp),
+                                                               Stage(C, C, E, words, 0, heads, mlp)])
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(len(channels))):
             stages = nn.ModuleList()
@@ -535,7 +542,8 @@ class UNet(nn.Module):
 
     def denoise(self, z, t, words, pooled, size, above=None):
         """z [(B, *shape_1)] -> ([prediction], features (B T, C_1, H, W)). `above`: what the outer network
-        hands in, (n T, C_1, H, W) of the first n rows. T frames in videos, else 1."""
+        hands in, (n T, C_1, H, W) of the first n rows. T is 1: in videos, too, the innermost network makes
+        one frame."""
         h, e = self.enter(z[-1], t, pooled, size, above)                              # (B T, C_1, H, W)
         h, skips = self.descend(h, e, words)
         for stage in self.middle:
@@ -562,7 +570,7 @@ class UNet(nn.Module):
     def descend(self, h, e, words):
         """Down the U -> its lowest features, and all on the way. From one size to the next h and w halve, or,
         in a temporal level, T."""
-        skips, words = [h], self.of_rows(words, len(e))
+        skips = [h]
         for i, stages in enumerate(self.down):
             for stage in stages:
                 h = stage(h, e, words)                                                # (B T, C_i, h, w)
@@ -574,17 +582,12 @@ class UNet(nn.Module):
 
     def ascend(self, h, skips, e, words):
         """Up again, each stage with the features from its own height; i counts from the lowest."""
-        words = self.of_rows(words, len(e))
         for i, stages in enumerate(self.up):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), e, words)               # (B T, C_i, h, w)
             if i < len(self.grow):
                 h = self.grow[i](h, len(e), skips[-1])                                # (B T, C_i, 2h, 2w)
         return h
-
-    @staticmethod
-    def of_rows(words, rows):
-        return words and [w[:rows] for w in words]
 
     def predict(self, h, like):
         out = self.head(F.silu(self.norm(h)))                                         # (B T, C, H, W)
@@ -607,8 +610,8 @@ class UNet(nn.Module):
         raise ValueError("a network of one resolution has no inner one: --init-inner needs a larger "
                          "--image-size than the checkpoint's")
 
-    def macs(self, words=32):
-        """Multiply-adds of one forward pass for one picture, or clip, with a caption of `words` tokens,
+    def macs(self, length=32):
+        """Multiply-adds of one forward pass for one picture, or clip, with a caption of `length` tokens,
         counted by PyTorch as it runs the network without numbers (on the meta device)."""
         def blank(*shape, dtype=torch.float32):
             return torch.zeros(*shape, dtype=dtype, device="meta")
@@ -621,7 +624,8 @@ class UNet(nn.Module):
             L, W = len(source.places), len(source.letters.weight) // 256
             cond = dict(text=blank(1, L, W, dtype=torch.long), text_mask=blank(1, L, dtype=torch.bool))
         elif source is not None:
-            cond = dict(text=blank(1, words, source.in_features), text_mask=blank(1, words, dtype=torch.bool))
+            cond = dict(text=blank(1, length, source.in_features),
+                        text_mask=blank(1, length, dtype=torch.bool))
         weights = {k: blank(*v.shape) for k, v in self.state_dict().items()}
         inputs = [blank(1, *s) for s in self.shapes()], blank(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -630,7 +634,7 @@ class UNet(nn.Module):
 
 
 class NestedUNet(UNet):
-    """One more resolution around `inner`, a UNet or a NestedUNet. Figure 3.
+    """One more resolution around `inner`, a UNet or a NestedUNet. Section 3.2, Figure 3; of video Figure 10.
 
     Its own U ends where the inner network's side begins; there its features are added to those of the inner
     stem, and those of the inner network, before its head, to its own. Both ways lead through a convolution
@@ -651,18 +655,19 @@ class NestedUNet(UNet):
     def denoise(self, z, t, words, pooled, size, above=None):
         """z [(B, *shape_1), .., (B_R, *shape_R)] -> (predictions like z, features of the finest)."""
         h, e = self.enter(z[-1], t, pooled, size, above)                              # (B_R T, C_1, H, W)
-        h, skips = self.descend(h, e, words)                                          # (B_R T', C_k, h, w)
-        outs, inner = self.inner.denoise(z[:-1], t, words, pooled, size, self.in_adapter(h))
-        h = h + self.out_adapter(inner[:len(h)])        # the first rows: those that have this resolution
-        h = self.ascend(h, skips, e, words)                                           # (B_R T, C_1, H, W)
+        own = words and [w[:len(e)] for w in words]     # of the first rows: those that have this resolution
+        h, skips = self.descend(h, e, own)                                            # (B_R T', C_k, h, w)
+        outs, below = self.inner.denoise(z[:-1], t, words, pooled, size, self.in_adapter(h))
+        h = h + self.out_adapter(below[:len(h)])        # `below` has all rows that the inner network has
+        h = self.ascend(h, skips, e, own)                                             # (B_R T, C_1, H, W)
         return [*outs, self.predict(h, z[-1])], h
 
     def shapes(self):
         return [*self.inner.shapes(), self.shape]
 
     def load_inner(self, state):
-        """Progressive training: begin with a trained network of fewer resolutions, every weight of it. Raises
-        ValueError unless all fit."""
+        """Progressive training, Section 3.3: begin with a trained network of fewer resolutions, every weight
+        of it. Raises ValueError unless all fit."""
         inner = self.inner
         while isinstance(inner, NestedUNet) and inner.state_dict().keys() != state.keys():
             inner = inner.inner
@@ -686,9 +691,10 @@ _DIFFUSION = dict(schedule="cosine", predict="v", error="eps", power=1)
 _TINY = dict(channels=(48, 96), blocks=(1, 1), attention=(0, 1), side=16, words=64, layers=2, micro=False,
              embedding=256, heads=4, schedule="cosine", predict="v", error="v", power=1)
 CONFIGS = {
-    # As many of the outer levels listed are used as leave the coarsest pictures at least 3/4 of `side`. (A
-    # picture larger than the preset's only makes all resolutions larger.) cc12m-.. are the released
-    # configurations' names; the released checkpoints were trained on 50M pairs from Flickr.
+    # `outer` lists levels from the inside out; build takes one after the other while the coarsest pictures
+    # stay at least 3/4 of `side` wide. (A picture larger than the preset's has no more levels: all its
+    # resolutions are larger.) cc12m-.. are the released configurations' names; the released checkpoints were
+    # trained on 50M pairs from Flickr.
     "cc12m-64": dict(**_RELEASED, outer=(), **_DIFFUSION),
     "cc12m-256": dict(**_RELEASED, outer=(_X4,), **_DIFFUSION),
     "cc12m-1024": dict(**_RELEASED, outer=(_X4, _X16), **{**_DIFFUSION, "power": 2}),
@@ -708,7 +714,7 @@ CONFIGS = {
     # (benchmarks/judge.py), with v at 5.5 (one run each).
     "mini": dict(**{**_TINY, "channels": (32, 64), "embedding": 128, "predict": "x0", "error": "x0"},
                  outer=(dict(channels=(16, 32), blocks=(1, 1)),)),
-    # two resolutions instead of three, as Figure 8 compares, at our sizes: {16, 64}, {16, 32, 64}
+    # two resolutions instead of three, as Figure 8b compares, at our sizes: {16, 64}, {16, 32, 64}
     "tiny-x4": dict(**_TINY, outer=(dict(channels=(12, 24, 48), blocks=(1, 1, 1)),)),
     "tiny-video": dict(**_TINY, temporal=dict(channels=(24, 24, 32, 48, 48), blocks=(1,) * 5),
                        outer=(dict(channels=(16, 24), blocks=(1, 1)),)),
@@ -811,7 +817,7 @@ def check(c):
         if name == "temporal" and any(C % 2 for C in u["channels"]):
             raise ValueError(f"channels={u['channels']!r} of the temporal level: must be even")
         with_attention = [n > 0 for n in u.get("attention", (0,) * sizes)]
-        with_attention[-1] |= u is core             # the middle
+        with_attention[-1] |= u is core and c["middle"] > 0      # the middle
         for C, attention in zip(u["channels"], with_attention):
             if attention and C % c["heads"]:
                 raise ValueError(f"{C} channels are not divisible by heads={c['heads']}: change one of them")

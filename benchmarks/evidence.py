@@ -3,6 +3,7 @@
     python benchmarks/evidence.py                        all studies on MNIST
     python benchmarks/evidence.py minutes ode            some of them, by name
     python benchmarks/evidence.py colour --data cifar10 --data-dir DIR
+    python benchmarks/evidence.py --missing              whatever assets/evidence does not tell yet
     python benchmarks/evidence.py --speed                how fast they train, while nothing else runs
 
 A study has arms, ways of training that differ in one thing; each is trained with every seed, on one core, as
@@ -42,12 +43,12 @@ from diffusion import fold, normal
 
 DIS, DIFFUSSM, MDM, CUNET = (["--model", m] for m in ("dis", "diffussm", "mdm", "cunet"))
 MINI = ["--preset", "mini"]                             # about a million parameters
-UNET, WIDE_UNET = [*CUNET, "--preset", "unet-mini"], [*CUNET, "--preset", "unet-tiny"]
+UNET = [*CUNET, "--preset", "unet-mini"]
 STEADY = ["--lr-schedule", "constant"]                  # for runs that go on after they were judged
 HALF = ["--image-size", "half"]
 
 DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=1000)              # how samples to be judged are drawn
-QUICK = DRAW | dict(steps=25)
+QUICK = DRAW | dict(steps=25, n=500)
 
 
 class Study:
@@ -71,26 +72,27 @@ STUDIES = {
     "minutes": Study("Equal time, about an hour of one core", {
         name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
         (0,), [DRAW, DRAW | dict(cfg=2.0)], noise=LEVELS),
-    "steps": Study("Equal steps", {name: [(FIVE[name], [1000])] for name in FIVE}, noise=LEVELS),
+    "steps": Study("Equal steps", {name: [(FIVE[name], [600])] for name in FIVE}, noise=LEVELS),
     "colour": Study("Equal time, 32 x 32 in colour", {
         name: [(FIVE[name], [HOUR[name] // 6])] for name in FIVE}, (0,), noise=LEVELS),
     "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {
         "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [500, 1000])],
-        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [500, 1000, 2000, 4000])]}),
+        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [500, 1000, 2500])]}),
     "dis": Study("Long skips, time, patches: ablations of DiS", {
-        "concat, adaln, 7 x 7": [(DIS, [1500])],
-        "skip add": [([*DIS, "--set", "skip=add"], [1500])],
-        "no skip": [([*DIS, "--set", "skip=none"], [1500])],
-        "time token": [([*DIS, "--set", "time=token"], [1500])],
-        "4 x 4 patches": [([*DIS, "--set", "patch=4"], [1500])],
-        "14 x 14 patches": [([*DIS, "--set", "patch=14"], [1500])]}),
+        "concat, adaln, patch 7": [(DIS, [1200])],
+        "skip=add": [([*DIS, "--set", "skip=add"], [1200])],
+        "skip=none": [([*DIS, "--set", "skip=none"], [1200])],
+        "time=token": [([*DIS, "--set", "time=token"], [1200])],
+        "patch=4": [([*DIS, "--set", "patch=4"], [1200])],
+        "patch=14": [([*DIS, "--set", "patch=14"], [1200])]}),
     "losses": Study("Which loss, which order? MDM, Figures 4 and 8", {
         "finest": [([*MDM, *MINI, "--set", "weights=finest"], [1000])],
         "all": [([*MDM, *MINI], [1000])],
         "progressive": [([*MDM, *MINI, *HALF], [1000]), ([*MDM, *MINI], [500])]}),
     "ode": Study("cU-Net or U-Net? Tables 1 to 3", {
-        "cU-Net": [(CUNET, [1000])], "U-Net, as wide": [(WIDE_UNET, [1000])],
-        "U-Net, as large": [(UNET, [1000])]},
+        "cU-Net": [([*CUNET, *MINI, "--set", "nf=4"], [1000])],
+        "U-Net, as wide": [(UNET, [1000])],
+        "U-Net, as large": [([*UNET, "--set", "dim=8"], [1000])]},
         draws=[QUICK | dict(steps=k) for k in (2, 5, 10, 25)] + [QUICK | dict(sampler="ddpm")],
         denoise=(50, 150)),
     "samplers": Study("How many steps of which sampler?", {"DiS": "dis-mnist.pt", "MDM": "mdm-mnist.pt"},
@@ -206,21 +208,26 @@ def made_of(args, name, arm, judge_path):
     return zlib.crc32(repr([parts, checkpoint.sums(judge_path)]).encode())
 
 
+def missing(study, arm, rows):
+    """What no row tells yet: {step: [how to draw, or what to denoise]}; step None: the only weights."""
+    stages, todo = study.arms[arm], {}
+    steps = [None] if isinstance(stages, str) else stages[-1][1]
+    for step in steps:
+        wanted = study.draws + [{"from_step": T, "metric": "ssim"}
+                                for T in study.denoise * (step == steps[-1])]
+        here = [row for row in rows if step in (None, row["step"])]
+        if wanted := [how for how in wanted if not any(how.items() <= row.items() for row in here)]:
+            todo[step] = wanted
+    return todo
+
+
 def do_run(args, name, arm, seed):
     """Train an arm's stages with one seed, judge, write down. What is written down is not done again."""
     study, path = STUDIES[name], file_of(args, name, arm, seed)
-    made = made_of(args, name, arm, judges.path_of(args.data, None, args.results_dir))
-    rows = [row for row in read_rows(path) if row["made_of"] == made]
-
-    def missing(step, last):
-        """What no line tells yet of the weights after so many steps; None: of the only ones."""
-        wanted = study.draws + [{"from_step": T, "metric": "ssim"} for T in study.denoise * last]
-        here = [row for row in rows if step in (None, row["step"])]
-        return [how for how in wanted if not any(how.items() <= row.items() for row in here)]
-
-    stages = study.arms[arm]
-    steps = [None] if isinstance(stages, str) else stages[-1][1]
-    todo = {step: wanted for step in steps if (wanted := missing(step, step == steps[-1]))}
+    judge_path, stages = judges.path_of(args.data, None, args.results_dir), study.arms[arm]
+    made = made_of(args, name, arm, judge_path)
+    rows = rows_of(args, name, arm, seed, judge_path)
+    todo = missing(study, arm, rows)
     if not todo:
         return
     judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
@@ -273,13 +280,21 @@ def file_of(args, name, arm, seed):
     return Path(args.results_dir) / f"{args.data}-{name}-{arm}-{seed}.csv"
 
 
+def rows_of(args, name, arm, seed, judge_path, gathered=False):
+    """A run's rows that still hold: its own, or those gathered before, perhaps on another machine."""
+    path = args.out / f"{args.data}-{name}.csv" if gathered else file_of(args, name, arm, seed)
+    return [row for row in read_rows(path) if (row["arm"], row["seed"]) == (arm, seed)
+            and row["made_of"] == made_of(args, name, arm, judge_path)]
+
+
 def gather(args, name, judge_path):
-    """The scores of a study, of whatever is done -> one file."""
-    study, rows = STUDIES[name], []
-    for arm in study.arms:
-        for seed in study.seeds:
-            found = read_rows(file_of(args, name, arm, seed))
-            rows += [row for row in found if row["made_of"] == made_of(args, name, arm, judge_path)]
+    """The scores of a study, of whatever is done -> one file. Of runs that were not done here, what it told
+    already stays."""
+    rows = []
+    for arm in STUDIES[name].arms:
+        for seed in STUDIES[name].seeds:
+            run = args, name, arm, seed, judge_path
+            rows += rows_of(*run) or rows_of(*run, gathered=True)
     if rows:
         args.out.mkdir(parents=True, exist_ok=True)
         write_rows(args.out / f"{args.data}-{name}.csv", rows)
@@ -321,6 +336,7 @@ def main(argv=None):
     p.add_argument("--results-dir", default="results/evidence", help="runs are folders in here")
     p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
     p.add_argument("--jobs", type=parallel.number(int, 1), default=os.cpu_count(), help="runs at a time")
+    p.add_argument("--missing", action="store_true", help="only what --out does not tell yet")
     p.add_argument("--speed", action="store_true", help="measure how fast the five of `minutes` train")
     p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run of a study alone, here")
     args = p.parse_args(argv)
@@ -353,7 +369,9 @@ def main(argv=None):
 
     chosen = args.studies or [name for name in STUDIES if name != "colour"]
     runs = [(name, arm, seed) for name in chosen for seed in STUDIES[name].seeds
-            for arm in STUDIES[name].arms]
+            for arm in STUDIES[name].arms
+            if not args.missing or missing(
+                STUDIES[name], arm, rows_of(args, name, arm, seed, judge_path, gathered=True))]
     with ThreadPoolExecutor(args.jobs) as pool:
         sys.exit(int(any(list(pool.map(lambda run: start(*run), runs)))))
 

@@ -16,7 +16,9 @@ It reports
                  among samples (Kynkaanniemi et al. 2019: within the radius of some image's 3rd neighbour)
 
 The features are this classifier's: the distances are comparable with each other, for one data set and number
-of samples, and with nobody's FID. The classifier is trained once for each data set and kept in --cache.
+of samples, and with nobody's FID. The classifier of MNIST is in assets/, in half precision, since training it
+again gives on another machine, by rounding alone, distances that differ by some 10%. Those of other data sets
+are trained once and kept in --cache; so is MNIST's own with --train.
 """
 import sys
 from pathlib import Path
@@ -34,6 +36,7 @@ import parallel
 import sample
 
 NEIGHBOUR = 3
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 class Classifier(nn.Module):
@@ -91,9 +94,11 @@ def share_within(points, of):
     return torch.cat(inside).float().mean().item()
 
 
-def path_of(name, image_size, cache):
-    """Where the classifier of a data set is kept."""
-    return Path(cache) / f"judge-{name}{f'-{image_size}' if image_size else ''}.pt"
+def path_of(name, image_size, cache, anew=False):
+    """Where the classifier of a data set is, or is to be kept: the cache's own, else that in assets."""
+    kept = Path(cache) / f"judge-{name}{f'-{image_size}' if image_size else ''}.pt"
+    there = ASSETS / kept.name
+    return there if there.exists() and not kept.exists() and not anew else kept
 
 
 class Judge:
@@ -101,7 +106,7 @@ class Judge:
     test set; half_distance: between two halves of the test set; fresh: the sixth of the training images that
     the classifier has not seen."""
 
-    def __init__(self, name, data_dir=None, image_size=None, cache="results", say=print):
+    def __init__(self, name, data_dir=None, image_size=None, cache="results", say=print, anew=False):
         train_set = data.load(name, data_dir, image_size)
         order = np.random.default_rng(1).permutation(len(train_set))
         self.fresh = train_set.subset(order[:len(order) // 6])
@@ -109,16 +114,15 @@ class Judge:
         if not test.num_classes or len(test.shape) != 3:
             raise ValueError(f"the judge needs pictures with classes, and {name} has none: use shapes, "
                              f"mnist, fashion or cifar10")
-        self.path = path = path_of(name, image_size, cache)
-        if path.exists():
-            self.net = Classifier(test.shape, test.num_classes)
-            self.net.load_state_dict(torch.load(path, weights_only=True))
-            self.net.eval()
-        else:
+        self.path = path = path_of(name, image_size, cache, anew)
+        if anew or not path.exists():
             say(f"training a classifier of {name}, once, minutes ...")
-            self.net = train(train_set.subset(order[len(order) // 6:]))
+            net = train(train_set.subset(order[len(order) // 6:]))
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.replace(path, lambda f: torch.save(self.net.state_dict(), f))
+            checkpoint.replace(path, lambda f: torch.save(net.half().state_dict(), f))
+        self.net = Classifier(test.shape, test.num_classes)
+        self.net.load_state_dict(torch.load(path, weights_only=True))           # into float32
+        self.net.eval()
         self.shape, self.num_classes = test.shape, test.num_classes
         everything = test[range(len(test))]
         self.real, guesses = self.look(everything["x"])
@@ -230,9 +234,10 @@ def main(argv=None):
     p.add_argument("--seed", type=parallel.number(int), default=0, help="as sample.py was told")
     p.add_argument("--num-samples", type=parallel.number(int, 50), default=1000, help="of the known cases")
     p.add_argument("--cache", default="results", help="where the classifier is kept")
+    p.add_argument("--train", action="store_true", help="a classifier anew, into --cache")
     args = p.parse_args(argv)
     with parallel.told_plainly():
-        judge = Judge(args.data, args.data_dir, args.image_size, args.cache)
+        judge = Judge(args.data, args.data_dir, args.image_size, args.cache, anew=args.train)
         cases = []
         for path in args.samples:
             images, labels = read_samples(path, args.class_labels, judge.num_classes, args.seed)

@@ -230,14 +230,14 @@ def test_memory_of_the_three_gradients():
     (dict(gradients="adjoint", steps=3), "off by"), (dict(gradients="adjoint", solver="dopri5"), "rk4"),
     (dict(network=3), "unknown option"), (dict(rtol=1e-9), "dopri5"),
     (dict(solver="dopri5", steps=2), "drop steps=2"),
-    (dict(solver="dopri5", gradients="checkpoint"), "direct or adjoint"), (dict(solver="rk5"), "midpoint"),
+    (dict(solver="dopri5", gradients="checkpoint"), "gradients=direct, or"), (dict(solver="rk5"), "midpoint"),
     (dict(gradients="backprop"), "checkpoint or adjoint"), (dict(dynamics="third"), "second or first"),
     (dict(rtol=0, solver="dopri5"), "try 1e-3"), (dict(steps=0), "at least 1"),
     (dict(attention="no"), "True or False"),
     (dict(colour=1), "unknown option"), (dict(preset="cnet"), "unet-tiny"),
     (dict(preset="published"), "--num-classes 0"),
     (dict(preset="published", num_classes=0, shape=(1, 32, 32), T=2000), "1000 or fewer"),
-    (dict(preset="published", num_classes=0), "larger than 16 px"), (dict(preset="unet", dim=20), "try 24")])
+    (dict(preset="published", num_classes=0), "larger than 16 px"), (dict(preset="unet", dim=7), "try 8")])
 def test_wrong_options_are_refused_with_the_fix(options, fix):
     with pytest.raises(ValueError, match=fix):
         small(**options)

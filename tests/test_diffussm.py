@@ -195,19 +195,19 @@ def test_ssm_equals_recurrence_and_double_sum(L):
         torch.testing.assert_close(got, summed, rtol=1e-9, atol=1e-10)
 
 
-def test_convolution_in_blocks(monkeypatch):
+def test_convolution_in_tiles(monkeypatch):
     u = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
     K = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     results = []
     for most, channels, images in ((2**18, 2, 1), (3 * 3 * 5, 2, 3), (2 * 5, 4, 7), (1, 6, 7)):
-        monkeypatch.setattr(diffussm, "BLOCK", {"cpu": most})
-        parts = diffussm.blocks(u)
+        monkeypatch.setattr(diffussm, "TILE", {"cpu": most})
+        parts = diffussm.tiles(u)
         assert len(parts) == channels and all(len(rows) == images for *_, rows in parts)
         y = diffussm.convolve(u, K)
         results.append([y, *torch.autograd.grad(y.square().sum(), (u, K))])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
-    monkeypatch.setattr(diffussm, "BLOCK", {"cpu": 3 * 3 * 5})
+    monkeypatch.setattr(diffussm, "TILE", {"cpu": 3 * 3 * 5})
     assert torch.autograd.gradcheck(diffussm.convolve, (u, K))
     assert saved_bytes(lambda: diffussm.convolve(u, K)) == 8 * (u.numel() + K.numel())
 

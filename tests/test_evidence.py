@@ -73,6 +73,15 @@ def test_the_judge_on_cases_with_known_answers(small, tmp_path):
     assert torch.equal(again.real, j.real)
 
 
+def test_where_the_judge_is(tmp_path):
+    """In assets, unless the cache has one of its own or one is to be made."""
+    assert judge.path_of("mnist", None, tmp_path) == judge.ASSETS / "judge-mnist.pt"
+    own = judge.path_of("mnist", None, tmp_path, anew=True)
+    own.touch()
+    assert judge.path_of("mnist", None, tmp_path) == own == tmp_path / "judge-mnist.pt"
+    assert judge.path_of("mnist", 16, tmp_path) == tmp_path / "judge-mnist-16.pt"
+
+
 def test_the_judge_reads_folders_and_npz(small, tmp_path, capsys):
     x, folder = data.load("shapes")[range(24)]["x"].permute(0, 2, 3, 1).numpy(), tmp_path / "pngs"
     folder.mkdir()
@@ -145,6 +154,15 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     assert again[-1].items() - rows[1].items() <= {(k, again[-1][k]) for k in ("minutes", "seconds")}
 
     evidence.gather(args, "small", judge_path)                          # seed 1 was not run
+    path.rename(tmp_path / "elsewhere")                                 # and what another machine ran stays
+    evidence.gather(args, "small", judge_path)
+    assert evidence.read_rows(tmp_path / "shapes-small.csv") == again
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **kw: (
+        started.append(command[2:6]), subprocess.CompletedProcess(command, 0))[1])
+    with pytest.raises(SystemExit):
+        evidence.main(["small", *common, "--missing"])
+    assert started == [["small", "--run", "DiS", "1"]]
     evidence.write_rows(path, [row | {"made_of": 7} for row in rows])   # of other flags, or weights
     evidence.gather(args, "stages", judge_path)
     figures.main(["shapes-judge", "shapes-small", "shapes-stages", "--folder", str(tmp_path)])
@@ -168,7 +186,7 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
 
     def run(command, env, **kwargs):
         calls.append((command[2:6], env["OMP_NUM_THREADS"]))
-        return subprocess.CompletedProcess(command, -9 if "no skip" in command else 0)
+        return subprocess.CompletedProcess(command, -9 if "skip=none" in command else 0)
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(evidence, "judge_itself", lambda args: None)
     common = ["--results-dir", str(tmp_path), "--out", str(tmp_path), "--jobs", "1"]
@@ -176,7 +194,7 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
         with pytest.raises(SystemExit) as e:
             evidence.main([study, *common])
         assert e.value.code == code
-    assert len(calls) == 3 * 6 + 3 * 3 and calls[0] == (["dis", "--run", "concat, adaln, 7 x 7", "0"], "1")
+    assert len(calls) == 3 * 6 + 3 * 3 and calls[0] == (["dis", "--run", "concat, adaln, patch 7", "0"], "1")
     assert capsys.readouterr().out.count("stopped or failed") == 3
     with pytest.raises(SystemExit) as e:
         evidence.main(["skips", *common])

@@ -78,7 +78,7 @@ def test_the_core_has_31_layers_of_attention_and_outer_levels_none():
         model, _ = mdm.build("cc12m-256", (3, 256, 256), text=2048)
     kinds = [sum(isinstance(m, mdm.Attention) for m in part.modules()) for part in (model, model.core)]
     assert kinds == [31, 31]
-    assert len(model.core.middle) == 2 and model.middle is None
+    assert len(model.core.middle) == 2 and len(model.middle) == 0
 
 
 def test_micro_conditioning_costs_what_it_costs_and_reads_the_size():
