@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py                        all studies on MNIST
     python benchmarks/evidence.py minutes ode            some of them, by name
-    python benchmarks/evidence.py colour --data cifar10 --data-dir DIR
+    python benchmarks/evidence.py colour --data shapes
     python benchmarks/evidence.py --missing              whatever assets/evidence does not tell yet
     python benchmarks/evidence.py --speed                how fast they train, while nothing else runs
 
@@ -67,14 +67,15 @@ class Study:
 LEVELS = 0.1, 0.3, 1, 3, 10
 FIVE = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-Net": CUNET + MINI,
         "U-Net": UNET}
-HOUR = {"DiS": 19000, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500, "U-Net": 5800}         # steps
+HOUR = {"DiS": 19000, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500, "U-Net": 5800}  # steps on MNIST
+TEN = {"DiS": 3200, "DiffuSSM": 570, "MDM": 2300, "cU-Net": 2000, "U-Net": 740}     # ten minutes, at 32 x 32
 STUDIES = {
     "minutes": Study("Equal time, about an hour of one core", {
         name: [(FIVE[name], [HOUR[name]])] for name in FIVE},
         (0,), [DRAW, DRAW | dict(cfg=2.0)], noise=LEVELS),
     "steps": Study("Equal steps", {name: [(FIVE[name], [600])] for name in FIVE}, noise=LEVELS),
-    "colour": Study("Equal time, 32 x 32 in colour", {
-        name: [(FIVE[name], [HOUR[name] // 6])] for name in FIVE}, (0,), noise=LEVELS),
+    "colour": Study("Equal time, ten minutes of one core, 32 x 32 in colour", {
+        name: [(FIVE[name], [TEN[name]])] for name in FIVE}, (0,), noise=LEVELS),
     "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {
         "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [500, 1000])],
         "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [500, 1000, 2500])]}),

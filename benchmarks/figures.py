@@ -209,12 +209,20 @@ def judge_section(data, rows, show):
          f"{r['precision']:.2f}", f"{r['recall']:.2f}"] for r in rows[1:]]) + "\n")
 
 
+def took(rows):
+    """Minutes of one core: training, and drawing what was judged."""
+    runs = groups(rows, "arm", "seed").values()
+    return (sum(max(r["minutes"] for r in of) for of in runs),
+            sum(r["seconds"] for r in rows if "recognised" in r) / 60)
+
+
 def section(path, show):
-    """Everything about one study."""
+    """Everything about one study. -> what `took` says of it"""
     data, name = path.stem.split("-", 1)
     rows = read_rows(path)
     if name == "judge":
-        return judge_section(data, rows, show)
+        judge_section(data, rows, show)
+        return 0, 0
     if not rows or name not in STUDIES:
         parallel.fail(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
     study, seeds = STUDIES[name], sorted({f"{r['seed']:.0f}" for r in rows})
@@ -240,6 +248,7 @@ def section(path, show):
         pyplot.close(figure)
     if path.with_suffix(".png").exists():
         show(f"![{study.what}](../assets/evidence/{path.stem}.png)\n")
+    return took(rows)
 
 
 HEAD = """# Results
@@ -267,8 +276,9 @@ def main(argv=None):
         key=lambda f: (f.stem[:5] != "mnist", order.index(f.stem.split("-")[1])))
     if not args.studies:
         print(HEAD)
-    for path in files:
-        section(path, print)
+    minutes = [section(path, print) for path in files]
+    training, drawing = (sum(of) / 60 for of in zip((0, 0), *minutes))
+    print(f"\nAll these runs took {training:.1f} hours of one core, drawing their samples {drawing:.1f}.")
     if not pyplot:
         print("no figures: pip install matplotlib", file=sys.stderr)
 

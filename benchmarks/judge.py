@@ -96,7 +96,7 @@ def share_within(points, of):
 
 def path_of(name, image_size, cache, anew=False):
     """Where the classifier of a data set is, or is to be kept: the cache's own, else that in assets."""
-    kept = Path(cache) / f"judge-{name}{f'-{image_size}' if image_size else ''}.pt"
+    kept = Path(cache) / f"{name}{f'-{image_size}' if image_size else ''}-judge.pt"
     there = ASSETS / kept.name
     return there if there.exists() and not kept.exists() and not anew else kept
 

@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/reproduce.sh DATA [EMOJI]
 #
-# DATA: a folder with the files of MNIST and CIFAR-10, or to download them to; EMOJI: a folder of captioned
+# DATA: a folder with the files of MNIST, or to download them to; EMOJI: a folder of captioned
 # pictures, for one picture of docs/mdm.md.
 set -euo pipefail
 data=$(realpath "${1:?say where the data lie, or are to be downloaded to: bash benchmarks/reproduce.sh DATA}")
@@ -32,7 +32,7 @@ step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/
 # the judge, and all studies; the weights of the first are what the last two look at
 step judge python benchmarks/judge.py --data mnist --data-dir "$data" --cache results/evidence
 step speed python benchmarks/evidence.py --speed --data-dir "$data"
-step speed-colour python benchmarks/evidence.py --speed --data cifar10 --data-dir "$data"
+step speed-colour python benchmarks/evidence.py --speed --data shapes
 python benchmarks/evidence.py minutes --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
@@ -41,7 +41,7 @@ for model in dis diffussm mdm cunet; do
     step draw-$model python sample.py --ckpt assets/$model-mnist.pt --out assets/$model-mnist.png
 done
 python benchmarks/evidence.py --data-dir "$data"
-python benchmarks/evidence.py colour --data cifar10 --data-dir "$data"
+python benchmarks/evidence.py colour --data shapes
 python benchmarks/figures.py > results/reproduced/results.md
 mv results/reproduced/results.md docs/results.md
 

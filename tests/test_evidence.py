@@ -75,11 +75,11 @@ def test_the_judge_on_cases_with_known_answers(small, tmp_path):
 
 def test_where_the_judge_is(tmp_path):
     """In assets, unless the cache has one of its own or one is to be made."""
-    assert judge.path_of("mnist", None, tmp_path) == judge.ASSETS / "judge-mnist.pt"
+    assert judge.path_of("mnist", None, tmp_path) == judge.ASSETS / "mnist-judge.pt"
     own = judge.path_of("mnist", None, tmp_path, anew=True)
     own.touch()
-    assert judge.path_of("mnist", None, tmp_path) == own == tmp_path / "judge-mnist.pt"
-    assert judge.path_of("mnist", 16, tmp_path) == tmp_path / "judge-mnist-16.pt"
+    assert judge.path_of("mnist", None, tmp_path) == own == tmp_path / "mnist-judge.pt"
+    assert judge.path_of("mnist", 16, tmp_path) == tmp_path / "mnist-16-judge.pt"
 
 
 def test_the_judge_reads_folders_and_npz(small, tmp_path, capsys):
