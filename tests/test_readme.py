@@ -1,4 +1,5 @@
 """What README.md and docs/ say: files that exist, commands that start, pictures that the weights draw."""
+import inspect
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import data
 import memory
 import sample
 import train
+from checkpoint import load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,3 +111,14 @@ def test_weights_draw_the_picture(name, tmp_path):
     there = np.asarray(Image.open(weights.with_suffix(".png"))).astype(int)[:drawn.shape[0], :drawn.shape[1]]
     assert there.shape == drawn.shape and drawn.std() > 50
     assert np.abs(drawn - there).mean() < 4
+
+
+def test_python_in_the_readme(monkeypatch):
+    """The scan that is shown is dis.py's, and what is to be typed into a notebook runs."""
+    shown, typed = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scan = load_paper("dis").selective_scan_ref
+    assert shown == inspect.getsource(scan).replace(f'    """{scan.__doc__}"""\n', "")
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(typed, names)
+    assert names["fours"].shape == (8, 1, 28, 28) and names["DiS"].__name__ == "DiS"
