@@ -42,15 +42,15 @@ def parse(argv):
     p = parallel.Parser(__doc__.splitlines()[0])
     flag, count, below_1 = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
     g = p.add_argument_group("what")
-    g.add_argument("--model", default="dis", help="a paper's file, or a path to your own .py")
-    g.add_argument("--preset", default="tiny", help="a name in the file's CONFIGS, e.g. DiS-S/2")
+    g.add_argument("--model", default="dis", help="dis, diffussm, mdm, cunet, or a path to a .py file")
+    g.add_argument("--preset", default="tiny", help="of the file's CONFIGS: tiny, mini, DiS-S/2 ...")
     g.add_argument("--set", type=option, nargs="*", default=[], metavar="KEY=VALUE",
-                   help="change options of the preset: --set skip=add patch=8 (see build)")
+                   help="change options of the preset: --set skip=add patch=8 (a wrong key lists all)")
     g.add_argument("--data", default="shapes", help="shapes, moving, mnist, fashion, cifar10, or a folder")
     g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
     g.add_argument("--latents", metavar="DIR", help="instead of images: what `python data.py encode` wrote")
     g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
-    g.add_argument("--frames", type=number(int, 1, 1024), help="of moving's clips (default: 8); 1: pictures")
+    g.add_argument("--frames", type=number(int, 1, 1024), help="of a clip of moving (default: 8); 1: pictures")
     g.add_argument("--num-classes", type=number(int, -1), default=-1, help="-1: as the data has; 0: none")
     g.add_argument("--cond", choices=["auto", "class", "text"], default="auto",
                    help="what tells the model what to draw; auto: the class, or the caption of data without "
@@ -73,7 +73,7 @@ def parse(argv):
     g.add_argument("--weight-decay", type=number(float), default=0.0, help="AdamW's")
     g.add_argument("--grad-clip", type=number(float), default=1.0, help="largest gradient norm; 0: no limit")
     g.add_argument("--ema-decay", type=below_1, default=0.9999,
-                   help="of the averaged weights; lower in early steps: (1 + step) / (10 + step)")
+                   help="of the averaged weights; in early steps (1 + step) / (10 + step), if lower")
     g.add_argument("--cond-dropout", type=below_1, default=0.1,
                    help="chance to hide an image's class or caption, so that guidance can ask for none")
     g = p.add_argument_group("system")
@@ -87,7 +87,7 @@ def parse(argv):
                    help="each process keeps a part of the weights (FSDP2): for models that outgrow a GPU")
     g.add_argument("--num-workers", type=number(int), default=0, metavar="N",
                    help="processes that prepare batches, beside each that trains; for large folders")
-    g.add_argument("--seed", type=number(int), default=0, help="of everything random")
+    g.add_argument("--seed", type=number(int), default=0, help="of the data's order, noise, first weights")
     g = p.add_argument_group("output")
     g.add_argument("--results-dir", default="results", help="runs are folders in here")
     g.add_argument("--name", help="the run's folder (default: <model>-<data>)")
