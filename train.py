@@ -50,7 +50,7 @@ def parse(argv):
     g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
     g.add_argument("--latents", metavar="DIR", help="instead of images: what `python data.py encode` wrote")
     g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
-    g.add_argument("--frames", type=number(int, 1, 1024), help="of a clip of moving (default: 8); 1: pictures")
+    g.add_argument("--frames", type=number(int, 1, 1024), help="per clip of moving (default: 8); 1: pictures")
     g.add_argument("--num-classes", type=number(int, -1), default=-1, help="-1: as the data has; 0: none")
     g.add_argument("--cond", choices=["auto", "class", "text"], default="auto",
                    help="what tells the model what to draw; auto: the class, or the caption of data without "
