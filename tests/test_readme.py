@@ -3,6 +3,7 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ import train
 from checkpoint import load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import evidence  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WEIGHTS = sorted(p.stem for p in (ROOT / "assets").glob("*-mnist.pt"))
 
@@ -52,6 +56,20 @@ def test_files_and_their_lines():
     assert {name for name, _ in rows} >= {p.name for p in ROOT.glob("*.py")}
     for name, lines in rows:
         assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
+def test_the_table_is_what_was_measured():
+    """The README's fair table, from assets/evidence."""
+    rows, speeds = (evidence.read_rows(ROOT / f"assets/evidence/mnist-{name}.csv")
+                    for name in ("minutes", "speed"))
+    rate = {r["arm"]: r["images_per_s"] for r in speeds}
+    text = (ROOT / "README.md").read_text()
+    for r, guided in zip(rows[::2], rows[1::2]):
+        assert (r["arm"], r["cfg"], guided["cfg"], r["n"]) == (guided["arm"], 1, 2, 1000)
+        line = [r["arm"], f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M", f"{rate[r['arm']]:.0f}",
+                f"{r['images']:,.0f}", f"{r['recognised']:.1%}", f"{r['x_real']:.1f}", f"{r['precision']:.2f}",
+                f"{r['recall']:.2f}", f"{guided['recognised']:.1%}", f"{guided['x_real']:.1f}"]
+        assert f"| {' | '.join(line)} |" in text, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
