@@ -1,7 +1,9 @@
 """What README.md and docs/ say: files that exist, commands that start, pictures that the weights draw."""
 import inspect
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +143,38 @@ def test_python_in_the_readme(monkeypatch):
     names = {}
     exec(typed, names)
     assert names["fours"].shape == (8, 1, 28, 28) and names["DiS"].__name__ == "DiS"
+
+
+def test_reproduce_starts_what_exists(tmp_path):
+    """benchmarks/reproduce.sh with a `python` that only takes notes and leaves empty files: each command is
+    understood, what is done is not done again, and the README's pictures and weights are written."""
+    for folder in ("benchmarks", "assets", "docs"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "benchmarks/reproduce.sh", tmp_path / "benchmarks")
+    python = tmp_path / "python"
+    python.write_text("""#!/usr/bin/env bash
+printf '%q ' "$@" >> notes; echo >> notes
+for run in dis-shapes moving-8x32 evidence/mnist-minutes-{dis,diffussm,mdm,cu-net}-0; do
+    mkdir -p results/$run; touch results/$run/{log.csv,samples.png} results/moving-mdm.gif
+done
+for word in "$@"; do case $word in assets/*) touch $word;; esac; done
+""")
+    python.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", str(tmp_path / "benchmarks/reproduce.sh"), str(tmp_path), str(tmp_path)]
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(script, env=env, capture_output=True, text=True)
+        assert not done.returncode and "all of it is there" in done.stdout, done.stderr
+        lines = [shlex.split(line) for line in (tmp_path / "notes").read_text().splitlines()]
+        counts.append(len(lines))
+    assert counts[0] > 30 and counts[1] - counts[0] == 4    # the studies see for themselves what is done
+    for program, *flags in lines:
+        assert (ROOT / program).exists(), program
+        if program in ("train.py", "sample.py"):
+            {"train.py": train, "sample.py": sample}[program].parse(flags)
+        if program == "benchmarks/evidence.py":
+            assert flags[0].startswith("-") or flags[0] in evidence.STUDIES, flags
+    made = {p.name for p in (tmp_path / "assets").iterdir()}
+    shown = set(re.findall(r'assets/([\w.-]+\.(?:png|gif|pt))', "".join(p.read_text() for p in PAGES)))
+    assert shown - made <= {"mnist-judge.pt"}, shown - made
