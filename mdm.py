@@ -115,8 +115,8 @@ class ExtendedDiffusion:
               A resolution of weight 0 is not trained; the network sees zeros in its place (our choice), and
               zeros are returned
     mixed     for each resolution the chance that a row has it, such as [1, 0.67]: every row has the coarsest,
-              two thirds the finer, too. A row with one resolution has all coarser ones; the others it is
-              not trained on, and costs less. None: all rows have all resolutions
+              two thirds the finer, too. A row that has a resolution has all coarser ones; without the finer
+              ones it costs less. None: all rows have all resolutions
     """
 
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
