@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import parallel
-from evidence import LEVELS, STUDIES, read_rows
+from evidence import FOUR, LEVELS, STUDIES, read_rows
 
 try:
     import matplotlib
@@ -24,6 +24,7 @@ except ImportError:
 
 COLOURS = ["#1f6fb4", "#d9701c", "#2f8f4e", "#b03060", "#6b5b95", "#7a7a7a"]
 SHARE, DISTANCE = "recognised as the class asked for", "Frechet distance / that of real images"
+LABELS = {"recognised": SHARE, "x_real": DISTANCE, "steps": "steps of the sampler", "cfg": "guidance scale"}
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -135,14 +136,12 @@ def dots(rows, title):
     return figure
 
 
-def curves(rows, title, x, y, labels, split=("arm",), scale="log"):
-    """Medians over seeds as lines, ranges as bands; of y for each of the x given."""
-    figure, axes = panels(len(x) * len(y), title)
-    for axis, (across, key) in zip(axes, [(a, b) for a in x for b in y]):
-        for i, (which, of) in enumerate(groups(rows, *split).items()):
-            points = sorted(groups(of, "step" if across == "minutes" else across).values(),
-                            key=lambda g: g[0][across])
-            at = [statistics.median(r[across] for r in g) for g in points]
+def curves(rows, title, x, y, split=("arm",), scale="log"):
+    """Medians over seeds as lines, ranges as bands; of each y over x."""
+    figure, axes = panels(len(y), title)
+    for axis, key in zip(axes, y):
+        for which, of in groups(rows, *split).items():
+            at, points = zip(*sorted((at, g) for (at,), g in groups(of, x).items()))
             low, middle, high = zip(*((min(v), statistics.median(v), max(v)) for v in (
                 [r[key] for r in g] for g in points)))
             colour = COLOURS[[*groups(rows, "arm")].index((which[0],)) % len(COLOURS)]
@@ -151,11 +150,10 @@ def curves(rows, title, x, y, labels, split=("arm",), scale="log"):
             axis.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
         axis.set_xscale(scale)
         axis.xaxis.set_major_formatter(plain)
-        if across != "minutes":
-            axis.set_xticks(sorted({r[across] for r in rows}))
-            axis.minorticks_off()
-        axis.set_xlabel(labels.get(across, across), fontsize=9)
-        axis.set_ylabel(labels.get(key, key), fontsize=9)
+        axis.set_xticks(sorted({r[x] for r in rows}))
+        axis.minorticks_off()
+        axis.set_xlabel(LABELS.get(x, x), fontsize=9)
+        axis.set_ylabel(LABELS.get(key, key), fontsize=9)
         if key == "x_real":
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(plain)
@@ -167,19 +165,14 @@ def curves(rows, title, x, y, labels, split=("arm",), scale="log"):
     return figure
 
 
-LABELS = {"recognised": SHARE, "x_real": DISTANCE, "step": "training steps of 32 images",
-          "minutes": "minutes of training on one core", "steps": "steps of the sampler",
-          "cfg": "guidance scale"}
-
-
 def figure_of(name, study, rows):
     """The picture that goes with a study, or None if its table says it all."""
     if name == "hourglass":
-        return curves(rows, study.what, ("step", "minutes"), ("x_real",), LABELS)
+        rows = [r | {"arm": f"{r['arm']}, {r['step']:,.0f} steps"} for r in rows]
     if name in ("samplers", "ode"):
-        return curves(rows, study.what, ("steps",), ("recognised", "x_real"), LABELS, ("arm", "sampler"))
+        return curves(rows, study.what, "steps", ("recognised", "x_real"), ("arm", "sampler"))
     if name == "guidance":
-        return curves(rows, study.what, ("cfg",), ("recognised", "x_real", "recall"), LABELS, scale="linear")
+        return curves(rows, study.what, "cfg", ("recognised", "x_real", "recall"), scale="linear")
     return dots(rows, study.what) if len(study.seeds) > 1 else None
 
 
@@ -234,7 +227,7 @@ def section(path, show):
          f"{commands(data, study, rows)}\n")
     if trained:
         speeds = {r["arm"]: r["images_per_s"] for r in read_rows(path.with_name(f"{data}-speed.csv"))}
-        show(cost_table(rows, speeds if "U-Net" in study.arms else {}) + "\n")
+        show(cost_table(rows, speeds if study.arms.keys() == FOUR.keys() else {}) + "\n")
     show(quality_table(drawn) + "\n")
     if study.noise:
         show(noise_table(drawn) + "\n")

@@ -206,7 +206,7 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
 
 def test_speeds_are_of_each_in_turn(small, tmp_path, monkeypatch):
     tiny = [*evidence.DIS, "--set", "width=16", "depth=2", "--global-batch-size", "4"]
-    monkeypatch.setattr(evidence, "FIVE", {"one": tiny, "two": tiny})
+    monkeypatch.setattr(evidence, "FOUR", {"one": tiny, "two": tiny})
     threads = torch.get_num_threads()
     evidence.speed(argparse.Namespace(data="shapes", data_dir=None, out=tmp_path), turns=1)
     torch.set_num_threads(threads)
