@@ -72,7 +72,7 @@ STUDIES = {
     "minutes": Study("Equal time, about an hour of one core", {
         name: [(FOUR[name], [HOUR[name]])] for name in FOUR},
         (0,), [DRAW, DRAW | dict(cfg=2.0)], noise=LEVELS),
-    "steps": Study("Equal steps", {name: [(FOUR[name], [400])] for name in FOUR}, noise=LEVELS),
+    "steps": Study("Equal steps", {name: [(FOUR[name], [500])] for name in FOUR}, (0,), noise=LEVELS),
     "colour": Study("Equal time, ten minutes of one core, 32 x 32 in colour", {
         name: [(FOUR[name], [TEN[name]])] for name in FOUR}, (0,), noise=LEVELS),
     "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {

@@ -42,6 +42,11 @@ for model in dis diffussm mdm cunet; do
 done
 python benchmarks/evidence.py --data-dir "$data"
 python benchmarks/evidence.py colour --data shapes
+for model in dis diffussm mdm cunet; do
+    arm=$model; [ $model = cunet ] && arm=cu-net
+    step draw-colour-$model python sample.py --ckpt results/evidence/shapes-colour-$arm-0 --num-samples 32 \
+        --out assets/$model-shapes.png
+done
 python benchmarks/figures.py > results/reproduced/results.md
 mv results/reproduced/results.md docs/results.md
 
