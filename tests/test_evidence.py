@@ -27,6 +27,7 @@ def small(monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
         name, data_dir, size, split, **kw).subset(range(720 if split == "train" else 200)))
     monkeypatch.setattr(judge, "train", lambda dataset: train(dataset, steps=20, batch=32))
+    monkeypatch.setattr(judge, "ASSETS", Path("no classifier is here"))
 
 
 # --- the figures ---
@@ -65,7 +66,7 @@ def test_the_judge_on_cases_with_known_answers(small, tmp_path):
     assert found["labels shuffled"]["recognised"] < 0.4 < real["recognised"]
     assert found["labels shuffled"]["distance"] == real["distance"]
     assert found["no picture of class 0"]["distance"] > 1.2 * real["distance"]
-    assert found["50 images, over and over"]["recall"] < 0.9 * real["recall"]
+    assert found["50 images, over and over"]["recall"] < real["recall"] - 0.02
     assert found["nothing but noise"]["distance"] > 5 * real["distance"]
     labels = j.fresh.labels[j.some_fresh(40, seed=3)]
     assert labels.bincount().tolist() == [5] * 8                # as many of each class
