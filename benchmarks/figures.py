@@ -75,12 +75,13 @@ def quality_table(rows):
     lines = []
     keys = "arm", "step", "sampler", "steps", "cfg", "n"
     for (arm, step, sampler, steps, cfg, n), of in groups(rows, *keys).items():
-        lines.append([arm, f"{step:,.0f}", f"{sampler.upper()} {steps:.0f}", f"{cfg:g}", f"{n:,.0f}",
+        lines.append([arm, f"{step:,.0f}", f"{sampler.upper()} {steps:.0f}", f"{cfg:g}", f"{n:,.0f}", len(of),
                       spread([r["recognised"] for r in of], percent),
                       spread([r["x_real"] for r in of], digits),
                       spread([r["precision"] for r in of], "{:.2f}".format),
                       spread([r["recall"] for r in of], "{:.2f}".format)])
-    return markdown(["", "steps", "sampler", "guidance", "samples", "recognised", "distance, x real",
+    return markdown(["", "steps", "sampler", "guidance", "samples", "runs", "recognised",
+                     "distance, x real",
                      "precision", "recall"], lines)
 
 
