@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the numbers and pictures of the README and of docs/ again. What is done is not done again, so stop it
-# whenever you like and start it again. Not yet run as a whole; about a day on two cores.
+# whenever you like and start it again. Not yet run as a whole; by the sum of its parts half a day on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA [EMOJI]
 #
