@@ -81,8 +81,7 @@ def quality_table(rows):
                       spread([r["precision"] for r in of], "{:.2f}".format),
                       spread([r["recall"] for r in of], "{:.2f}".format)])
     return markdown(["", "steps", "sampler", "guidance", "samples", "runs", "recognised",
-                     "distance, x real",
-                     "precision", "recall"], lines)
+                     "distance, x real", "precision", "recall"], lines)
 
 
 def noise_table(rows):

@@ -22,10 +22,10 @@ import judge  # noqa: E402
 
 @pytest.fixture
 def small(monkeypatch):
-    """Drawn shapes, 720 to train on, 200 to test, and a classifier of twenty steps."""
+    """Drawn shapes, 1,440 to train on, 400 to test, and a classifier of twenty steps."""
     load, train = data.load, judge.train
     monkeypatch.setattr(data, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
-        name, data_dir, size, split, **kw).subset(range(720 if split == "train" else 200)))
+        name, data_dir, size, split, **kw).subset(range(1440 if split == "train" else 400)))
     monkeypatch.setattr(judge, "train", lambda dataset: train(dataset, steps=20, batch=32))
     monkeypatch.setattr(judge, "ASSETS", Path("no classifier is here"))
 
@@ -60,13 +60,13 @@ def test_precision_and_recall_of_what_is_known():
 
 def test_the_judge_on_cases_with_known_answers(small, tmp_path):
     j = judge.Judge("shapes", cache=tmp_path, say=lambda text: None)
-    found = {name: j(x, y) for name, x, y in judge.known_cases(j, 96)}
+    found = {name: j(x, y) for name, x, y in judge.known_cases(j, 200)}
     real = found["real images"]
     assert real["x_real"] < 1.7 and real["precision"] > 0.6 and real["recall"] > 0.6
     assert found["labels shuffled"]["recognised"] < 0.4 < real["recognised"]
     assert found["labels shuffled"]["distance"] == real["distance"]
     assert found["no picture of class 0"]["distance"] > 1.2 * real["distance"]
-    assert found["50 images, over and over"]["recall"] < real["recall"] - 0.02
+    assert found["50 images, over and over"]["recall"] < 0.9 * real["recall"]
     assert found["nothing but noise"]["distance"] > 5 * real["distance"]
     labels = j.fresh.labels[j.some_fresh(40, seed=3)]
     assert labels.bincount().tolist() == [5] * 8                # as many of each class
