@@ -77,7 +77,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import SCHEDULES, Diffusion
+from diffusion import SCHEDULES, Diffusion, UserError
 
 # Runge-Kutta methods, as Butcher tableaux: row i has the weights a_ij, the last row the weights b.
 #
@@ -320,7 +320,7 @@ class CUNet(nn.Module):
         self.shape, self.num_classes = shape, num_classes
         check_solver(solver, steps, rtol, atol, gradients)
         if dynamics not in ("second", "first"):
-            raise ValueError(f"unknown dynamics {dynamics!r}: choose second or first")
+            raise UserError(f"unknown dynamics {dynamics!r}: choose second or first")
         self.options = dict(second=dynamics == "second", residual=residual, inner_time=inner_time,
                             solver=solver, steps=steps, rtol=rtol, atol=atol, gradients=gradients)
         self.attention = attention
@@ -395,7 +395,7 @@ class CUNet(nn.Module):
     def grad_checkpointing(self, on):
         """Raises ValueError where it would not be what was asked for: adjoint, or an adaptive solver."""
         if on and self.options["gradients"] == "adjoint":
-            raise ValueError("adjoint gradients keep less than checkpoints: drop --grad-checkpointing, or "
+            raise UserError("adjoint gradients keep less than checkpoints: drop --grad-checkpointing, or "
                              "gradients=adjoint")
         if on:
             check_solver(*(self.options[k] for k in ("solver", "steps", "rtol", "atol")), "checkpoint")
@@ -440,21 +440,21 @@ def conv_weights(module):
 def check_solver(solver, steps, rtol, atol, gradients):
     """Raises ValueError, with the fix, for settings that do not exist or would give wrong gradients."""
     if solver not in FIXED and solver not in ADAPTIVE:
-        raise ValueError(f"unknown solver {solver!r}: choose {', '.join([*FIXED, *ADAPTIVE])}")
+        raise UserError(f"unknown solver {solver!r}: choose {', '.join([*FIXED, *ADAPTIVE])}")
     if gradients not in ("direct", "checkpoint", "adjoint"):
-        raise ValueError(f"unknown gradients {gradients!r}: choose direct, checkpoint or adjoint")
+        raise UserError(f"unknown gradients {gradients!r}: choose direct, checkpoint or adjoint")
     if rtol <= 0 or atol <= 0:
-        raise ValueError(f"rtol={rtol} and atol={atol} must be above 0: try 1e-3")
+        raise UserError(f"rtol={rtol} and atol={atol} must be above 0: try 1e-3")
     if solver in ADAPTIVE and steps != 1:
-        raise ValueError(f"{solver} chooses its own steps: drop steps={steps}, or use solver=rk4")
+        raise UserError(f"{solver} chooses its own steps: drop steps={steps}, or use solver=rk4")
     if solver in ADAPTIVE and gradients == "checkpoint":
-        raise ValueError(f"checkpoint recomputes step by step, and {solver} chooses its own steps: use "
+        raise UserError(f"checkpoint recomputes step by step, and {solver} chooses its own steps: use "
                          f"gradients=direct, or solver=rk4")
     if solver in FIXED and (rtol, atol) != (1e-3, 1e-3):
-        raise ValueError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use "
+        raise UserError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use "
                          f"solver=dopri5")
     if gradients == "adjoint" and (solver != "rk4" or steps < 4):
-        raise ValueError(f"adjoint gradients solve the ODE again, backwards, which does not come back the "
+        raise UserError(f"adjoint gradients solve the ODE again, backwards, which does not come back the "
                          f"way forward went: with one step of rk4 they were off by up to 40%, with "
                          f"adaptive solvers by an amount that depends on the tolerance. Not {solver} "
                          f"steps={steps}: use solver=rk4 steps=4 or more, or gradients=checkpoint, which is "
@@ -515,9 +515,9 @@ class Published(CUNet):
                  rtol=1e-3, atol=1e-3, gradients="direct", learn_sigma=False):
         nn.Module.__init__(self)
         if num_classes:
-            raise ValueError("the published layout takes no class: pass --num-classes 0")
+            raise UserError("the published layout takes no class: pass --num-classes 0")
         if level_sizes(shape, self.LEVELS + 1)[-1] == 1:
-            raise ValueError("the published layout norms each channel at 1/16 of the image's size, where "
+            raise UserError("the published layout norms each channel at 1/16 of the image's size, where "
                              "more than one pixel must be left: use images larger than 16 px")
         self.shape, self.num_classes = shape, 0
         check_solver(solver, steps, rtol, atol, gradients)
@@ -612,7 +612,7 @@ class UNet(nn.Module):
         super().__init__()
         self.shape, self.num_classes = shape, num_classes
         if dim % 2:
-            raise ValueError(f"dim {dim} is odd: try {dim + 1}")
+            raise UserError(f"dim {dim} is odd: try {dim + 1}")
         E = 4 * dim
         self.condition = Conditioning(dim, E, num_classes, label_std)
         self.stem = nn.Conv2d(shape[0], dim, 7, padding=3)
@@ -706,9 +706,9 @@ def build(preset, shape, num_classes=0, **options):
     preset, option or size that is wrong.
     """
     if len(shape) != 3:
-        raise ValueError("cU-Net makes pictures, not videos: pass --model mdm --preset tiny-video")
+        raise UserError("cU-Net makes pictures, not videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
-        raise ValueError(f"unknown preset {preset!r}: cunet has {', '.join(CONFIGS)}")
+        raise UserError(f"unknown preset {preset!r}: cunet has {', '.join(CONFIGS)}")
     config = dict(CONFIGS[preset])
     network = config.pop("network")
     config |= options
@@ -718,23 +718,23 @@ def build(preset, shape, num_classes=0, **options):
            if k not in ("shape", "num_classes", "learn_sigma")]
     for key in config:
         if key not in own:
-            raise ValueError(f"unknown option {key!r}: cunet {preset} has {', '.join(own)}, schedule, "
+            raise UserError(f"unknown option {key!r}: cunet {preset} has {', '.join(own)}, schedule, "
                              f"predict, variance, T, min_snr")
     for key, value in {**config, **of_diffusion}.items():
         if key in ("nf", "dim", "steps", "T"):
             if type(value) is not int or value < 1:
-                raise ValueError(f"{key}={value!r}: must be a whole number, at least 1")
+                raise UserError(f"{key}={value!r}: must be a whole number, at least 1")
         elif key in ("rtol", "atol", "label_std") or key == "min_snr" and value is not None:
             if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ValueError(f"{key}={value!r}: must be a number, at least 0")
+                raise UserError(f"{key}={value!r}: must be a number, at least 0")
         elif key in ("attention", "residual", "inner_time") and type(value) is not bool:
-            raise ValueError(f"{key}={value!r}: must be True or False")
+            raise UserError(f"{key}={value!r}: must be True or False")
     schedule = of_diffusion.pop("schedule")
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
+        raise UserError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
     T = of_diffusion.pop("T", 1000)
     if network is Published and T > 1000:
-        raise ValueError(f"T={T}, but the published layout has a table of 1000 times: use T=1000 or fewer")
+        raise UserError(f"T={T}, but the published layout has a table of 1000 times: use T=1000 or fewer")
     diffusion = Diffusion(SCHEDULES[schedule](T), **of_diffusion)
     return network(shape, num_classes=num_classes, learn_sigma=diffusion.variance == "learned",
                    **config), diffusion

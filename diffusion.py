@@ -31,6 +31,11 @@ import math
 
 import torch
 
+
+class UserError(ValueError):
+    """Something that the user can put right. The message is a sentence that says how."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Noise as a function. Noise and timesteps are computed from integers (seed, step, index) by a hash,
 # with no generator whose state would have to be saved, shipped between processes or kept in step.
@@ -85,7 +90,7 @@ def normal(seeds, shape):
 def linear_alpha_bar(T):
     """beta from 1e-4 to 0.02 (DDPM Sec. 4) times 1000 / T (ADM's code): its sum does not depend on T."""
     if T <= 20:
-        raise ValueError(f"a linear schedule of {T} steps would need a beta of 1 or more: use more than 20")
+        raise UserError(f"a linear schedule of {T} steps would need a beta of 1 or more: use more than 20")
     beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64, device="cpu")
     return (1 - beta).cumprod(0)
 
@@ -124,15 +129,15 @@ def spaced_timesteps(T, spec):
     try:
         counts = [int(c) for c in spec.removeprefix("ddim").split(",")]
         if spec.startswith("ddim") and len(counts) > 1:
-            raise ValueError
+            raise UserError
     except ValueError:
-        raise ValueError(f"steps {spec!r} not understood: write 50, ddim50 or 10,15,20") from None
+        raise UserError(f"steps {spec!r} not understood: write 50, ddim50 or 10,15,20") from None
     if min(counts) < 1 or any(c > T // len(counts) for c in counts):
-        raise ValueError(f"cannot take {spec} of the {T} diffusion steps: "
+        raise UserError(f"cannot take {spec} of the {T} diffusion steps: "
                          f"ask for 1 to {T // len(counts)}")
     if spec.startswith("ddim"):
         if T % counts[0] or counts == [1]:      # one step from 0 would take pure noise for the least noisy
-            raise ValueError(f"{spec} needs a count above 1 that divides {T}: drop 'ddim' for even spacing")
+            raise UserError(f"{spec} needs a count above 1 that divides {T}: drop 'ddim' for even spacing")
         return list(range(0, T, T // counts[0]))
     kept, start = [], 0
     for i, count in enumerate(counts):
@@ -163,7 +168,7 @@ class Diffusion:
         for value, allowed in ((predict, ("eps", "v", "x0")),
                                (variance, ("small", "large", "learned"))):
             if value not in allowed:
-                raise ValueError(f"unknown diffusion setting {value!r}: choose one of {allowed}")
+                raise UserError(f"unknown diffusion setting {value!r}: choose one of {allowed}")
         self.alpha_bar, self.predict, self.variance, self.min_snr = (
             alpha_bar, predict, variance, min_snr)
         self.T = len(alpha_bar)
@@ -190,6 +195,12 @@ class Diffusion:
         }
         self._on_device = {}
 
+    @classmethod
+    def of(cls, options):
+        """Takes schedule, T, predict, variance and min_snr out of the dict `options` -> the Diffusion they mean."""
+        own = {k: options.pop(k) for k in ("predict", "variance", "min_snr") if k in options}
+        return cls(SCHEDULES[options.pop("schedule")](options.pop("T", 1000)), **own)
+
     def at(self, name, t, x):
         """Entry t of a table as float32, (B,) -> (B, 1, 1, 1) to broadcast over x."""
         key = name, t.device
@@ -209,7 +220,7 @@ class Diffusion:
         """
         keep = torch.tensor(spaced_timesteps(self.T if last is None else last + 1, spec))
         if last is not None and keep[-1] != last:
-            raise ValueError(f"steps {spec} do not begin at step {last}: drop 'ddim' for even spacing")
+            raise UserError(f"steps {spec} do not begin at step {last}: drop 'ddim' for even spacing")
         return Diffusion(self.alpha_bar[keep], self.predict, self.variance, self.min_snr,
                          self.timestep_map[keep])
 

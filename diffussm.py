@@ -93,7 +93,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import SCHEDULES, Diffusion
+from diffusion import SCHEDULES, Diffusion, UserError
 
 
 # --- S4D: one state space model per channel ------------------------------------------------------
@@ -418,26 +418,26 @@ class DiffuSSM(nn.Module):
         C, H, W = shape
         for value, allowed in ((init, ("lin", "inv", "legs")), (discretization, ("zoh", "bilinear"))):
             if value not in allowed:
-                raise ValueError(f"unknown DiffuSSM option {value!r}: choose {' or '.join(allowed)}")
+                raise UserError(f"unknown DiffuSSM option {value!r}: choose {' or '.join(allowed)}")
         if H % patch or W % patch:
             fits = [f"{h}x{w}" for h, w in dict.fromkeys(
                 (H // patch * patch + k, W // patch * patch + k) for k in (0, patch)) if h * w]
-            raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch}: "
+            raise UserError(f"image size {H}x{W} is not divisible by the patch size {patch}: "
                              f"try {' or '.join(fits)}")
         L = H * W // patch**2
         if L % ratio or 2 * width % ratio:
             fits = [m for m in range(1, 4 * ratio) if L % m == 0 == 2 * width % m]
             fits = sorted(sorted(fits, key=lambda m: abs(m - ratio))[:2])
-            raise ValueError(f"ratio {ratio} does not divide the {L} tokens of a {H}x{W} image and 2 x "
+            raise UserError(f"ratio {ratio} does not divide the {L} tokens of a {H}x{W} image and 2 x "
                              f"width {width}: try ratio={' or ratio='.join(map(str, fits))}")
         if state % 2:
-            raise ValueError(f"state {state} is odd, but states are kept as conjugate pairs: "
+            raise UserError(f"state {state} is odd, but states are kept as conjugate pairs: "
                              f"try {state + 1}")
         if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min {dt_min} and dt_max {dt_max}: the first must be above 0 and not above "
+            raise UserError(f"dt_min {dt_min} and dt_max {dt_max}: the first must be above 0 and not above "
                              f"the second, try dt_min=0.001 dt_max=0.1")
         if width < 4:
-            raise ValueError(f"width {width} leaves no room for the positions: try 64")
+            raise UserError(f"width {width} leaves no room for the positions: try 64")
         self.shape, self.patch, self.ratio, self.num_classes = shape, patch, ratio, num_classes
         self.label_std, self.grad_checkpointing = label_std, grad_checkpointing
         self.out_channels = 2 * C if learn_sigma else C
@@ -563,9 +563,9 @@ def build(preset, shape, num_classes=0, **options):
     patch=2, ratio=1 ... Raises ValueError, with the fix, for a preset, option or size that is wrong.
     """
     if len(shape) != 3:
-        raise ValueError("DiffuSSM makes pictures, not videos: pass --model mdm --preset tiny-video")
+        raise UserError("DiffuSSM makes pictures, not videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
-        raise ValueError(f"unknown preset {preset!r}: diffussm has {', '.join(CONFIGS)}")
+        raise UserError(f"unknown preset {preset!r}: diffussm has {', '.join(CONFIGS)}")
     config = {**CONFIGS[preset], **options}
     of_diffusion = {k: config.pop(k) for k in ("schedule", "predict", "variance", "T", "min_snr")
                     if k in config}
@@ -573,18 +573,18 @@ def build(preset, shape, num_classes=0, **options):
            if k not in ("shape", "num_classes", "learn_sigma")]
     for key in config:
         if key not in own:
-            raise ValueError(f"unknown option {key!r}: diffussm has {', '.join(own)}, schedule, predict, "
+            raise UserError(f"unknown option {key!r}: diffussm has {', '.join(own)}, schedule, predict, "
                              f"variance, T, min_snr")
     for key, value in {**config, **of_diffusion}.items():
         if key in ("width", "depth", "patch", "ratio", "state", "T"):
             if type(value) is not int or value < 1:
-                raise ValueError(f"{key}={value!r}: must be a whole number, at least 1")
+                raise UserError(f"{key}={value!r}: must be a whole number, at least 1")
         elif key in ("dt_min", "dt_max", "label_std") or key == "min_snr" and value is not None:
             if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ValueError(f"{key}={value!r}: must be a number, at least 0")
+                raise UserError(f"{key}={value!r}: must be a number, at least 0")
     schedule = of_diffusion.pop("schedule")
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
+        raise UserError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
     diffusion = Diffusion(SCHEDULES[schedule](of_diffusion.pop("T", 1000)), **of_diffusion)
     return DiffuSSM(shape, num_classes=num_classes, learn_sigma=diffusion.variance == "learned",
                     **config), diffusion

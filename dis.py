@@ -74,7 +74,7 @@ Departures: where the paper, the authors' code and this file differ. ("Code" is 
     before the linear layer. The paper, as far as read, has the LayerNorm only. We follow the code.
 
 In a notebook Python's own module `dis` is loaded already, so `from dis import DiS` finds the wrong
-one: write `from checkpoint import load_paper; DiS = load_paper("dis").DiS`.
+one: write `from support.checkpoint import load_paper; DiS = load_paper("dis").DiS`.
 """
 if __spec__ and __spec__.name == "dis":
     # With this folder first on sys.path (as in `python train.py`), `import torch` imports `inspect`,
@@ -135,7 +135,7 @@ else:
     except ImportError:                 # it comes with PyTorch for CUDA
         triton = None
 
-    from diffusion import SCHEDULES, Diffusion
+    from diffusion import SCHEDULES, Diffusion, UserError
 
 
 # --- the selective scan (Mamba, Gu & Dao 2023, 2312.00752, Algorithm 2) -----------------------
@@ -303,7 +303,7 @@ def scan_forward(u, delta, A, B, C, D):
     of channels, because there `D` is the direct path; shapes keep writing D for it."""
     (b, L, W), S, N = u.shape, segments(u), A.shape[1]
     if (delta.shape, len(A), B.shape, C.shape, D.shape) != (u.shape, W, (b, L, N), (b, L, N), (W,)):
-        raise ValueError("the shapes of u, delta, A, B, C, D do not fit: see selective_scan_ref")
+        raise UserError("the shapes of u, delta, A, B, C, D do not fit: see selective_scan_ref")
     dtype = torch.promote_types(u.dtype, torch.float32)
     # a custom operator runs under its caller's autocast, which would turn the products below into bf16
     with torch.autocast(u.device.type, enabled=False):
@@ -359,7 +359,7 @@ def compare(device):
         forward(u, delta, A, B, C, D, starts, y)
         found.append([y, *backward(y, u, delta, A, B, C, D, starts, torch.zeros_like(starts[:, 0]))])
     if not all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(*found)):
-        raise ValueError("it gives other numbers")
+        raise UserError("it gives other numbers")
 
 
 # One node of a graph for autograd and torch.compile, which would otherwise see thousands of small ones.
@@ -677,18 +677,18 @@ class DiS(nn.Module):
         for value, allowed in ((skip, ("concat", "add", "none")), (time, ("token", "adaln")),
                                (pos_init, ("zero", "sincos")), (scan, ("auto", "mamba_ssm"))):
             if value not in allowed:
-                raise ValueError(f"unknown DiS option {value!r}: choose {' or '.join(allowed)}")
+                raise UserError(f"unknown DiS option {value!r}: choose {' or '.join(allowed)}")
         if scan == "mamba_ssm" and torch.cuda.is_available() and not importlib.util.find_spec("mamba_ssm"):
-            raise ValueError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install "
+            raise UserError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install "
                              "mamba-ssm, or drop it, since the built-in scan is fused on GPUs, too")
         if patch is None:
             patch = next(p for p in range(max(1, min(H, W) // 4), 0, -1) if H % p == W % p == 0)
         if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path {drop_path} is not a probability below 1: try 0.1")
+            raise UserError(f"drop_path {drop_path} is not a probability below 1: try 0.1")
         if H % patch or W % patch:
             fits = [f"{h}x{w}" for h, w in dict.fromkeys(
                 (H // patch * patch + k, W // patch * patch + k) for k in (0, patch)) if h * w]
-            raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch}: "
+            raise UserError(f"image size {H}x{W} is not divisible by the patch size {patch}: "
                              f"try {' or '.join(fits)}")
         self.shape, self.patch, self.num_classes = shape, patch, num_classes
         self.time, self.depth = time, depth
@@ -837,9 +837,9 @@ def build(preset, shape, num_classes=0, **options):
     wrong.
     """
     if len(shape) != 3:
-        raise ValueError("DiS makes pictures, not videos: pass --model mdm --preset tiny-video")
+        raise UserError("DiS makes pictures, not videos: pass --model mdm --preset tiny-video")
     if preset not in CONFIGS:
-        raise ValueError(f"unknown preset {preset!r}: dis has {', '.join(CONFIGS)}")
+        raise UserError(f"unknown preset {preset!r}: dis has {', '.join(CONFIGS)}")
     config = {**CONFIGS[preset], **options}
     of_diffusion = {k: config.pop(k) for k in ("schedule", "predict", "variance", "T", "min_snr")
                     if k in config}
@@ -847,20 +847,20 @@ def build(preset, shape, num_classes=0, **options):
            if k not in ("shape", "num_classes", "learn_sigma")]
     for key in config:
         if key not in own:
-            raise ValueError(f"unknown option {key!r}: dis has {', '.join(own)}, schedule, predict, "
+            raise UserError(f"unknown option {key!r}: dis has {', '.join(own)}, schedule, predict, "
                              f"variance, T, min_snr")
     for key, value in {**config, **of_diffusion}.items():
         if value is None and key in ("patch", "min_snr"):
             continue
         if key in ("width", "depth", "patch", "expand", "state", "conv", "T"):
             if type(value) is not int or value < 1:
-                raise ValueError(f"{key}={value!r}: must be a whole number, at least 1")
+                raise UserError(f"{key}={value!r}: must be a whole number, at least 1")
         elif key in ("drop_path", "label_std", "min_snr"):
             if type(value) not in (int, float) or not value >= 0:
-                raise ValueError(f"{key}={value!r}: must be a number, at least 0")
+                raise UserError(f"{key}={value!r}: must be a number, at least 0")
     schedule = of_diffusion.pop("schedule")
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
+        raise UserError(f"unknown schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
     diffusion = Diffusion(SCHEDULES[schedule](of_diffusion.pop("T", 1000)), **of_diffusion)
     return DiS(shape, num_classes=num_classes, learn_sigma=diffusion.variance == "learned",
                **config), diffusion

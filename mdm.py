@@ -87,7 +87,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion import SCHEDULES, Diffusion, fold, normal, shift_snr, with_and_without
+from diffusion import SCHEDULES, Diffusion, UserError, fold, normal, shift_snr, with_and_without
 
 
 # --- the extended space -------------------------------------------------------------------------
@@ -122,16 +122,16 @@ class ExtendedDiffusion:
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
         self.shapes, self.R, self.T = [tuple(s) for s in shapes], len(shapes), len(alpha_bar)
         if error not in ("eps", "v", "x0"):
-            raise ValueError(f"unknown error {error!r}: choose eps, v or x0")
+            raise UserError(f"unknown error {error!r}: choose eps, v or x0")
         weights = [1.0] * self.R if weights is None else weights
         weights = [0.0] * (self.R - 1) + [1.0] if weights == "finest" else weights
         self.weights = check_list("weights", weights, self.R)
         self.mixed = None if mixed is None else check_list("mixed", mixed, self.R)
         if not any(self.weights):
-            raise ValueError(f"weights={weights}: one at least must be above 0")
+            raise UserError(f"weights={weights}: one at least must be above 0")
         if self.mixed and (self.mixed[0] != 1 or self.mixed[-1] == 0
                            or self.mixed != sorted(self.mixed, reverse=True)):
-            raise ValueError(f"mixed={self.mixed}: must begin with 1, not rise and end above 0, such as "
+            raise UserError(f"mixed={self.mixed}: must begin with 1, not rise and end above 0, such as "
                              f"{[1] + [0.5] * (self.R - 1)}")
         self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict)
                        for s in self.shapes]
@@ -201,7 +201,7 @@ class ExtendedDiffusion:
         """As diffusion.Diffusion.sample, without `start` -> every resolution, [(B, *shape_r)]. All are
         denoised in parallel, one call of the network a step, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
-            raise ValueError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}")
+            raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}")
         few = self.respaced(steps)
         size = (sum(math.prod(s) for s in self.shapes),)
         z = self.unpack(normal(fold(seeds, self.T), size))                            # [(B, *shape)]
@@ -231,7 +231,7 @@ class ExtendedDiffusion:
 def check_list(name, values, n):
     if not isinstance(values, (list, tuple)) or len(values) != n or not all(
             type(v) in (int, float) and 0 <= v < math.inf for v in values):
-        raise ValueError(f"{name}={values!r}: must be a list of {n} numbers, one for each resolution, "
+        raise UserError(f"{name}={values!r}: must be a list of {n} numbers, one for each resolution, "
                          f"coarsest first")
     return [float(v) for v in values]
 
@@ -607,7 +607,7 @@ class UNet(nn.Module):
         return [self.shape]
 
     def load_inner(self, state):
-        raise ValueError("a network of one resolution has no inner one: --init-inner needs a larger "
+        raise UserError("a network of one resolution has no inner one: --init-inner needs a larger "
                          "--image-size than the checkpoint's")
 
     def macs(self, length=32):
@@ -674,7 +674,7 @@ class NestedUNet(UNet):
         own = inner.state_dict()
         wrong = sorted(state.keys() ^ own.keys()) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
-            raise ValueError(f"{len(wrong)} weights do not fit any inner network ({wrong[0]} is the first): "
+            raise UserError(f"{len(wrong)} weights do not fit any inner network ({wrong[0]} is the first): "
                              f"use a checkpoint of the same preset, options and condition, and of a smaller "
                              f"--image-size")
         inner.load_state_dict(state)
@@ -730,15 +730,15 @@ def build(preset, shape, num_classes=0, text=0, **options):
     fix.
     """
     if preset not in CONFIGS:
-        raise ValueError(f"unknown preset {preset!r}: mdm has {', '.join(CONFIGS)}")
+        raise UserError(f"unknown preset {preset!r}: mdm has {', '.join(CONFIGS)}")
     c = {"temporal": None, "middle": 1, "weights": None, "mixed": None, "T": 1000, **CONFIGS[preset]}
     for key in options:
         if key not in c:
-            raise ValueError(f"unknown option {key!r}: mdm {preset} has {', '.join(c)}")
+            raise UserError(f"unknown option {key!r}: mdm {preset} has {', '.join(c)}")
     c |= options
     check(c)
     if num_classes and text:
-        raise ValueError("a model reads classes or text, not both: drop one")
+        raise UserError("a model reads classes or text, not both: drop one")
 
     # Which of the outer levels? See CONFIGS.
     outer, factor = [], 1
@@ -750,7 +750,7 @@ def build(preset, shape, num_classes=0, text=0, **options):
         factor *= k
     if any(n % factor for n in shape[-2:]):
         near = "x".join(str(max(1, round(n / factor)) * factor) for n in shape[-2:])
-        raise ValueError(f"image size {shape[-2]}x{shape[-1]} is not divisible by {factor}, the ratio of the "
+        raise UserError(f"image size {shape[-2]}x{shape[-1]} is not divisible by {factor}, the ratio of the "
                          f"finest to the coarsest resolution: try {near}")
     E, D = c["embedding"], c["words"] if num_classes or text else 0
     common = dict(embedding=E, words=D, heads=c["heads"], micro=c["micro"])
@@ -761,10 +761,10 @@ def build(preset, shape, num_classes=0, text=0, **options):
     frames = shape[1:-2]                                        # (T,) or ()
     if frames:
         if not c["temporal"]:
-            raise ValueError(f"{preset} makes no videos: use --preset tiny-video or paper-video")
+            raise UserError(f"{preset} makes no videos: use --preset tiny-video or paper-video")
         k = frames[0].bit_length()
         if frames[0] != 2 ** (k - 1) or not 2 <= k <= len(c["temporal"]["channels"]):
-            raise ValueError(f"{frames[0]} frames: the temporal level halves them down to one, so use "
+            raise UserError(f"{frames[0]} frames: the temporal level halves them down to one, so use "
                              f"{', '.join(str(2**n) for n in range(1, len(c['temporal']['channels'])))}")
         model = NestedUNet(model, (shape[0], *frames, H, W), c["temporal"]["channels"][:k],
                            c["temporal"]["blocks"][:k], (0,) * k, temporal=True, **common)
@@ -783,44 +783,44 @@ def check(c):
     """The options, most of which a user may have typed."""
     for key, low in dict(side=1, words=8, layers=0, embedding=8, heads=1, middle=0, T=1).items():
         if type(c[key]) is not int or c[key] < low:
-            raise ValueError(f"{key}={c[key]!r}: must be a whole number, at least {low}")
+            raise UserError(f"{key}={c[key]!r}: must be a whole number, at least {low}")
     for key in ("words", "embedding"):
         if c[key] % 8:
-            raise ValueError(f"{key}={c[key]}: must be divisible by 8, try {c[key] // 8 * 8}")
+            raise UserError(f"{key}={c[key]}: must be divisible by 8, try {c[key] // 8 * 8}")
     if type(c["micro"]) is not bool:
-        raise ValueError(f"micro={c['micro']!r}: must be True or False")
+        raise UserError(f"micro={c['micro']!r}: must be True or False")
     if c["T"] > 10**6:
-        raise ValueError(f"T={c['T']}: a million steps are the most")
+        raise UserError(f"T={c['T']}: a million steps are the most")
     if type(c["power"]) not in (int, float) or not 0 <= c["power"] <= 10:
-        raise ValueError(f"power={c['power']!r}: must be a number from 0 to 10")
+        raise UserError(f"power={c['power']!r}: must be a number from 0 to 10")
     if c["schedule"] not in list(SCHEDULES):
-        raise ValueError(f"unknown schedule {c['schedule']!r}: choose {' or '.join(SCHEDULES)}")
+        raise UserError(f"unknown schedule {c['schedule']!r}: choose {' or '.join(SCHEDULES)}")
     if not isinstance(c["outer"], (list, tuple)):
-        raise ValueError(f"outer={c['outer']!r}: must be a list of levels, each a dict")
+        raise UserError(f"outer={c['outer']!r}: must be a list of levels, each a dict")
     core = {k: c[k] for k in ("channels", "blocks", "attention")}
     for name, u in (("coarsest", core), *(("outer", u) for u in c["outer"]), ("temporal", c["temporal"])):
         if name == "temporal" and u is None:
             continue
         allowed = {"channels", "blocks"} | ({"attention"} if name != "temporal" else set())
         if not isinstance(u, dict) or not {"channels", "blocks"} <= u.keys() <= allowed:
-            raise ValueError(f"{name} level {u!r}: must be a dict of {', '.join(sorted(allowed))}")
+            raise UserError(f"{name} level {u!r}: must be a dict of {', '.join(sorted(allowed))}")
         sizes = len(u["channels"]) if isinstance(u["channels"], (list, tuple)) else 0
         if sizes < (1 if u is core else 2):
-            raise ValueError(f"channels={u['channels']!r} of the {name} level: must be a list, a number for "
+            raise UserError(f"channels={u['channels']!r} of the {name} level: must be a list, a number for "
                              f"each size, such as (8, 16)")
         for key, low in (("channels", 1), ("blocks", 1), ("attention", 0)):
             values = u.get(key, (0,) * sizes)
             if not isinstance(values, (list, tuple)) or len(values) != sizes or not all(
                     type(v) is int and v >= low for v in values):
-                raise ValueError(f"{key}={values!r} of the {name} level: must be {sizes} whole numbers, at "
+                raise UserError(f"{key}={values!r} of the {name} level: must be {sizes} whole numbers, at "
                                  f"least {low}, one for each size")
         if name == "temporal" and any(C % 2 for C in u["channels"]):
-            raise ValueError(f"channels={u['channels']!r} of the temporal level: must be even")
+            raise UserError(f"channels={u['channels']!r} of the temporal level: must be even")
         with_attention = [n > 0 for n in u.get("attention", (0,) * sizes)]
         with_attention[-1] |= u is core and c["middle"] > 0      # the middle
         for C, attention in zip(u["channels"], with_attention):
             if attention and C % c["heads"]:
-                raise ValueError(f"{C} channels are not divisible by heads={c['heads']}: change one of them")
+                raise UserError(f"{C} channels are not divisible by heads={c['heads']}: change one of them")
 
 
 def table():

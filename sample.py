@@ -15,102 +15,23 @@ Model, preset, image shape and schedule are read from the checkpoint. Image i is
 (seed + i) and its label or prompt alone: up to rounding the same at any batch size and on any number of
 processes.
 
-In a notebook: `from checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
+In a notebook: `from support.checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
 import argparse
-import json
 import os
-import shlex
-import textwrap
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import checkpoint
-import data
-import latents
-from checkpoint import load_run, newest_run
-from diffusion import fold
-from parallel import Parser, Team, number, pick_device, run, told_plainly
-
-# --- drawing ----------------------------------------------------------------------------------
-
-def to_uint8(x):
-    """[-1, 1] (B, C, H, W) -> uint8 numpy (B, H, W, C); videos (B, C, T, H, W) -> (B, T, H, W, C)."""
-    x = (x.float().cpu() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return rearrange(x, "b c ... h w -> b ... h w c").numpy()            # (B, [T,] H, W, C)
-
-
-def to_pil(image):
-    """uint8 (H, W, 1 or 3) -> PIL image."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def grid_image(images, rows, names=None, zoom=None):
-    """uint8 (B, H, W, C), image i in row i % rows -> PIL image; names are written beside the rows. Of videos
-    (B, T, H, W, C) the frames follow one another in a row."""
-    if images.ndim == 5:
-        images = np.pad(images, ((0, -len(images) % rows), *[(0, 0)] * 4), constant_values=255)
-        images = rearrange(images, "(col row) t h w c -> (col t row) h w c", row=rows)    # (B T, H, W, C)
-    B, H, W, C = images.shape
-    zoom = zoom or max(1, round(56 / min(H, W)))          # a 28 px digit is small on a screen
-    images = np.pad(images, ((0, -B % rows), (0, 0), (0, 0), (0, 0)), constant_values=255)
-    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    sheet = rearrange(images, "(col row) h w c -> (row h) (col w) c", row=rows)
-    sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
-    picture = to_pil(sheet if C == 1 else sheet[..., :3])
-    if not names:
-        return picture
-    names = [textwrap.shorten(name, 40, placeholder=" ...") for name in names]          # captions can be long
-    margin = 12 + max(int(ImageDraw.Draw(picture).textlength(n)) for n in names)
-    labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
-    labelled.paste(picture, (margin, 0))
-    draw = ImageDraw.Draw(labelled)
-    for r, name in enumerate(names):
-        draw.text((6, (r + 0.5) * picture.height / rows - 6), name, fill="black")
-    return labelled
-
-
-def choose_labels(spec, num_classes, seeds):
-    """"all" | "random" | "0,1,2" -> (B,) long labels, or None for an unconditional model."""
-    if not num_classes:
-        if spec not in ("all", "random"):
-            raise ValueError("this model was trained without classes: drop --class-labels")
-        return None
-    if spec == "random":
-        return fold(seeds, num_classes) % num_classes
-    try:
-        labels = list(range(num_classes)) if spec == "all" else [int(s) for s in spec.split(",")]
-    except ValueError:
-        raise ValueError(f"--class-labels {spec!r} not understood: write all, random, or numbers "
-                         f"such as 0,1,2") from None
-    if not all(0 <= label < num_classes for label in labels):
-        raise ValueError(f"--class-labels {spec} is out of range: this model's classes are 0 to "
-                         f"{num_classes - 1}")
-    return torch.tensor([labels[i % len(labels)] for i in range(len(seeds))])
-
-
-def read_prompts(prompts):
-    """["a moon", "@file"] -> ["a moon", a prompt for each line of the file ...]."""
-    found = []
-    for prompt in prompts or []:
-        if not prompt.startswith("@"):
-            found.append(prompt)
-            continue
-        try:                                            # -sig: editors write a BOM
-            lines = Path(prompt[1:]).read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"cannot read {prompt[1:]!r} ({e}): write a prompt a line, in UTF-8") from None
-        found += [line for line in lines if line.strip()]
-    if prompts and not found:
-        raise ValueError(f"no prompts in {' '.join(prompts)}: write a prompt a line")
-    return found
-
+from diffusion import UserError
+from support import checkpoint, denoise, latents
+from support.checkpoint import load_run, newest_run
+from support.cli import Parser, choose_labels, number, read_prompts, run, told_plainly
+from support.fid import fid_samples
+from support.parallel import pick_device
+from support.pictures import grid_image, save_gif, save_image, side_by_side, to_pil, to_uint8
+from support.text import full_name, text_encoder
 
 def decoder(space, vae):
     """-> a function: latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], by the VAE; without one in false
@@ -139,95 +60,6 @@ def generate(model, diffusion, shape, seeds, cond, batch_size, device,
     if film is not None:
         film += [torch.cat(beliefs[i]) for i in sorted(beliefs, reverse=True)]
     return torch.cat(done)                                               # (N, C, [T,] H, W)
-
-
-def side_by_side(levels):
-    """Every resolution of an mdm, coarsest first -> one picture (N, C, [T,] H, R W), the coarse ones
-    magnified, a single frame standing still."""
-    size = levels[-1].shape[2:]
-    levels = [x if x.ndim == len(size) + 2 else x[:, :, None] for x in levels]   # (N, C, [T or 1,] H_r, W_r)
-    return torch.cat([torch.nn.functional.interpolate(x, size, mode="nearest") for x in levels], dim=-1)
-
-
-def save_image(image, path, **options):
-    """PIL image -> file, written aside and renamed: a killed run leaves no half a picture."""
-    path = Path(path)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        image.save(part, **options)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_gif(frames, path, milliseconds):
-    """PIL images -> file, each shown for so long, over and over."""
-    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-
-
-def fid_samples(args, generate_part, settings, data_name):
-    """N images of random classes, or of the prompts in turn, as PNGs, by all processes of torchrun, then one
-    .npz by the first. Goes on where an earlier call with the same settings stopped. A batch is always made as
-    a whole, by whomever, since what rounding does to an image may depend on its batch."""
-    team, folder, N = Team(torch.device("cpu")), Path(args.save_images or "fid-samples"), args.num_fid_samples
-    names = [folder / f"{i:06d}.png" for i in range(N)]
-
-    def begin():
-        """-> the first image of every batch that is not complete."""
-        os.makedirs(folder, exist_ok=True)
-        about, text = folder / "settings.json", json.dumps(settings, indent=1)
-        if any(folder.glob("*.png")) and not (about.exists() and about.read_text() == text):
-            raise ValueError(f"{folder} holds images made with other settings than these: choose "
-                             f"another --save-images")
-        if (folder / f"{N:06d}.png").exists():
-            raise ValueError(f"{folder} holds more than {N} images: ask for as many, or choose another "
-                             f"--save-images")
-        checkpoint.replace(about, lambda f: f.write(text.encode()))
-        for part in folder.glob(".*.png"):                  # of a process that was killed
-            part.unlink()
-        return [i for i in range(0, N, args.batch_size)
-                if not all(name.exists() for name in names[i:i + args.batch_size])]
-
-    with told_plainly():
-        todo = team.first(begin)[team.rank::team.world]
-        for start in tqdm(todo, desc="sampling", unit="batch", disable=team.rank > 0):
-            part = torch.arange(start, min(start + args.batch_size, N))
-            for i, image in zip(part.tolist(), to_uint8(generate_part(part))):
-                if not names[i].exists():
-                    save_image(to_pil(image), names[i])
-    team.any(False)                                         # all have come so far
-    if team.rank == 0:
-        shape = (N, *np.atleast_3d(np.asarray(Image.open(names[0]))).shape)                # (N, H, W, C)
-        npz = f"samples_{'x'.join(map(str, shape))}.npz"
-        with told_plainly():
-            checkpoint.replace(npz, lambda f: write_npz(f, names, shape))
-        print(f"{N} images -> {folder} and {npz} (arr_0, uint8, NHWC)")
-        print(fid_commands(folder, npz, data_name, shape))
-    team.leave()
-
-
-def write_npz(file, names, shape):
-    """What np.savez(file, arr_0=images) writes, an image at a time: 50,000 of 256 x 256 are 9.8 GB."""
-    with zipfile.ZipFile(file, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:    # without a date
-            np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=shape))
-            for name in names:
-                with Image.open(name) as image:
-                    array.write(np.asarray(image).tobytes())
-
-
-def fid_commands(folder, npz, data_name, shape):
-    """What to type for the Frechet distance; figures of different tools must not be compared."""
-    H, W = shape[1:3]
-    known = data_name == "cifar10" and (H, W) == (32, 32)   # the tools bring its statistics along
-    real = "cifar10-train" if known else "real"
-    clean = "dataset_name='cifar10', dataset_res=32, dataset_split='train'" if known else "'real'"
-    once = f"  python data.py images {shlex.quote(data_name)} real --image-size {H}x{W}     # once\n"
-    return f"""for FID, one of
-{once * (not known)}\
-  fidelity --gpu 0 --fid --isc --input1 {folder} --input2 {real}     # pip install torch-fidelity
-  python -c "from cleanfid import fid; print(fid.compute_fid('{folder}', {clean}))"   # pip install clean-fid
-  python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {npz}     # ImageNet: openai/guided-diffusion"""
 
 
 def preview(model, diffusion, args, encode, vae, device):
@@ -317,22 +149,22 @@ def main(argv=None, encode=None):
         args.steps = args.steps or "50"
     with told_plainly():
         if args.eta and args.sampler == "ddpm":
-            raise ValueError("--eta is DDIM's: drop it, or pass --sampler ddim")
+            raise UserError("--eta is DDIM's: drop it, or pass --sampler ddim")
         if bool(args.denoise) != bool(args.from_step):
-            raise ValueError("--denoise and --from-step go together: --denoise photo.png --from-step 150")
+            raise UserError("--denoise and --from-step go together: --denoise photo.png --from-step 150")
         if args.data_dir and args.denoise != "test":
-            raise ValueError("--data-dir is where --denoise test looks: drop it")
+            raise UserError("--data-dir is where --denoise test looks: drop it")
         if args.denoise and (args.gif or args.save_images or args.num_fid_samples
                              or args.cfg_scale not in (None, 1) or args.class_labels == "random"):
-            raise ValueError("--denoise does without --gif, --save-images, --num-fid-samples, --cfg-scale "
+            raise UserError("--denoise does without --gif, --save-images, --num-fid-samples, --cfg-scale "
                              "and --class-labels random: drop them")
         if args.denoise not in (None, "test") and args.num_samples:
-            raise ValueError("--num-samples counts test images: drop it, or pass --denoise test")
+            raise UserError("--num-samples counts test images: drop it, or pass --denoise test")
         out, gif = Path(args.out), Path(args.out).with_suffix(".gif")
         if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or out.is_dir():
-            raise ValueError(f"--out {args.out} must be a file that ends in .png, .jpg or .webp")
+            raise UserError(f"--out {args.out} must be a file that ends in .png, .jpg or .webp")
         if args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"):
-            raise ValueError("--num-fid-samples draws random classes into a folder: drop "
+            raise UserError("--num-fid-samples draws random classes into a folder: drop "
                              "--gif, --num-samples and --class-labels")
         path = newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
         device = pick_device(args.device)
@@ -348,29 +180,29 @@ def main(argv=None, encode=None):
         shape, K = tuple(trained["shape"]), trained["num_classes"]
         text, video = trained.get("text"), len(shape) == 4
         if args.prompt and not text:
-            raise ValueError("this model reads no text: drop --prompt, or train with --model mdm --cond text")
+            raise UserError("this model reads no text: drop --prompt, or train with --model mdm --cond text")
         if text and args.class_labels != "all":
-            raise ValueError("this model reads text, not classes: pass --prompt instead of --class-labels")
+            raise UserError("this model reads text, not classes: pass --prompt instead of --class-labels")
         if args.levels and not hasattr(diffusion, "sample_levels"):
-            raise ValueError("--levels shows the resolutions of an mdm, and this model has one: drop it")
+            raise UserError("--levels shows the resolutions of an mdm, and this model has one: drop it")
         if args.levels and (args.gif or args.num_fid_samples or space):
-            raise ValueError("--levels goes without --gif, --num-fid-samples and latents: drop them")
+            raise UserError("--levels goes without --gif, --num-fid-samples and latents: drop them")
         if args.vae and not space:
-            raise ValueError("this model was trained on pictures, not on latents: drop --vae")
+            raise UserError("this model was trained on pictures, not on latents: drop --vae")
         if args.denoise and space:
-            raise ValueError("this model was trained on latents, and --denoise is of pictures: use another "
+            raise UserError("this model was trained on latents, and --denoise is of pictures: use another "
                              "model")
         if video and (args.gif or args.num_fid_samples):
-            raise ValueError("a video's .gif is always written, and there is no FID of videos: drop --gif "
+            raise UserError("a video's .gif is always written, and there is no FID of videos: drop --gif "
                              "and --num-fid-samples")
         if args.num_fid_samples and text and not args.prompt:
-            raise ValueError("this model reads text: add --prompt @captions.txt, a caption a line")
+            raise UserError("this model reads text: add --prompt @captions.txt, a caption a line")
         if args.text_encoder and (not text or text == "bytes"):
-            raise ValueError("this model reads no T5: drop --text-encoder")
+            raise UserError("this model reads no T5: drop --text-encoder")
         prompts = read_prompts(args.prompt) or trained["prompts"] if text else []
         can_guide = (K or text) and trained["cond_dropout"] > 0
         if not can_guide and args.cfg_scale not in (None, 1):
-            raise ValueError("this model never saw images without their class or caption, so it cannot be "
+            raise UserError("this model never saw images without their class or caption, so it cannot be "
                              "guided: drop --cfg-scale" if K or text else
                              "guidance needs classes or captions, and this model has none: drop --cfg-scale")
         if args.cfg_scale is None:
@@ -379,13 +211,12 @@ def main(argv=None, encode=None):
             if folder:
                 os.makedirs(folder, exist_ok=True)
                 if not os.access(folder, os.W_OK):
-                    raise ValueError(f"cannot write into {folder}: choose another --out")
+                    raise UserError(f"cannot write into {folder}: choose another --out")
         if text and not encode:         # last: it may take a while
-            encode = data.text_encoder(args.text_encoder or trained["text_encoder"], device)
-        args.vae = data.full_name(args.vae) if args.vae else space and space["vae"]
+            encode = text_encoder(args.text_encoder or trained["text_encoder"], device)
+        args.vae = full_name(args.vae) if args.vae else space and space["vae"]
         vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
     if args.denoise:
-        import denoise                                      # which imports this file: not at the top
         return denoise.main(args, model, diffusion, trained, device, out)
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip,
                    cfg_scale=args.cfg_scale)

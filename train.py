@@ -3,7 +3,7 @@
     python train.py                                            DiS tiny on drawn shapes, minutes
     python train.py --data mnist                               digits (downloaded once, 11 MB)
     python train.py --data path/to/images --image-size 64      your own pictures
-    python train.py --latents path/to/latents                  what `python data.py encode` wrote
+    python train.py --latents path/to/latents                  what `python -m support.prepare encode` wrote
     torchrun --standalone --nproc_per_node=8 train.py --preset DiS-S/2 --data cifar10 ...
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
 
@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import data
-import latents
-import parallel
 import sample
-from diffusion import fold, normal, uniform
-from parallel import fail, number, option, told_plainly
+from diffusion import UserError, fold, normal, uniform
+from support import checkpoint, cost, inputs, latents, parallel
+from support.cli import Parser, fail, number, option, run, told_plainly
+from support.datasets import batch_order
+from support.pictures import save_image
+from support.text import full_name
 
 BINS = 5                                     # the loss is also logged in this many bands of t
 
@@ -39,7 +39,7 @@ BINS = 5                                     # the loss is also logged in this m
 # --- command line ---------------------------------------------------------------------------
 
 def parse(argv):
-    p = parallel.Parser(__doc__.splitlines()[0])
+    p = Parser(__doc__.splitlines()[0])
     flag, count, below_1 = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
     g = p.add_argument_group("what")
     g.add_argument("--model", default="dis", help="dis, diffussm, mdm, cunet, or a path to a .py file")
@@ -48,7 +48,7 @@ def parse(argv):
                    help="change options of the preset: --set skip=add patch=8 (a wrong key lists all)")
     g.add_argument("--data", default="shapes", help="shapes, moving, mnist, fashion, cifar10, or a folder")
     g.add_argument("--data-dir", help="where data sets lie or are downloaded to (default: a cache)")
-    g.add_argument("--latents", metavar="DIR", help="instead of images: what `python data.py encode` wrote")
+    g.add_argument("--latents", metavar="DIR", help="instead of images: what `python -m support.prepare encode` wrote")
     g.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
     g.add_argument("--frames", type=number(int, 1, 1024), help="per clip of moving (default: 8); 1: pictures")
     g.add_argument("--num-classes", type=number(int, -1), default=-1, help="-1: as the data has; 0: none")
@@ -112,8 +112,8 @@ def parse(argv):
     g.add_argument("--dry-run", type=count, nargs="?", const=0, default=None, metavar="GPUS",
                    help="print the plan and what memory each of so many GPUs needs, and exit")
     args = p.parse_args(argv)
-    args.set, args.text_encoder = dict(args.set), data.full_name(args.text_encoder)
-    args.vae = args.vae and data.full_name(args.vae)
+    args.set, args.text_encoder = dict(args.set), full_name(args.text_encoder)
+    args.vae = args.vae and full_name(args.vae)
     return args
 
 
@@ -211,7 +211,7 @@ def main(argv=None):
     # Data, and what it says of the model: args.shape, .num_classes, .text and more are written here.
     with told_plainly():
         paper = checkpoint.load_paper(args.model)
-        dataset, encode = data.for_training(args, paper, device)
+        dataset, encode = inputs.for_training(args, paper, device)
 
     # Model. Built from the same seed everywhere, so that all processes start alike.
     torch.manual_seed(args.seed)
@@ -221,12 +221,12 @@ def main(argv=None):
             model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                            **({"text": args.text} if encode else {}), **args.set)
     if args.grad_checkpointing:
-        if not hasattr(model, "grad_checkpointing"):
-            fail(f"{args.model} has no activation checkpointing: drop --grad-checkpointing")
-        with told_plainly():
-            model.grad_checkpointing = True
+        if not hasattr(model, "unit"):
+            fail(f"{args.model} does not say which of its modules to recompute (unit): drop --grad-checkpointing")
     parameters = sum(p.numel() for p in model.parameters())
-    macs = f"{model.macs() / 1e6:,.1f}M" if hasattr(model, "macs") else "unknown"
+    macs = cost.multiply_adds(model, diffusion, cost.blank_batch(diffusion, dataset.shape, 1, args.num_classes,
+                                                                 args.text))
+    macs = "unknown" if macs is None else f"{macs / 1e6:,.1f}M"
     name = re.sub(r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.latents or args.data).name}")
     folder = Path(args.results_dir) / (args.name or name)
     say(f"device      {device} ({'--device' if args.device != 'auto' else 'the best found'}), "
@@ -240,10 +240,9 @@ def main(argv=None):
         f"folder      {folder}\n"
         f"pictures    python sample.py --ckpt {folder}")
     if args.dry_run is not None:
-        import memory                       # it takes a second
-        batch = memory.blank_batch(diffusion, dataset.shape, micro, args.num_classes, args.text)
+        batch = cost.blank_batch(diffusion, dataset.shape, micro, args.num_classes, args.text)
         with told_plainly():
-            return say(memory.report(memory.table(model, diffusion, batch, world, args.bf16)))
+            return say(cost.report(cost.table(model, diffusion, batch, world, args.bf16)))
 
     with told_plainly():                    # before anything is renamed or made
         vae = latents.VAE(args.vae, device) if args.vae and main_process else None
@@ -254,7 +253,7 @@ def main(argv=None):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, not you
     with told_plainly():
         if args.init_inner and args.resume not in ("auto", "none"):
-            raise ValueError("--resume PATH and --init-inner both begin from weights: drop one")
+            raise UserError("--resume PATH and --init-inner both begin from weights: drop one")
         origin = team.first(lambda: checkpoint.origin(args, folder, restarted, say))
         team.first(lambda: checkpoint.prepare(folder))
         saved = checkpoint.read(origin, checked=True) if origin else None
@@ -269,6 +268,8 @@ def main(argv=None):
 
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if args.grad_checkpointing:
+        parallel.recompute(model)
     start = 0                               # steps taken before
     if saved:
         start = saved["step"]
@@ -314,21 +315,21 @@ def main(argv=None):
         if main_process:
             path = folder / "samples" / f"step_{step:07d}.png"
             try:
-                sample.save_image(sheet, path)
+                save_image(sheet, path)
             except OSError as e:            # a picture is not worth the run
                 path = f"no picture ({e})"
             bar.write(f"step {step}: {path}")
 
     # The loop. Of each global batch, cut into `share` slices, this process takes grad_accum.
     lo, hi = rank * args.grad_accum * micro, (rank + 1) * args.grad_accum * micro
-    order = data.batch_order(len(dataset), args.seed, args.global_batch_size, start, args.max_steps, lo, hi)
+    order = batch_order(len(dataset), args.seed, args.global_batch_size, start, args.max_steps, lo, hi)
     if args.overfit_one_batch:
         order.steps = [0] * len(order)
     losses, norms, since, began = [], [], start, time.perf_counter()
     bins = torch.zeros(2, BINS, device=device)                      # sums, counts
     model.train()
     step = start
-    batches = data.batches(dataset, order, args.num_workers, pinned=device.type == "cuda")
+    batches = inputs.batches(dataset, order, args.num_workers, pinned=device.type == "cuda")
     for step, batch in enumerate(batches, start=start + 1):          # steps are counted from 1
         seeds = fold(args.seed, 0 if args.overfit_one_batch else step, torch.arange(lo, hi))       # (B,)
         torch.manual_seed(int(fold(args.seed, step, rank)))         # for dropout, if a model has any
@@ -418,4 +419,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))           # before the first step: nothing to save
-    parallel.run(main)
+    run(main)

@@ -30,11 +30,12 @@ from torch.nn import functional
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import checkpoint
-import data
-import denoise
+from support import checkpoint
+from support import datasets
+from support import denoise
 import judge as judges
-import parallel
+from support import cli, cost
+from support.pictures import to_uint8
 import sample
 import train
 from diffusion import fold, normal
@@ -178,7 +179,7 @@ def judged(judge, model, diffusion, trained, seed, how):
                              {"y": y}, 100, "cpu", sampler=how["sampler"], steps=str(how["steps"]),
                              cfg_scale=how["cfg"], progress=False)
     seconds = time.perf_counter() - began
-    images = torch.from_numpy(sample.to_uint8(images)).permute(0, 3, 1, 2)                     # (N, C, H, W)
+    images = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)                     # (N, C, H, W)
     return how | judge(images, y) | {"seconds": seconds}
 
 
@@ -231,7 +232,7 @@ def do_run(args, name, arm, seed):
     if not todo:
         return
     judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
-    test = data.load(args.data, args.data_dir, split="test")
+    test = datasets.load(args.data, args.data_dir, split="test")
 
     def note(weights, minutes, images, wanted):
         """Judge as `wanted`: a list of ways to draw, or of steps to denoise from, one line each."""
@@ -240,7 +241,8 @@ def do_run(args, name, arm, seed):
             raise ValueError(f"{weights} was trained on {trained['data']}: pass --data {trained['data']}")
         config = checkpoint.load_paper(trained["model"]).CONFIGS[trained["preset"]] | trained["set"]
         about = {"arm": arm, "seed": seed, "step": trained["step"], "images": images, "minutes": minutes,
-                 "parameters": sum(p.numel() for p in model.parameters()), "macs": model.macs(),
+                 "parameters": sum(p.numel() for p in model.parameters()), "macs": cost.multiply_adds(
+                     model, diffusion, cost.blank_batch(diffusion, trained["shape"], 1, trained["num_classes"])),
                  "predict": config["predict"], "schedule": config["schedule"], "made_of": made,
                  **errors_by_noise(model, diffusion, test, study.noise)}
         for how in wanted:
@@ -329,26 +331,26 @@ def speed(args, turns=3):
 
 
 def main(argv=None):
-    p = parallel.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
     p.add_argument("--data", default="mnist", help="what to train on")
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--results-dir", default="results/evidence", help="runs are folders in here")
     p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
-    p.add_argument("--jobs", type=parallel.number(int, 1), default=os.cpu_count(), help="runs at a time")
+    p.add_argument("--jobs", type=cli.number(int, 1), default=os.cpu_count(), help="runs at a time")
     p.add_argument("--missing", action="store_true", help="only what --out does not tell yet")
     p.add_argument("--speed", action="store_true", help="measure how fast the four of `minutes` train")
     p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run of a study alone, here")
     args = p.parse_args(argv)
     if unknown := [s for s in args.studies if s not in STUDIES]:
-        parallel.fail(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
+        cli.fail(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
     if args.speed:
         return speed(args)
     if args.run:
-        with parallel.told_plainly():
+        with cli.told_plainly():
             return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
     os.makedirs(args.results_dir, exist_ok=True)
-    with parallel.told_plainly():               # trains the classifier, if need be, with all cores
+    with cli.told_plainly():               # trains the classifier, if need be, with all cores
         checkpoint.hold(Path(args.results_dir))             # one of these at a time
         judge_path = judge_itself(args)
     writing = threading.Lock()
@@ -377,4 +379,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

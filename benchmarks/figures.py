@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import parallel
+from support import cli
 from evidence import FOUR, LEVELS, STUDIES, read_rows
 
 try:
@@ -217,7 +217,7 @@ def section(path, show):
         judge_section(data, rows, show)
         return 0, 0
     if not rows or name not in STUDIES:
-        parallel.fail(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
+        cli.fail(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
     study, seeds = STUDIES[name], sorted({f"{r['seed']:.0f}" for r in rows})
     drawn, noised = [r for r in rows if "recognised" in r], [r for r in rows if "metric" in r]
     trained = not any(isinstance(stages, str) for stages in study.arms.values())
@@ -259,7 +259,7 @@ there are three seeds, tables give the median (the lowest to the highest) and fi
 
 
 def main(argv=None):
-    p = parallel.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-ode (default: all)")
     p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="of the scores")
     args = p.parse_args(argv)
@@ -277,4 +277,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

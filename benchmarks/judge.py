@@ -30,10 +30,10 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import data
-import parallel
-import sample
+from support import checkpoint
+from support import datasets
+from support import cli
+from support.pictures import to_pil
 
 NEIGHBOUR = 3
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -65,7 +65,7 @@ def train(dataset, steps=1400, batch=128, seed=0):
     net = Classifier(dataset.shape, dataset.num_classes)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for indices in data.batch_order(len(dataset), seed, batch, 0, steps, 0, batch):
+    for indices in datasets.batch_order(len(dataset), seed, batch, 0, steps, 0, batch):
         part = dataset[indices]
         loss = F.cross_entropy(net(part["x"] / 127.5 - 1)[1], part["y"])
         optimizer.zero_grad()
@@ -107,10 +107,10 @@ class Judge:
     the classifier has not seen."""
 
     def __init__(self, name, data_dir=None, image_size=None, cache="results", say=print, anew=False):
-        train_set = data.load(name, data_dir, image_size)
+        train_set = datasets.load(name, data_dir, image_size)
         order = np.random.default_rng(1).permutation(len(train_set))
         self.fresh = train_set.subset(order[:len(order) // 6])
-        test = data.load(name, data_dir, image_size, "test")
+        test = datasets.load(name, data_dir, image_size, "test")
         if not test.num_classes or len(test.shape) != 3:
             raise ValueError(f"the judge needs pictures with classes, and {name} has none: use shapes, "
                              f"mnist, fashion or cifar10")
@@ -199,7 +199,7 @@ def known_cases(judge, n):
 
 
 def blurred(x, sigma):
-    images = [sample.to_pil(image) for image in x.permute(0, 2, 3, 1).numpy()]                # (H, W, C)
+    images = [to_pil(image) for image in x.permute(0, 2, 3, 1).numpy()]                # (H, W, C)
     soft = [np.atleast_3d(np.asarray(i.filter(ImageFilter.GaussianBlur(sigma)))) for i in images]
     return torch.from_numpy(np.stack(soft)).permute(0, 3, 1, 2)                               # (N, C, H, W)
 
@@ -220,23 +220,23 @@ def read_samples(path, class_labels, num_classes, seed):
     if labels is not None:
         labels = torch.from_numpy(labels).long()
     elif class_labels:
-        labels = sample.choose_labels(class_labels, num_classes, seed + torch.arange(len(images)))
+        labels = cli.choose_labels(class_labels, num_classes, seed + torch.arange(len(images)))
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels                               # (N, C, H, W)
 
 
 def main(argv=None):
-    p = parallel.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("samples", nargs="*", help="folders of PNGs or .npz files; none: known cases")
     p.add_argument("--data", default="mnist", help="what they should look like")
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--image-size", help="as in train.py")
     p.add_argument("--class-labels", help="as sample.py was told: all, random, or 0,1,2")
-    p.add_argument("--seed", type=parallel.number(int), default=0, help="as sample.py was told")
-    p.add_argument("--num-samples", type=parallel.number(int, 50), default=1000, help="of the known cases")
+    p.add_argument("--seed", type=cli.number(int), default=0, help="as sample.py was told")
+    p.add_argument("--num-samples", type=cli.number(int, 50), default=1000, help="of the known cases")
     p.add_argument("--cache", default="results", help="where the classifier is kept")
     p.add_argument("--train", action="store_true", help="a classifier anew, into --cache")
     args = p.parse_args(argv)
-    with parallel.told_plainly():
+    with cli.told_plainly():
         judge = Judge(args.data, args.data_dir, args.image_size, args.cache, anew=args.train)
         cases = []
         for path in args.samples:
@@ -252,4 +252,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

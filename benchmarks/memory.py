@@ -15,9 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))               # before this folder: the module is called memory, too
-import memory  # noqa: E402
+from support import cost  # noqa: E402
 from timing import peak_megabytes  # noqa: E402
-from checkpoint import load_paper  # noqa: E402
+from support.checkpoint import load_paper  # noqa: E402
 
 # paper, preset, shape, images, what else build takes
 CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
@@ -48,8 +48,8 @@ def line(case, bf16, checkpointing, device):
         model, diffusion = build(preset, shape, **options)
     if checkpointing and not hasattr(model, "grad_checkpointing"):
         return
-    batch = memory.blank_batch(diffusion, shape, size, **options)
-    guess = memory.activations(model, diffusion, batch, bf16, checkpointing, device)
+    batch = cost.blank_batch(diffusion, shape, size, **options)
+    guess = cost.activations(model, diffusion, batch, bf16, checkpointing, device)
     model, diffusion = build(preset, shape, **options)
     if checkpointing:
         model.grad_checkpointing = True

@@ -36,7 +36,7 @@ step speed-colour python benchmarks/evidence.py --speed --data shapes
 python benchmarks/evidence.py minutes --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
-    step share-$model python checkpoint.py results/evidence/mnist-minutes-$arm-0 assets/$model-mnist.pt
+    step share-$model python -m support.checkpoint results/evidence/mnist-minutes-$arm-0 assets/$model-mnist.pt
     cp results/evidence/mnist-minutes-$arm-0/log.csv assets/$model-mnist.csv
     step draw-$model python sample.py --ckpt assets/$model-mnist.pt --out assets/$model-mnist.png
 done

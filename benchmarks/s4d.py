@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from timing import median, ratio, table, turns  # noqa: E402
 
-from checkpoint import load_paper  # noqa: E402
+from support.checkpoint import load_paper  # noqa: E402
 
 diffussm = load_paper("diffussm")
 

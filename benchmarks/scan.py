@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns  # noqa: E402
 
-from checkpoint import load_paper  # noqa: E402
+from support.checkpoint import load_paper  # noqa: E402
 
 dis = load_paper("dis")
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from timing import median, ratio, table, turns  # noqa: E402
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
+from support import checkpoint  # noqa: E402
+from support import inputs  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
@@ -72,7 +72,7 @@ def training(model, flags, device, steps=60, warm=6):
     """-> milliseconds by part of one step of train.py, and all of it."""
     paper, clock, marks = checkpoint.load_paper(model), Clock(device), []
 
-    def batches(*args, batches=data.batches, **options):
+    def batches(*args, batches=inputs.batches, **options):
         take = clock.of("data", iter(batches(*args, **options)).__next__)
         with contextlib.suppress(StopIteration):
             while True:
@@ -90,7 +90,7 @@ def training(model, flags, device, steps=60, warm=6):
     if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own
         places.append(("network", type(paper.build("tiny", (1, 32, 32))[1]), "loss"))
     with tempfile.TemporaryDirectory() as folder, clock.watch(*places), \
-            mock.patch.object(data, "batches", batches), mock.patch.object(train, "update_ema", ema), \
+            mock.patch.object(inputs, "batches", batches), mock.patch.object(train, "update_ema", ema), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main(["--model", model, "--max-steps", str(steps), "--results-dir", folder, "--sample-every",
                     "0", "--ckpt-every", str(10 * steps), "--device", str(device), *flags])

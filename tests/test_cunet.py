@@ -10,7 +10,7 @@ import torch
 import torchdiffeq
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import checkpoint
+from support import checkpoint
 import train
 from diffusion import fold, normal
 from test_train import Looks

@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
-from data import DataError, batch_order, draw_shapes, hold_out, load, parse_size
+from support import datasets
+from diffusion import UserError
+from support import shapes
+from support.datasets import batch_order, hold_out, load, parse_size
+from support.shapes import draw_shapes
 
 RNG = np.random.default_rng(0)
 
@@ -86,21 +89,21 @@ def test_shapes_are_balanced_and_the_test_split_is_another():
 
 def ink(x, rgb):
     """uint8 (B, 3, H, W) and its shapes' colours (B, 3) -> share of ink per pixel (B, H, W)."""
-    towards = rgb - np.array(data.BACKGROUND)                                       # (B, 3)
-    away = x.numpy().astype(float) - np.array(data.BACKGROUND)[:, None, None]
+    towards = rgb - np.array(shapes.BACKGROUND)                                       # (B, 3)
+    away = x.numpy().astype(float) - np.array(shapes.BACKGROUND)[:, None, None]
     return np.einsum("bchw,bc->bhw", away, towards) / (towards**2).sum(1)[:, None, None]
 
 
 def test_pictures_show_what_labels_and_captions_say():
     dataset = load("shapes")
     batch = dataset[RNG.integers(0, 65536, 300)]
-    names = list(data.COLOURS)
-    palette = np.array(list(data.COLOURS.values()))                                 # (6, 3)
+    names = list(shapes.COLOURS)
+    palette = np.array(list(shapes.COLOURS.values()))                                 # (6, 3)
     area = {}
     for x, y, caption in zip(batch["x"], batch["y"].tolist(), batch["caption"]):
         a, size, colour, shape = caption.split()
         assert a == "a" and shape == dataset.class_names[y]
-        darkest = (x.float() - torch.tensor(data.BACKGROUND)[:, None, None]).abs().sum(0).flatten()
+        darkest = (x.float() - torch.tensor(shapes.BACKGROUND)[:, None, None]).abs().sum(0).flatten()
         pixels = x.flatten(1)[:, darkest.topk(10).indices].float().mean(1).numpy()   # (3,)
         assert names[np.abs(palette - pixels).sum(1).argmin()] == colour
         cover = ink(x[None], palette[[names.index(colour)]])
@@ -117,7 +120,7 @@ def test_classes_look_different(size):
     dataset = load("shapes")
     indices = [i for i in RNG.permutation(65536)[:2500] if dataset.captions[i].split()[1] == size]
     batch = dataset[indices]
-    rgb = np.array([data.COLOURS[c.split()[2]] for c in batch["caption"]])
+    rgb = np.array([shapes.COLOURS[c.split()[2]] for c in batch["caption"]])
     masks, y = ink(batch["x"], rgb), batch["y"].numpy()
     place = np.arange(32)
     for i, mask in enumerate(masks):
@@ -134,13 +137,13 @@ def test_shapes_of_any_size(size, H, W):
     dataset = load("shapes", image_size=size)
     assert dataset.shape == (3, H, W) and dataset[[0, 1]]["x"].shape == (2, 3, H, W)
     indices = [i for i in range(2000) if dataset.captions[i].endswith("big red square")]
-    mask = ink(dataset[indices]["x"], np.array([data.COLOURS["red"]] * len(indices)))
-    side = 2 * 0.88 * data.SIZES["big"] * min(H, W)
+    mask = ink(dataset[indices]["x"], np.array([shapes.COLOURS["red"]] * len(indices)))
+    side = 2 * 0.88 * shapes.SIZES["big"] * min(H, W)
     np.testing.assert_allclose(mask.sum((1, 2)), side**2, rtol=0.06)
 
 
 def test_draw_shapes_moves_a_shape_with_its_centre():
-    kind, radius, red = np.full(2, 6), np.full(2, 6.0), np.array([data.COLOURS["red"]] * 2)
+    kind, radius, red = np.full(2, 6), np.full(2, 6.0), np.array([shapes.COLOURS["red"]] * 2)
     x = draw_shapes(kind, np.array([[10, 9], [14, 20]]), radius, red, 24, 40)
     assert np.array_equal(np.roll(x[0], (4, 11), (1, 2)), x[1])
     assert not np.array_equal(x[0], x[1])
@@ -150,7 +153,7 @@ def test_draw_shapes_moves_a_shape_with_its_centre():
 
 def test_a_clip_depends_on_its_index_alone():
     dataset = load("moving")
-    assert dataset.shape == (3, 8, 32, 32) and dataset.class_names == list(data.SHAPES)
+    assert dataset.shape == (3, 8, 32, 32) and dataset.class_names == list(shapes.SHAPES)
     together = dataset[[70, 3, 65535, 3]]
     assert together["x"].shape == (4, 3, 8, 32, 32) and together["x"].dtype == torch.uint8
     for row, i in enumerate([70, 3, 65535, 3]):
@@ -182,7 +185,7 @@ def test_clips_show_what_captions_say(size, H, W):
     for x, caption in zip(batch["x"], batch["caption"]):
         a, size, colour, shape, moving, direction = caption.split()
         assert (a, moving) == ("a", "moving")
-        mask = ink(x.swapaxes(0, 1), np.array([data.COLOURS[colour]] * T))          # (T, H, W)
+        mask = ink(x.swapaxes(0, 1), np.array([shapes.COLOURS[colour]] * T))          # (T, H, W)
         total = mask.sum((1, 2))
         centre = np.stack([(mask.sum(2) * (np.arange(H) + 0.5)).sum(1),
                            (mask.sum(1) * (np.arange(W) + 0.5)).sum(1)], 1) / total[:, None]    # (T, 2)
@@ -203,7 +206,7 @@ def test_clips_show_what_captions_say(size, H, W):
 @pytest.mark.parametrize("keep", [[5, 1, 4], np.array([0, 1, 0, 0, 1, 1], bool), range(3)])
 @pytest.mark.parametrize("in_memory", [0, 2**30])
 def test_a_subset_keeps_images_labels_and_captions_together(tmp_path, monkeypatch, keep, in_memory):
-    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(datasets, "IN_MEMORY", in_memory)
     for i in range(6):
         write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", (40 * i, 0, 0))
     names = sorted(f"{'ab'[i % 2]}/{i}.png" for i in range(6))
@@ -239,7 +242,7 @@ def test_hold_out():
 
 
 def captioned(*captions):
-    return data.Dataset("mine", (1, 8, 8), np.zeros((len(captions), 1, 8, 8), np.uint8), len(captions),
+    return datasets.Dataset("mine", (1, 8, 8), np.zeros((len(captions), 1, 8, 8), np.uint8), len(captions),
                         captions=list(captions))
 
 
@@ -258,14 +261,14 @@ def test_hold_out_goes_by_whole_words():
     (["a cat", "a dog"], ["a"], ["nothing", "hold out less"]),
     (["a cat", "a dog"], ["cat", "dog"], ["nothing", "cat and dog"])])
 def test_hold_out_says_what_is_wrong(captions, phrases, needed):
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         hold_out(captioned(*captions), phrases)
     assert all(word in str(e.value) for word in needed), e.value
 
 
 def test_hold_out_needs_captions(tmp_path):
     write_digits(tmp_path)
-    with pytest.raises(DataError, match="mnist has no captions.*metadata.csv"):
+    with pytest.raises(UserError, match="mnist has no captions.*metadata.csv"):
         hold_out(load("mnist", tmp_path), ["red star"])
 
 
@@ -310,7 +313,7 @@ def test_data_loader_hands_out_whole_batches(workers):
 
 
 def test_datasets_survive_pickling(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
     write_image(tmp_path / "images" / "a" / "1.png")
     write_digits(tmp_path)
     for dataset in (load("shapes"), load("moving"), load(str(tmp_path / "images")),
@@ -322,7 +325,7 @@ def test_datasets_survive_pickling(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])
 def test_indices_out_of_range_are_refused(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(datasets, "IN_MEMORY", in_memory)
     write_image(tmp_path / "images" / "a.png")
     write_digits(tmp_path)
     for dataset in (load("shapes"), load("moving"), load(str(tmp_path / "images")),
@@ -389,9 +392,9 @@ def mirror(tmp_path, monkeypatch):
     """MNIST's training files at a file:// address, their true checksums in the table."""
     folder = tmp_path / "mirror"
     x, y = write_digits(folder)
-    monkeypatch.setitem(data.MIRRORS, "mnist", [folder.as_uri() + "/"])
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", [folder.as_uri() + "/"])
     sums = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-    monkeypatch.setitem(data.MD5, "mnist", sums)
+    monkeypatch.setitem(datasets.MD5, "mnist", sums)
     return x
 
 
@@ -400,15 +403,15 @@ def test_download(tmp_path, mirror, monkeypatch):
     assert np.array_equal(batch["x"][:, 0].numpy(), mirror)
     files = sorted(f.name for f in (tmp_path / "new" / "dir" / "mnist").iterdir())
     assert files == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
-    monkeypatch.setitem(data.MIRRORS, "mnist", [])
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", [])
     load("mnist", tmp_path / "new" / "dir")                 # from now on without a mirror
 
 
 def test_download_tries_mirrors_in_turn(tmp_path, mirror, monkeypatch):
     bad = tmp_path / "bad"
     write_digits(bad)                                       # readable, but not the right bytes
-    urls = [(tmp_path / "nowhere").as_uri() + "/", bad.as_uri() + "/", *data.MIRRORS["mnist"]]
-    monkeypatch.setitem(data.MIRRORS, "mnist", urls)
+    urls = [(tmp_path / "nowhere").as_uri() + "/", bad.as_uri() + "/", *datasets.MIRRORS["mnist"]]
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", urls)
     assert np.array_equal(whole(load("mnist", tmp_path))["x"][:, 0].numpy(), mirror)
 
 
@@ -418,8 +421,8 @@ def test_a_wrong_download_leaves_everything_as_it_was(tmp_path):
     for old in (None, "old"):
         if old:
             target.write_text(old)
-        with pytest.raises(DataError) as e:
-            data.download([source.as_uri()], target, "0" * 32)
+        with pytest.raises(UserError) as e:
+            datasets.download([source.as_uri()], target, "0" * 32)
         assert "checksum" in str(e.value) and str(target.parent) in str(e.value)
         assert [f.read_text() for f in target.parent.iterdir()] == ([old] if old else [])
 
@@ -429,14 +432,14 @@ def test_many_processes_may_download_at_once(tmp_path):
     source.write_bytes(bytes(10**6))
     md5 = hashlib.md5(bytes(10**6)).hexdigest()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: data.download([source.as_uri()], target, md5), range(8)))
+        list(pool.map(lambda _: datasets.download([source.as_uri()], target, md5), range(8)))
     assert [f.read_bytes() for f in target.parent.iterdir()] == [bytes(10**6)]
 
 
 def test_digits_are_not_taken_for_garments(tmp_path, mirror, monkeypatch):
     garments, _ = write_digits(tmp_path / "garments")
-    monkeypatch.setitem(data.MIRRORS, "fashion", [(tmp_path / "garments").as_uri() + "/"])
-    monkeypatch.setitem(data.MD5, "fashion", {f.name: hashlib.md5(f.read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets.MIRRORS, "fashion", [(tmp_path / "garments").as_uri() + "/"])
+    monkeypatch.setitem(datasets.MD5, "fashion", {f.name: hashlib.md5(f.read_bytes()).hexdigest()
                                               for f in (tmp_path / "garments").iterdir()})
     here = tmp_path / "mirror"                              # holds MNIST under the same file names
     assert np.array_equal(whole(load("mnist", here))["x"][:, 0].numpy(), mirror)
@@ -461,7 +464,7 @@ def test_folder_with_classes(tmp_path):
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])
 def test_flat_folder(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(datasets, "IN_MEMORY", in_memory)
     for i, name in enumerate(["b.png", "a.PNG", "c.webp"]):
         write_image(tmp_path / name, (100 * i, 0, 0), size=(10, 12), lossless=True)
     dataset = load(str(tmp_path))
@@ -633,7 +636,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_say_what_to_do(case, tmp_path, monkeypatch):
     prepare, arguments, needed = ERRORS[case]
-    monkeypatch.setitem(data.MIRRORS, "mnist", [(tmp_path / "nowhere").as_uri() + "/"])
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", [(tmp_path / "nowhere").as_uri() + "/"])
     folder = tmp_path / "data"
     folder.mkdir()
     if prepare:
@@ -641,7 +644,7 @@ def test_errors_say_what_to_do(case, tmp_path, monkeypatch):
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     arguments = {"name": str(folder), **arguments}
     arguments["data_dir"] = folder / arguments.get("data_dir", ".")
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         load(**arguments)
     message = str(e.value)
     assert "\n" not in message and all(word in message for word in needed), message
@@ -649,21 +652,21 @@ def test_errors_say_what_to_do(case, tmp_path, monkeypatch):
 
 
 def test_lazy_folders_name_the_bad_image_when_they_reach_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
     write_image(tmp_path / "a.png")
     noise(tmp_path / "b.png")
     cut(tmp_path / "b.png")
     dataset = load(str(tmp_path))
     assert dataset[[0]]["x"].shape == (1, 3, 16, 16)
-    with pytest.raises(DataError, match="b.png"):
+    with pytest.raises(UserError, match="b.png"):
         dataset[[0, 1]]
 
 
 def test_one_frame_of_a_clip_is_a_picture_and_sixteen_are_a_longer_clip():
-    eight, one, sixteen = (data.load("moving", image_size=16, frames=n) for n in (None, 1, 16))
+    eight, one, sixteen = (datasets.load("moving", image_size=16, frames=n) for n in (None, 1, 16))
     assert (eight.shape, one.shape, sixteen.shape) == ((3, 8, 16, 16), (3, 16, 16), (3, 16, 16, 16))
     a, b, c = (d[[5, 700]] for d in (eight, one, sixteen))
     assert torch.equal(a["x"][:, :, 0], b["x"]) and torch.equal(a["x"][:, :, -1], c["x"][:, :, -1])
     assert a["caption"] == b["caption"] == c["caption"]
-    with pytest.raises(data.DataError, match="--frames"):
-        data.load("shapes", frames=4)
+    with pytest.raises(UserError, match="--frames"):
+        datasets.load("shapes", frames=4)

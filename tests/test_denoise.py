@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import denoise
+from support import datasets
+from support import denoise
 import sample
 import train
 from diffusion import Diffusion, cosine_alpha_bar, fold, normal
@@ -21,7 +21,7 @@ METRICS = {"psnr": denoise.psnr, "ssim": denoise.ssim}
 
 
 def pictures(n=3, size=16):
-    x = data.load("shapes", image_size=size, split="test")[range(n)]["x"]
+    x = datasets.load("shapes", image_size=size, split="test")[range(n)]["x"]
     return x / 127.5 - 1                                                     # (n, 3, size, size)
 
 

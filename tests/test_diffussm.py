@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import checkpoint
+from support import checkpoint
 import train
 from diffusion import fold, normal
 

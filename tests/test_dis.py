@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion import fold, normal
-from checkpoint import load_paper
+from support.checkpoint import load_paper
 
 dis = load_paper("dis")
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ def test_scan_of_one_token_and_of_no_time():
 
 MEMORY = """
 import re, sys, torch
-from checkpoint import load_paper
+from support.checkpoint import load_paper
 dis = load_paper("dis")
 def kb(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 def tensors(b, L, D, N):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+from support import datasets, prepare
 import sample
 import train
 
@@ -21,7 +21,7 @@ SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--glo
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
 MDM = ["--model", "mdm", "--set", "channels=(4,4)", "words=8", "embedding=8", "heads=2", *SMALL[:2],
        *SMALL[-8:]]
-TRAIN, SAMPLE, DATA = train.main, sample.main, data.main
+TRAIN, SAMPLE, DATA = train.main, sample.main, prepare.main
 
 
 def idx(array):
@@ -281,8 +281,8 @@ def is_told(call, argv, fix, capsys):
 def test_wrong_input_gets_one_sentence(world, monkeypatch, capsys, call, argv, fix):
     monkeypatch.chdir(world)
     mirror = (world / "mirror").as_uri() + "/"
-    monkeypatch.setattr(data, "QUIET", True)
-    monkeypatch.setattr(data, "MIRRORS", {k: [mirror] for k in data.MIRRORS})
+    monkeypatch.setattr(datasets, "QUIET", True)
+    monkeypatch.setattr(datasets, "MIRRORS", {k: [mirror] for k in datasets.MIRRORS})
     is_told(call, argv, fix, capsys)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import sample
-from checkpoint import load_paper
+from support import datasets
+from support.pictures import to_pil
+from support.checkpoint import load_paper
 from diffusion import SCHEDULES, Diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +23,8 @@ import judge  # noqa: E402
 @pytest.fixture
 def small(monkeypatch):
     """Drawn shapes, 1,440 to train on, 400 to test, and a classifier of twenty steps."""
-    load, train = data.load, judge.train
-    monkeypatch.setattr(data, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
+    load, train = datasets.load, judge.train
+    monkeypatch.setattr(datasets, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
         name, data_dir, size, split, **kw).subset(range(1440 if split == "train" else 400)))
     monkeypatch.setattr(judge, "train", lambda dataset: train(dataset, steps=20, batch=32))
     monkeypatch.setattr(judge, "ASSETS", Path("no classifier is here"))
@@ -84,10 +84,10 @@ def test_where_the_judge_is(tmp_path):
 
 
 def test_the_judge_reads_folders_and_npz(small, tmp_path, capsys):
-    x, folder = data.load("shapes")[range(24)]["x"].permute(0, 2, 3, 1).numpy(), tmp_path / "pngs"
+    x, folder = datasets.load("shapes")[range(24)]["x"].permute(0, 2, 3, 1).numpy(), tmp_path / "pngs"
     folder.mkdir()
     for i, image in enumerate(x):
-        sample.to_pil(image).save(folder / f"{i:06d}.png")
+        to_pil(image).save(folder / f"{i:06d}.png")
     np.savez(tmp_path / "few.npz", arr_0=x, arr_1=np.arange(24) % 8)
     common = ["--data", "shapes", "--cache", str(tmp_path)]
     judge.main([str(folder), str(tmp_path / "few.npz"), "--class-labels", "all", *common])
@@ -118,7 +118,7 @@ def test_errors_are_at_the_noise_they_say(schedule, levels):
 
     def net(z, t, y):
         return [torch.zeros_like(x) for x in z] if levels else torch.zeros_like(z)
-    found = evidence.errors_by_noise(net, diffusion, data.load("shapes", split="test"), (0.1, 1, 10), n=50)
+    found = evidence.errors_by_noise(net, diffusion, datasets.load("shapes", split="test"), (0.1, 1, 10), n=50)
     assert found == {f"error_{r}": pytest.approx(r * r, rel=0.05) for r in (0.1, 1, 10)}
 
 

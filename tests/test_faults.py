@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import parallel
+from support import checkpoint
+from support import cli, parallel
 import train
 from test_train import SMALL, losses, run, same
 
@@ -189,7 +189,7 @@ def test_an_error_in_training_does_not_leave_workers_to_wait_for(tmp_path):
     for i in range(4):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
-    lazy = "import data, parallel, train; data.IN_MEMORY = 0; parallel.run(train.main)"
+    lazy = "import train; from support import cli, datasets; datasets.IN_MEMORY = 0; cli.run(train.main)"
     done = subprocess.run([sys.executable, "-c", lazy, *SMALL, "--data", tmp_path, "--num-workers", "2",
                            "--results-dir", tmp_path / "results"], cwd=ROOT, capture_output=True, text=True,
                           env=ENV, timeout=60)
@@ -295,7 +295,7 @@ def test_one_process_agrees_with_itself():
 
 
 def test_numbers_and_options_of_the_command_line():
-    assert parallel.option("patch=8") == ("patch", 8) and parallel.option("skip=add") == ("skip", "add")
+    assert cli.option("patch=8") == ("patch", 8) and cli.option("skip=add") == ("skip", "add")
     with pytest.raises(SystemExit):
         train.parse(["--beta2", "1"])
     assert train.parse(["--beta2", "0.5", "--set", "a=[1, 2]"]).set == {"a": [1, 2]}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
+from support import checkpoint
 
 pytest.importorskip("triton", minversion="3.3", reason="triton is not installed (PyTorch for CUDA brings it)")
 dis = checkpoint.load_paper("dis")

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
-import latents
-from data import DataError, Dataset
+from support import datasets
+from support import latents, prepare
+from diffusion import UserError
+from support.datasets import Dataset
 from diffusion import fold
 
 SCALE, SHIFT = 0.7, 0.2
@@ -73,7 +74,7 @@ def name(request, tmp_path, monkeypatch):
 
 @functools.cache
 def some(labels=True):
-    shapes = data.load("shapes", image_size=16).subset(range(N))
+    shapes = datasets.load("shapes", image_size=16).subset(range(N))
     return shapes if labels else Dataset("plain", shapes.shape, shapes.images, N)
 
 
@@ -173,7 +174,7 @@ def test_a_stopped_run_goes_on(name, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         store(out, name)
     assert {"00000.npy", "00001.npy", ".00002.npy.rank0.part"} < set(contents(out))
-    with pytest.raises(DataError, match="lacks 3 of 5 files.*run the same python data.py encode again"):
+    with pytest.raises(UserError, match="lacks 3 of 5 files.*run the same python -m support.prepare encode again"):
         latents.load(out)
     monkeypatch.setattr(latents.os, "replace", replace)
     assert contents(store(out, name)) == before
@@ -238,7 +239,7 @@ def test_a_damaged_chunk_is_told(tmp_path, monkeypatch, damage):
         wrong = {"shape": whole[:, :, :4].repeat(3, 0), "dtype": whole.astype(np.float32),
                  "objects": np.full(9000, [{}], object)}[damage]
         np.save(path, wrong, allow_pickle=True)
-    with pytest.raises(DataError, match=r"00001\.npy .*: delete it and run the same python data.py encode"):
+    with pytest.raises(UserError, match=r"00001\.npy .*: delete it and run the same python -m support.prepare encode"):
         latents.load(out)[[0, 8]]
     path.unlink()
     latents.load(store(out, "pretend/vae"))[[0, 8]]
@@ -264,7 +265,7 @@ def test_a_damaged_folder_is_told(tmp_path, monkeypatch, damage, needed):
         np.save(labels, np.zeros(N, np.int64))
     elif damage == "objects":
         np.save(labels, np.array([{}] * N, object), allow_pickle=True)
-    with pytest.raises(DataError, match=needed):
+    with pytest.raises(UserError, match=needed):
         latents.load(tmp_path / "nowhere" if damage == "nowhere" else out)
 
 
@@ -313,7 +314,7 @@ def pictures(folder, size=16):
 
 
 def run(*arguments):
-    data.main(["encode", *arguments, "--device", "cpu"])
+    prepare.main(["encode", *arguments, "--device", "cpu"])
 
 
 def test_the_command(name, tmp_path, monkeypatch, capsys):
@@ -364,17 +365,17 @@ def test_other_labels_or_another_vae_are_other_settings(tmp_path, monkeypatch):
     out = store(tmp_path / "out", pretend(monkeypatch))
     source = copy.copy(some())
     source.labels = source.labels.flip(0)
-    with pytest.raises(DataError, match=r"other settings \(labels\)"):
+    with pytest.raises(UserError, match=r"other settings \(labels\)"):
         store(out, "pretend/vae", source)
     config = SimpleNamespace(**{**vars(PretendKL.config), "scaling_factor": 1.0})
     monkeypatch.setattr(PretendKL, "config", config)
-    with pytest.raises(DataError, match=r"other settings \(scale\)"):
+    with pytest.raises(UserError, match=r"other settings \(scale\)"):
         store(out, "pretend/vae")
 
 
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(DataError, match=r"--vae\) needs one more package: pip install diffusers"):
+    with pytest.raises(UserError, match=r"--vae\) needs one more package: pip install diffusers"):
         latents.VAE("pretend/vae")
 
 
@@ -393,7 +394,7 @@ def test_what_is_no_vae(name, weights, tmp_path, monkeypatch, capfd):
         path.unlink()
         if weights == "some":
             save_file(kept, path, {"format": "pt"})
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         latents.VAE(name)
     assert str(e.value).startswith(f"VAE {name} cannot be loaded") and "\n" not in str(e.value)
     assert capfd.readouterr() == ("", "")
@@ -403,7 +404,7 @@ def test_numbers_that_float16_cannot_hold(tmp_path, monkeypatch):
     name = pretend(monkeypatch)
     for bad in (1e6, float("nan")):
         monkeypatch.setattr(latents.VAE, "encode", lambda self, x: (bad * torch.ones(len(x), 4, 8, 8),) * 2)
-        with pytest.raises(DataError, match="numbers of shapes that float16 cannot hold: choose another VAE"):
+        with pytest.raises(UserError, match="numbers of shapes that float16 cannot hold: choose another VAE"):
             store(tmp_path / "out", name)
     assert not list((tmp_path / "out").glob("0*"))
 
@@ -417,7 +418,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(source, target)
     monkeypatch.setattr(latents.os, "replace", full)
-    with pytest.raises(DataError, match=r"cannot write .*00001.npy \(No space left on device\): make room"):
+    with pytest.raises(UserError, match=r"cannot write .*00001.npy \(No space left on device\): make room"):
         store(out, name)
     assert set(contents(out)) == {"latents.json", "labels.npy", "00000.npy"}
 
@@ -430,6 +431,6 @@ def test_two_runs_at_once_do_not_mix(tmp_path, monkeypatch):
         (folder / ".00000.npy.rank0.part").write_text("half")
         return about
     monkeypatch.setattr(latents, "begin", another_begins_too)
-    with pytest.raises(DataError, match="another process is writing .*00000.npy: run one, or several by"):
+    with pytest.raises(UserError, match="another process is writing .*00000.npy: run one, or several by"):
         store(out, name)
     assert (out / ".00000.npy.rank0.part").read_text() == "half" and not (out / "00000.npy").exists()

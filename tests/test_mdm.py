@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
+from support import checkpoint
 import sample
 import train
 from diffusion import fold, normal, shift_snr, cosine_alpha_bar, uniform

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import checkpoint
-import data
-import memory
+from support import checkpoint
+from support import datasets
+from support import cost
 import sample
 import train
-from checkpoint import load_paper
+from support.checkpoint import load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -95,13 +95,13 @@ def test_commands_of_train_start(page, tmp_path, monkeypatch, capsys):
         if name in ("shapes", "moving"):
             return real_load(name, data_dir, image_size, split, text_encoder, frames)
         shape = {"mnist": (1, 28, 28), "fashion": (1, 28, 28)}.get(name, (3, 32, 32))
-        size = data.parse_size(image_size) if image_size else shape[1:]
+        size = datasets.parse_size(image_size) if image_size else shape[1:]
         classes = {} if "/" in str(name) and "imagenet" not in str(name) else dict(
             labels=range(10), class_names=list("0123456789"))
-        return data.Dataset(name, (shape[0], *size), np.zeros((10, shape[0], *size), np.uint8), 10, **classes)
-    real_load = data.load
-    monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(memory, "table", lambda *args: [{"name": "nothing", "total": 0}])
+        return datasets.Dataset(name, (shape[0], *size), np.zeros((10, shape[0], *size), np.uint8), 10, **classes)
+    real_load = datasets.load
+    monkeypatch.setattr(datasets, "load", load)
+    monkeypatch.setattr(cost, "table", lambda *args: [{"name": "nothing", "total": 0}])
     monkeypatch.chdir(ROOT)
     count = 0
     for words in commands(page):

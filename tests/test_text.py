@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
-from data import DataError, T5Text, hold_out, load, text_encoder
+from support import datasets, inputs, prepare, text
+from diffusion import UserError
+from support.datasets import hold_out, load
+from support.text import T5Text, text_encoder
 
 ROOT = Path(__file__).parent.parent
 CAPTIONS = ["a small red circle", "a big blue star", "", "a small red circle", "ünïcode 猫", " \t",
@@ -96,7 +98,7 @@ class PretendT5(T5Text):
             return SimpleNamespace(input_ids=[*caption.encode()[:max_length - 1], 256])
         self.name, self.device, self.dim, self.tokenizer = name, torch.device(device), 16, tokenizer
         self.model = Counted(model)
-        self.memo, self.room = {}, data.IN_MEMORY
+        self.memo, self.room = {}, text.MEMO
 
 
 def save_t5(folder):
@@ -120,7 +122,7 @@ def make(request, tmp_path, monkeypatch):
         if not isinstance(made.model, Counted):
             made.model = Counted(made.model)
         return made
-    monkeypatch.setattr(data, "T5Text", encoder)
+    monkeypatch.setattr(text, "T5Text", encoder)
     encoder.name = name
     return encoder
 
@@ -161,7 +163,7 @@ def test_t5_does_not_depend_on_batch_memory_or_autocast(make):
 
 
 def test_t5_forgets_what_is_too_much(make, monkeypatch):
-    monkeypatch.setattr(data, "IN_MEMORY", 3 * 8 * 16 * 2)      # three captions of 7 bytes
+    monkeypatch.setattr(text, "MEMO", 3 * 8 * 16 * 2)      # three captions of 7 bytes
     encoder = make()
     captions = [f"number{i}" for i in range(5)]
     first = encoder(captions)
@@ -217,7 +219,7 @@ SHORT = ["a red circle", "a blue star", "", "a red circle", "ünïcode 猫", "a 
 def test_stored_is_on_the_fly(make, tmp_path, capsys):
     folder = pictures(tmp_path / "pictures", SHORT)
     assert "text" not in load(folder, text_encoder=make.name)[[0]]
-    data.main(["captions", folder, "--text-encoder", make.name, "--device", "cpu"])
+    prepare.main(["captions", folder, "--text-encoder", make.name, "--device", "cpu"])
     assert ".npy" in capsys.readouterr().out
     assert "text" not in load(folder)[[0]] and "text" not in load(folder, text_encoder="other/t5")[[0]]
     dataset = load(folder, text_encoder=make.name)
@@ -234,14 +236,14 @@ def test_stored_is_on_the_fly(make, tmp_path, capsys):
     again = dataset.texts(SHORT)
     assert again[0].dtype == torch.float32
     assert torch.equal(again[0], text) and torch.equal(again[1], mask)
-    with pytest.raises(DataError, match="does not know 'a violet heart'"):
+    with pytest.raises(UserError, match="does not know 'a violet heart'"):
         dataset.texts(["a violet heart"])
 
 
 def stored(tmp_path, monkeypatch, captions=SHORT):
-    monkeypatch.setattr(data, "T5Text", PretendT5)
+    monkeypatch.setattr(text, "T5Text", PretendT5)
     folder = pictures(tmp_path / "pictures", captions)
-    data.store_text(Path(folder), "pretend/t5", "cpu")
+    prepare.store_text(Path(folder), "pretend/t5", "cpu")
     return folder
 
 
@@ -272,11 +274,11 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, damage):
         npy.unlink()
     else:                                                       # another that makes the same file name
         about.write_text(json.dumps({**json.loads(about.read_text()), "encoder": "pretend-t5"}))
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         load(str(folder), text_encoder="pretend/t5")
-    assert f"python data.py captions {folder} --text-encoder pretend/t5" in str(e.value)
+    assert f"python -m support.prepare captions {folder} --text-encoder pretend/t5" in str(e.value)
     load(str(folder))                                           # who does not ask is not bothered
-    data.store_text(folder, "pretend/t5", "cpu")
+    prepare.store_text(folder, "pretend/t5", "cpu")
     batch = load(str(folder), text_encoder="pretend/t5")[range(6)]
     assert torch.equal(batch["text_mask"].sum(1), PretendT5()(batch["caption"])[1].sum(1))
 
@@ -299,7 +301,7 @@ def test_an_interrupted_run_leaves_everything_as_it_was(tmp_path, monkeypatch):
         return torch.zeros(len(self.tokens(caption)), self.dim, dtype=torch.float16)
     monkeypatch.setattr(PretendT5, "embed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        data.store_text(folder, "pretend/t5", "cpu")
+        prepare.store_text(folder, "pretend/t5", "cpu")
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
 
 
@@ -311,9 +313,9 @@ def test_a_full_disk_is_told_and_leaves_no_wrong_description(tmp_path, monkeypat
         if target.suffix == ".json":
             raise OSError(28, "No space left on device")
         replace(source, target)
-    monkeypatch.setattr(data.os, "replace", full)
-    with pytest.raises(DataError, match="cannot write .*No space left on device.*make room"):
-        data.store_text(folder, "pretend/t5", "cpu")
+    monkeypatch.setattr(prepare.os, "replace", full)
+    with pytest.raises(UserError, match="cannot write .*No space left on device.*make room"):
+        prepare.store_text(folder, "pretend/t5", "cpu")
     assert not [f for f in folder.iterdir() if f.suffix == ".json" or f.name.startswith(".")]
     assert "text" not in load(str(folder), text_encoder="pretend/t5")[[0]]
 
@@ -328,7 +330,7 @@ def test_stored_text_knows_the_empty_caption(tmp_path, monkeypatch):
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DataError, match="pip install transformers, or pass --text-encoder bytes"):
+    with pytest.raises(UserError, match="pip install transformers, or pass --text-encoder bytes"):
         text_encoder("google/flan-t5-xl")
 
 
@@ -351,7 +353,7 @@ def test_what_is_no_t5(case, tmp_path, monkeypatch, capfd):
         weights = {k: v for k, v in weights.items() if "encoder.block.1" not in k}
         save_file(weights, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
     capfd.readouterr()
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         text_encoder(name)
     message = str(e.value)
     assert name in message and "google/flan-t5-xl" in message and "\n" not in message
@@ -365,13 +367,13 @@ def test_what_is_no_t5(case, tmp_path, monkeypatch, capfd):
     (["pictures"], ["--text-encoder", "--help"]),
     (["pictures", "--text-encoder", "pretend/t5", "--device", "abacus"], ["abacus", "cpu"])])
 def test_the_command_says_what_is_wrong(arguments, needed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "T5Text", PretendT5)
+    monkeypatch.setattr(text, "T5Text", PretendT5)
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "pictures", SHORT)
     pictures(tmp_path / "plain", SHORT)
     (tmp_path / "plain" / "metadata.csv").unlink()
     with pytest.raises(SystemExit) as e:
-        data.main(["captions", *arguments])
+        prepare.main(["captions", *arguments])
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in needed), err
@@ -381,7 +383,7 @@ def test_the_command_says_what_is_wrong(arguments, needed, tmp_path, monkeypatch
 def test_the_command_from_a_shell(tmp_path):
     """Without transformers, or with it but without this T5: the same kind of answer."""
     folder = pictures(tmp_path / "pictures", SHORT)
-    done = subprocess.run([sys.executable, "data.py", "captions", folder, "--text-encoder",
+    done = subprocess.run([sys.executable, "-m", "support.prepare", "captions", folder, "--text-encoder",
                            str(tmp_path / "nowhere")],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and not done.stdout
@@ -390,11 +392,12 @@ def test_the_command_from_a_shell(tmp_path):
 
 def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     """From the first step to the last grid; prompts of one's own do need it."""
-    import checkpoint
+    from support import checkpoint
     import sample
     import train
     folder = stored(tmp_path, monkeypatch)
-    monkeypatch.setattr(data, "text_encoder", None)         # to call it would be an error
+    monkeypatch.setattr(inputs, "text_encoder", None)           # to call it would be an error
+    monkeypatch.setattr(sample, "text_encoder", None)
     train.main(["--model", "mdm", "--data", folder, "--text-encoder", "pretend/t5", "--results-dir",
                 str(tmp_path), "--name", "run", "--max-steps", "2", "--global-batch-size", "4",
                 "--sample-every", "1", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2"])
@@ -404,7 +407,7 @@ def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     assert args["text"] == 16 and set(args["prompts"]) == set(SHORT) - {""}
     with pytest.raises(TypeError):
         sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart"])
-    monkeypatch.setattr(data, "text_encoder", lambda name, device: PretendT5(name, device))
+    monkeypatch.setattr(inputs, "text_encoder", lambda name, device: PretendT5(name, device))
     sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart", "--steps", "1",
                  "--num-samples", "1", "--out", str(tmp_path / "heart.png")])
     assert (tmp_path / "heart.png").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import latents
-import memory
+from support import checkpoint
+from support import latents
+from support import cost
 import sample
 import train
+from support.pictures import grid_image
 
 ROOT = Path(__file__).resolve().parent.parent
 # A DiS that takes 15 ms a step.
@@ -274,7 +276,7 @@ def test_run_folder_describes_itself(tmp_path):
 def test_grid_puts_each_class_in_its_row():
     images = np.zeros((6, 8, 8, 1), np.uint8)
     images[[1, 4]] = 200                                            # class 1 of 3
-    sheet = np.asarray(sample.grid_image(images, 3, zoom=1))
+    sheet = np.asarray(grid_image(images, 3, zoom=1))
     assert sheet.shape == (30, 20)
     assert (sheet[11:19, [1, 8, 11, 18]] == 200).all() and not (sheet[1:9, 1:9]).any()
 
@@ -360,7 +362,7 @@ def test_the_recipes_start(tmp_path, monkeypatch, capsys):
         {"vae": "x", "scale": 0.18215, "shift": 0.0, "data": "imagenet", "images": 3, "copies": 1,
          "chunk": 1024, "shape": [4, 32, 32], "image_shape": [3, 256, 256],
          "class_names": [str(i) for i in range(1000)], "labels": latents.digest(np.arange(3))}))
-    monkeypatch.setattr(memory, "table", lambda *args: [{"name": "nothing", "total": 0}])
+    monkeypatch.setattr(cost, "table", lambda *args: [{"name": "nothing", "total": 0}])
     for command in commands:
         train.main([*command, "--dry-run", "8"])
     out = capsys.readouterr().out
@@ -399,7 +401,8 @@ assert DiS.__name__ == "DiS" and inspect.isfunction(disassemble)
 print(sum(p.numel() for p in DiS((1, 8, 8), width=32, depth=2).parameters()))
 """
 SPAWN = """
-import torch, data
+import torch
+from support import datasets as data
 from torch.utils.data import DataLoader
 if __name__ == "__main__":
     loader = DataLoader(data.load("shapes", image_size=16), batch_size=None, sampler=[[0, 1], [2]],
@@ -427,6 +430,7 @@ def launch(folder, command):
     """From a copy of the repository's root."""
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(ROOT / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
     (folder / "tests" / "test_dis.py").write_bytes((ROOT / "tests" / "test_dis.py").read_bytes())
     (folder / "users_script.py").write_text(USERS_SCRIPT)

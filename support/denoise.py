@@ -22,10 +22,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import data
-from diffusion import fold, normal
-from parallel import told_plainly
-from sample import choose_labels, grid_image, save_image, to_uint8
+from diffusion import UserError, fold, normal
+from support import datasets
+from support.cli import choose_labels, told_plainly
+from support.pictures import grid_image, save_image, to_uint8
 
 SIGMAS = 0.5, 0.75, 1, 1.5, 2, 3        # of the Gaussian blurs to compare with, in pixels
 SHOWN = 8                               # pictures in the strip
@@ -153,26 +153,26 @@ def to_denoise(args, trained):
     they are, in words. Raises ValueError."""
     shape, K, name = tuple(trained["shape"]), trained["num_classes"], trained["data"]
     if min(shape[1:]) < 11:
-        raise ValueError(f"SSIM's window is 11x11 and this model's images are {shape[1]}x{shape[2]}: "
+        raise UserError(f"SSIM's window is 11x11 and this model's images are {shape[1]}x{shape[2]}: "
                          f"train one with --image-size 16")
     if K and args.class_labels == "all" and not trained["cond_dropout"]:
-        raise ValueError("this model never saw images without their class: pass --class-labels 3 "
+        raise UserError("this model never saw images without their class: pass --class-labels 3 "
                          "for class 3")
     if args.denoise == "test":
-        if name not in ("shapes", "moving", *data.CLASSES):
-            raise ValueError(f"this run was trained on the folder {name}, which has no test images: "
+        if name not in ("shapes", "moving", *datasets.CLASSES):
+            raise UserError(f"this run was trained on the folder {name}, which has no test images: "
                              f"pass --denoise a picture")
-        images = data.load(name, args.data_dir or trained["data_dir"], shape[1:], "test",
+        images = datasets.load(name, args.data_dir or trained["data_dir"], shape[1:], "test",
                            frames=trained.get("frames"))
         N = args.num_samples or 16
         if N > len(images):
-            raise ValueError(f"--num-samples {N}: {name} has {len(images)} test images")
+            raise UserError(f"--num-samples {N}: {name} has {len(images)} test images")
         x, what = images[range(N)]["x"], f"{N} test images of {name}"
     else:
         if Path(args.denoise).is_dir():
-            raise ValueError(f"{args.denoise} is a folder: pass --denoise one picture, or test")
+            raise UserError(f"{args.denoise} is a folder: pass --denoise one picture, or test")
         mode = "L" if shape[0] == 1 else "RGB"
-        x = torch.from_numpy(data.read_image(args.denoise, mode, shape[1:]).copy())[None]
+        x = torch.from_numpy(datasets.read_image(args.denoise, mode, shape[1:]).copy())[None]
         with Image.open(args.denoise) as photo:
             if (photo.mode, photo.height, photo.width) != (mode, *shape[1:]):
                 print(f"{args.denoise} is {photo.height}x{photo.width} {photo.mode}: scaled, cropped and "
@@ -189,14 +189,14 @@ def main(args, model, diffusion, trained, device, out):
     """The tables of Section 5.2 on the screen, every step in a CSV, pictures in `out`."""
     with told_plainly():
         if not hasattr(diffusion, "q_sample"):
-            raise ValueError(f"{trained['model']} denoises several resolutions at once, and --denoise is of "
+            raise UserError(f"{trained['model']} denoises several resolutions at once, and --denoise is of "
                              f"one: use another model")
         if not re.fullmatch(r"\d+(,\d+)*", args.from_step):
-            raise ValueError(f"--from-step {args.from_step!r} not understood: write 150, or 50,150,400")
+            raise UserError(f"--from-step {args.from_step!r} not understood: write 150, or 50,150,400")
         starts = [int(T) for T in args.from_step.split(",")]
         for T in starts:
             if T >= diffusion.T:
-                raise ValueError(f"--from-step {T}: this model's steps are 0 to {diffusion.T - 1}")
+                raise UserError(f"--from-step {T}: this model's steps are 0 to {diffusion.T - 1}")
             diffusion.respaced(args.steps or T + 1, T)      # refuse a bad --steps before any work
         clean, labels, what = to_denoise(args, trained)
     seeds = args.seed + torch.arange(len(clean))

@@ -1,6 +1,7 @@
-"""What training keeps in a GPU's memory, counted without a GPU: one forward and backward pass of tensors that
-have a shape, a type and no numbers.
+"""What a model costs, counted without a GPU, by tensors that have a shape, a type and no numbers: the multiply-adds
+of a forward pass, and the memory of training.
 
+    multiply_adds(model, diffusion, blank_batch(diffusion, shape, 1, num_classes=1000))
     table(model, diffusion, blank_batch(diffusion, shape, 32, num_classes=1000), world=8, bf16=True)
 
 Counted is what PyTorch's allocator would be asked for. Not seen: what kernels take for themselves (workspaces
@@ -10,7 +11,7 @@ import copy
 import sys
 import weakref
 from collections import defaultdict
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext
 from unittest import mock
 
 import torch
@@ -18,7 +19,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
                                            FakeTensorMode)
 from torch._library.custom_ops import CustomOpDef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion import UserError
+from support.parallel import recompute
 
 CONTEXT = 1e9               # bytes that CUDA, its kernels and the libraries take before the first tensor
 aten = torch.ops.aten
@@ -77,15 +83,21 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
+def engines(model):
+    """The files whose custom operators and sizes of blocks a model may use: its own and the fast forms'."""
+    names = (type(model).__module__, "support.scan", "support.longconv")
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
 def operators(model):
-    """{custom operator of the model's file: its Python function}."""
-    return {op._opoverload: op._init_fn for op in vars(sys.modules[type(model).__module__]).values()
+    """{custom operator of these files: its Python function}."""
+    return {op._opoverload: op._init_fn for file in engines(model) for op in vars(file).values()
             if isinstance(op, CustomOpDef)}
 
 
 def stand_ins(model, cuda):
     """A context in which tensors without numbers, "on the CPU", need what real ones need on CUDA."""
-    stack, paper = ExitStack(), sys.modules[type(model).__module__]
+    stack = ExitStack()
 
     def replace(where, name, value):
         stack.enter_context(mock.patch.object(where, name, value, create=True))
@@ -93,14 +105,15 @@ def stand_ins(model, cuda):
     if not cuda:
         return stack
 
-    for numbers in vars(paper).values():                    # sizes of blocks, by kind of device
-        if isinstance(numbers, dict) and "cpu" in numbers:
-            stack.enter_context(mock.patch.dict(numbers))
-            numbers.pop("cpu")
-    if hasattr(paper, "fused"):                             # dis: all of it but the kernels
-        replace(paper, "engine", lambda *_: (paper.fused, paper.fused_backward))
-        for kernel in ("_fused", "_fused_backward"):
-            replace(paper, kernel, defaultdict(lambda: lambda *args, **options: None))      # [grid](..)
+    for file in engines(model):
+        for numbers in vars(file).values():                 # sizes of blocks, by kind of device
+            if isinstance(numbers, dict) and "cpu" in numbers:
+                stack.enter_context(mock.patch.dict(numbers))
+                numbers.pop("cpu")
+        if hasattr(file, "fused"):                          # the scan: all of it but the kernels
+            replace(file, "engine", lambda *_, fast=(file.fused, file.fused_backward): fast)
+            for kernel in ("_fused", "_fused_backward"):
+                replace(file, kernel, defaultdict(lambda: lambda *args, **options: None))       # [grid](..)
     if hasattr(aten, "_fused_rms_norm"):                    # PyTorch 2.9
         replace(F, "rms_norm",
                 lambda x, shape, weight=None, eps=None: FusedRMSNorm.apply(x.float(), weight))
@@ -129,21 +142,12 @@ def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
     return batch
 
 
-def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda"):
-    """The peak, in bytes, of what is alive in one forward and backward pass besides the weights, the batch,
-    and gradients where they are kept (a gradient on its way there counts).
-
-    model on the meta device (any other is left alone, too); batch as by `blank_batch`; bf16: under autocast;
-    checkpointing: with model.grad_checkpointing; device: "cuda", or "cpu" as a CPU would do it. Takes as long
-    for large batches as for small ones. Raises ValueError for solvers that choose their steps by numbers.
-    """
-    cuda, twin, diffusion = device != "cpu", copy.deepcopy(model).train(), copy.copy(diffusion)
-    if hasattr(twin, "grad_checkpointing"):
-        twin.grad_checkpointing = checkpointing
+def without_numbers(model, diffusion, batch):
+    """Copies of the three whose tensors are "on the CPU" and have no numbers, and what is made from them has none
+    either. The mode is not left on: solvers of ODEs need the numbers of their times."""
+    twin, diffusion = copy.deepcopy(model), copy.copy(diffusion)
     if hasattr(diffusion, "mixed"):
         diffusion.mixed = None          # mdm: which rows have which resolutions is random; here all have all
-    # What is made from these tensors has no numbers either. The mode is not left on: solvers of ODEs need the
-    # numbers of their times.
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
         for module in twin.modules():
@@ -153,8 +157,38 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
                         store[name] = torch.empty_like(old, device="cpu")
                     if isinstance(old, torch.nn.Parameter):
                         store[name] = torch.nn.Parameter(store[name], old.requires_grad)
-                        # as in DDP's buckets: there before, and added to
-                        store[name].grad = torch.empty_like(store[name]) if old.requires_grad else None
+    return twin, diffusion, batch
+
+
+def multiply_adds(model, diffusion, batch):
+    """Of one forward pass: half of what PyTorch's FLOP counter counts. Custom operators tell it their own formulas
+    (`register_flop_formula`). What depends on weights alone and is made once for many images, if the model has
+    `frozen`, is left out. None where the work depends on numbers, as that of adaptive solvers does."""
+    twin, diffusion, batch = without_numbers(model, diffusion, batch)
+    twin.eval()
+    try:
+        with (torch.no_grad(), getattr(twin, "frozen", nullcontext)(), FlopCounterMode(display=False) as counter,
+              sdpa_kernel(SDPBackend.MATH)):                # attention as matrix products, which the counter knows
+            diffusion.loss(twin, **batch)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None
+    return counter.get_total_flops() // 2
+
+
+def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda"):
+    """The peak, in bytes, of what is alive in one forward and backward pass besides the weights, the batch,
+    and gradients where they are kept (a gradient on its way there counts).
+
+    model on the meta device (any other is left alone, too); batch as by `blank_batch`; bf16: under autocast;
+    checkpointing: with `recompute`; device: "cuda", or "cpu" as a CPU would do it. Takes as long
+    for large batches as for small ones. Raises ValueError for solvers that choose their steps by numbers.
+    """
+    cuda, twin, diffusion, batch = device != "cpu", *without_numbers(model, diffusion, batch)
+    twin.train()
+    if checkpointing:
+        recompute(twin)
+    for p in twin.parameters():         # as in DDP's buckets: there before, and added to
+        p.grad = torch.empty_like(p) if p.requires_grad else None
     weights = [*twin.parameters(), *twin.buffers()]
     known = [*weights, *(p.grad for p in weights if p.grad is not None), *batch.values()]
     try:
@@ -163,7 +197,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
                 loss = diffusion.loss(twin, **batch)["loss"].mean()
             loss.backward()
     except (DataDependentOutputException, DynamicOutputShapeException):
-        raise ValueError("the work of this model depends on its numbers, as that of adaptive solvers does: "
+        raise UserError("the work of this model depends on its numbers, as that of adaptive solvers does: "
                          "its memory cannot be told before") from None
     return tracker.peak
 
@@ -189,9 +223,8 @@ def table(model, diffusion, batch, world, bf16, units=None):
     gathered = sorted((size(u.parameters()) for u in units), reverse=True)
     root = everything - sum(gathered)
     memo = {"": activations(model, diffusion, batch, bf16)}                 # sharding changes none
-    if hasattr(model, "grad_checkpointing"):
-        with suppress(ValueError):          # cunet: no checkpoints where gradients are by the adjoint
-            memo[", checkpointing"] = activations(model, diffusion, batch, bf16, checkpointing=True)
+    if hasattr(model, "unit"):
+        memo[", checkpointing"] = activations(model, diffusion, batch, bf16, checkpointing=True)
     rows = []
     for name, n, weights, gradients in (("DDP", 1, 0, 0), (
             "sharded", world, root + sum(gathered[:3]), root + sum(gathered[:2])))[:1 + (world > 1)]:

@@ -9,122 +9,21 @@ same script; they fail together, stop together, and split a model's work in one 
 
 On CPUs they talk through gloo, on GPUs through NCCL.
 """
-import argparse
-import ast
 import contextlib
 import datetime
+import functools
 import math
-import multiprocessing
 import os
-import re
 import signal
 import sys
-import time
-import traceback
 import warnings
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
-# --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------
-
-def fail(message, every_process=False):
-    """Under torchrun what all processes find wrong is said once: the first one speaks and leaves, torchrun
-    ends the others. One that is still there after a while has found something of its own."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0" and not every_process:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    where = "" if rank == "0" else f" on process {rank}"
-    print(f"error{where}:", " ".join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-# what gloo and NCCL say when they no longer hear from a process
-LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
-
-
-def run(main):
-    """What the scripts start with."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    try:
-        main()
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    except KeyboardInterrupt:
-        code = 130                                      # the shell's for Ctrl-C
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: train with --grad-accum 2, --grad-checkpointing, --shard or "
-              "a smaller --global-batch-size, sample with a smaller --batch-size", file=sys.stderr)
-        code = 2
-    except Exception as e:
-        goes_on, gone = "The same command goes on from what was saved.", ""
-        if several and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
-            gone = f"process {os.environ['RANK']} lost another one: above or in its machine's log stands why"
-        elif isinstance(e, ConnectionError) or "DataLoader worker" in str(e):
-            gone = "a process that reads data is gone, perhaps for want of memory: try fewer --num-workers"
-        elif not several:
-            raise
-        traceback.print_exc() if not gone else print(f"error: {gone}. {goes_on} ({e})", file=sys.stderr)
-        code = 1
-    finally:            # at exit Python waits for workers that it asks to end, by a signal they ignore
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch complains that they were killed
-        for worker in multiprocessing.active_children():
-            worker.kill()
-    if several:         # leave at once: the interpreter would free models and connections in any order (seen
-        sys.stdout.flush()                              # to hang and to abort), and nothing is left to do
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else code is not None)
-    raise SystemExit(code)
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help, and says what is wrong in one line instead of a page of usage."""
-
-    def __init__(self, description, **options):
-        super().__init__(description=description, allow_abbrev=False, **options,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message):
-        fail(f"{message} (--help lists every flag)")
-
-
-def number(kind, low=0, high=2**62, below=None):
-    """For a flag's type=: the int or float that was written, if it is from low to high, or below `below`."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            which = "a whole" if kind is int else "a"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {which} number") from None
-        if not (low <= value < below if below else low <= value <= high):
-            limit = f"below {below}" if below else f"at most {high}" if high < 2**62 else "below 2^62"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and {limit}")
-        return value
-    return parse
-
-
-def option(text):
-    """For a flag's type=: KEY=VALUE -> (key, value), a Python literal or else a word."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE, for example patch=8")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return key, value
-
-
-@contextlib.contextmanager
-def told_plainly():
-    """Around the few calls that take the user's values: what these refuse is not a crash."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        fail(e)
-
+from diffusion import UserError
+from support.cli import fail
 
 # --- devices ------------------------------------------------------------------------------------
 
@@ -138,7 +37,7 @@ def pick_device(name):
     kind, _, index = name.partition(":")
     if not found.get(kind) or index and not (kind == "cuda" and index.isdigit()
                                              and int(index) < torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not available here: choose "
+        raise UserError(f"device {name!r} is not available here: choose "
                          f"{' or '.join(d for d in found if found[d])}")
     if kind == "cuda" and several:
         index = os.environ["LOCAL_RANK"]
@@ -207,12 +106,12 @@ class Team:
         if self.rank == 0:
             try:
                 told[0] = f()
-            except (ValueError, OSError) as e:
+            except (UserError, OSError) as e:
                 told[1] = str(e)
         if self.world > 1:
             dist.broadcast_object_list(told, device="cpu")
         if told[1] is not None:
-            raise ValueError(told[1])
+            raise UserError(told[1])
         return told[0]
 
     def spread(self, model, *averages, compiled, shard):
@@ -243,6 +142,14 @@ class Team:
         if self.world > 1:
             self.any(False)             # all are here: nobody waits for one that left
             dist.destroy_process_group()
+
+
+def recompute(model):
+    """Activation checkpointing: from forward to backward each module of type `model.unit` keeps its inputs alone, and
+    in backward it runs once more. Takes a third more time."""
+    for module in model.modules():
+        if isinstance(module, model.unit):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def accumulate(net, last):

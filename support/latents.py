@@ -1,6 +1,6 @@
 """Latents: diffusion in the space of a frozen autoencoder (VAE), which a picture enters once, beforehand.
 
-    python data.py encode DATA OUT --vae stabilityai/sd-vae-ft-ema --image-size 256 --hflip
+    python -m support.prepare encode DATA OUT --vae stabilityai/sd-vae-ft-ema --image-size 256 --hflip
     torchrun --standalone --nproc_per_node=8 data.py encode DATA OUT ...      the same files, sooner
 
     dataset = latents.load(OUT)                     a data.Dataset; x0 = dataset.prepare(batch["x"], seeds)
@@ -33,16 +33,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import QUIET, DataError, Dataset, full_name
+from diffusion import UserError
+from support.cli import QUIET
+from support.datasets import Dataset
+from support.text import full_name
 
 CHUNK = 1024                                            # examples a file: 16 MiB of 4x32x32 latents
-AGAIN = "delete it and run the same python data.py encode again"
+AGAIN = "delete it and run the same python -m support.prepare encode again"
 
 
 class VAE:
     """A diffusers AutoencoderKL, frozen, in float32. name: of Hugging Face, or a folder. Attributes: scale
     and shift, as its config has them; C, a latent's channels; colours, a picture's; factor, the pixels a side
-    of a latent's element. Raises DataError if diffusers is missing or the VAE cannot be loaded."""
+    of a latent's element. Raises UserError if diffusers is missing or the VAE cannot be loaded."""
 
     def __init__(self, name, device="cpu"):
         if QUIET:                                           # one of torchrun's processes shows the download
@@ -50,7 +53,7 @@ class VAE:
         try:
             from diffusers import AutoencoderKL             # nothing else here needs it
         except ImportError:
-            raise DataError("a VAE (--vae) needs one more package: pip install diffusers") from None
+            raise UserError("a VAE (--vae) needs one more package: pip install diffusers") from None
         for library in ("diffusers", "huggingface_hub"):
             logging.getLogger(library).setLevel(logging.ERROR)
         for local in [True] if Path(name).is_dir() else [True, False]:
@@ -60,12 +63,12 @@ class VAE:
                     model, report = AutoencoderKL.from_pretrained(
                         name, local_files_only=local, output_loading_info=True)
                 if report["missing_keys"]:                  # these would be random numbers
-                    raise ValueError("it holds no AutoencoderKL")
+                    raise UserError("it holds no AutoencoderKL")
                 break
             except Exception as e:                          # damage and typos come as all kinds
                 problem = (str(e).strip() or repr(e)).splitlines()[0]
         else:
-            raise DataError(f"VAE {name} cannot be loaded ({problem}): pass --vae with a name, such as "
+            raise UserError(f"VAE {name} cannot be loaded ({problem}): pass --vae with a name, such as "
                             f"stabilityai/sd-vae-ft-ema, or, where it cannot be downloaded, its folder")
         config = model.config
         self.name, self.device = name, torch.device(device)
@@ -117,24 +120,24 @@ def put(path, content):
             f.write(buffer.getbuffer())
         os.replace(part, path)
     except FileExistsError:
-        raise DataError(f"another process is writing {path}: run one, or several by torchrun") from None
+        raise UserError(f"another process is writing {path}: run one, or several by torchrun") from None
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path} ({e.strerror}): make room, or the folder writable") from None
+        raise UserError(f"cannot write {path} ({e.strerror}): make room, or the folder writable") from None
 
 
 def begin(dataset, folder, vae, hflip=False):
     """Check that the pictures fit the VAE and the folder these latents, and describe them in it; every rank
-    does the same here. -> the description, for `encode`. Raises DataError."""
+    does the same here. -> the description, for `encode`. Raises UserError."""
     if len(dataset.shape) != 3:
-        raise DataError(f"{dataset.name} holds clips, and a VAE takes pictures: choose other data")
+        raise UserError(f"{dataset.name} holds clips, and a VAE takes pictures: choose other data")
     colours, H, W = dataset.shape
     f = vae.factor
     if colours not in (1, vae.colours):
-        raise DataError(f"{dataset.name} has {colours} channels, but {vae.name} takes {vae.colours}: choose "
+        raise UserError(f"{dataset.name} has {colours} channels, but {vae.name} takes {vae.colours}: choose "
                         f"another VAE")
     if H % f or W % f:
-        raise DataError(f"{vae.name} turns {f}x{f} pixels into one, which does not divide {H}x{W}: pass "
+        raise UserError(f"{vae.name} turns {f}x{f} pixels into one, which does not divide {H}x{W}: pass "
                         f"--image-size {-(-H // f) * f}x{-(-W // f) * f}")
     labels = dataset.labels.numpy() if dataset.num_classes else None
     about = {"vae": vae.name, "scale": vae.scale, "shift": vae.shift, "data": full_name(dataset.name),
@@ -149,13 +152,13 @@ def begin(dataset, folder, vae, hflip=False):
             if owner and int(owner[1]) % world == rank:
                 part.unlink(missing_ok=True)
     except OSError as e:
-        raise DataError(f"cannot write into {folder} ({e.strerror}): choose a folder of yours") from None
+        raise UserError(f"cannot write into {folder} ({e.strerror}): choose a folder of yours") from None
     used = any(folder.glob("[0-9]*.npy"))               # first: ranks write these after the description
     if used or (folder / "latents.json").exists():
         found = read_description(folder)
         changed = [k for k in about if found.get(k) != about[k]]
         if changed:
-            raise DataError(f"{folder} holds latents made with other settings ({', '.join(changed)}): choose "
+            raise UserError(f"{folder} holds latents made with other settings ({', '.join(changed)}): choose "
                             f"another folder, or delete it")
     if labels is not None and not (folder / "labels.npy").exists():
         put(folder / "labels.npy", labels)
@@ -165,7 +168,7 @@ def begin(dataset, folder, vae, hflip=False):
 
 
 def encode(dataset, folder, vae, about, batch_size=32):
-    """Write this rank's share of the missing chunks. about: of `begin`. Raises DataError."""
+    """Write this rank's share of the missing chunks. about: of `begin`. Raises UserError."""
     (rank, world), N, n = ranks(), len(dataset), about["copies"] * len(dataset)
     todo = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)][rank::world]
     todo = [chunk for chunk in todo if not chunk_path(folder, chunk[0] // CHUNK).exists()]
@@ -181,7 +184,7 @@ def encode(dataset, folder, vae, about, batch_size=32):
                 x = torch.where(mirror, x.flip(-1), x).expand(-1, vae.colours, -1, -1)
                 z = torch.cat(vae.encode(x), dim=1).half()                          # (B, 2C, h, w)
                 if not z.isfinite().all():
-                    raise DataError(f"{vae.name} makes numbers of {dataset.name} that float16 cannot hold: "
+                    raise UserError(f"{vae.name} makes numbers of {dataset.name} that float16 cannot hold: "
                                     f"choose another VAE")
                 stored.append(z.cpu())
                 bar.update(len(i))
@@ -210,9 +213,9 @@ class Chunks:
             try:
                 found = np.load(self.paths[k], mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as e:
-                raise DataError(f"{self.paths[k]} cannot be read ({e}): {AGAIN}") from None
+                raise UserError(f"{self.paths[k]} cannot be read ({e}): {AGAIN}") from None
             if getattr(found, "shape", None) != self.shape_of(k) or found.dtype != np.float16:
-                raise DataError(f"{self.paths[k]} is no float16 array of shape {self.shape_of(k)}: {AGAIN}")
+                raise UserError(f"{self.paths[k]} is no float16 array of shape {self.shape_of(k)}: {AGAIN}")
             self.maps[k] = found
         return self.maps[k]                                                         # (n, 2C, h, w)
 
@@ -231,10 +234,10 @@ def read_description(folder):
         Chunks(folder, about)
         return about
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{folder} has no latents.json, so python data.py encode did not make it: choose "
+        raise UserError(f"{folder} has no latents.json, so python -m support.prepare encode did not make it: choose "
                         f"another folder") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{folder}/latents.json cannot be read ({e!r}): encode into a new folder") from None
+        raise UserError(f"{folder}/latents.json cannot be read ({e!r}): encode into a new folder") from None
 
 
 def statistics(folder, about):
@@ -258,18 +261,18 @@ def summary(folder, about):
 
 
 def load(folder):
-    """The Dataset of what `python data.py encode` stored: shape (C, h, w); "x" of a batch is float16
-    (B, 2C, h, w), for `Dataset.prepare`. Looks at the files' sizes, not into them. Raises DataError."""
+    """The Dataset of what `python -m support.prepare encode` stored: shape (C, h, w); "x" of a batch is float16
+    (B, 2C, h, w), for `Dataset.prepare`. Looks at the files' sizes, not into them. Raises UserError."""
     folder = Path(folder).expanduser()
     about = read_description(folder)
     chunks, labels = Chunks(folder, about), None
     sizes = [path.stat().st_size if path.exists() else None for path in chunks.paths]
     if None in sizes:
-        raise DataError(f"{folder} lacks {sizes.count(None)} of {len(sizes)} files of latents: run the same "
-                        f"python data.py encode again, it goes on where it stopped")
+        raise UserError(f"{folder} lacks {sizes.count(None)} of {len(sizes)} files of latents: run the same "
+                        f"python -m support.prepare encode again, it goes on where it stopped")
     for k, size in enumerate(sizes):
         if size <= 2 * math.prod(chunks.shape_of(k)):       # bytes; a header comes on top
-            raise DataError(f"{chunks.paths[k]} is cut short: {AGAIN}")
+            raise UserError(f"{chunks.paths[k]} is cut short: {AGAIN}")
     if about["class_names"]:
         try:
             labels = np.load(folder / "labels.npy", allow_pickle=False)             # (N,)
@@ -277,7 +280,7 @@ def load(folder):
         except (OSError, ValueError, EOFError):
             damaged = True
         if damaged:
-            raise DataError(f"{folder}/labels.npy is missing or damaged: {AGAIN}")
+            raise UserError(f"{folder}/labels.npy is missing or damaged: {AGAIN}")
         labels = np.tile(labels, about["copies"])                                   # (copies N,)
     return Dataset(str(folder), about["shape"], chunks, chunks.n, labels, about["class_names"],
                    latents={k: about[k] for k in ("data", "vae", "scale", "shift", "image_shape")})

@@ -8,7 +8,7 @@ so that nothing in it can run.
 A checkpoint holds whole tensors under the model's own names, whatever the number of processes, DDP or shards,
 precision or torch.compile: a run can go on in any of these ways from a checkpoint made in another.
 
-    python checkpoint.py results/dis-mnist dis-mnist.pt      to share: an eighth of the size
+    python -m support.checkpoint results/dis-mnist dis-mnist.pt      to share: an eighth of the size
 """
 import csv
 import importlib.util
@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-import parallel
+from diffusion import UserError
+from support.cli import Parser, run, told_plainly
 
 try:
     import fcntl
@@ -70,19 +71,19 @@ def read(path, checked=False):
             warnings.simplefilter("ignore")             # the errors below say it better
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
+        raise UserError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
     except pickle.UnpicklingError:  # before the next: told apart from damage
-        raise ValueError(f"{path} contains more than numbers and text (perhaps code), or is not a "
+        raise UserError(f"{path} contains more than numbers and text (perhaps code), or is not a "
                          f"checkpoint: use one that train.py wrote") from None
     except PermissionError:
         raise
     except Exception:               # damage makes the unpickler stumble in all kinds of ways
-        raise ValueError(f"{path} is damaged or cut short: use an earlier file of its "
+        raise UserError(f"{path} is damaged or cut short: use an earlier file of its "
                          f"checkpoints folder") from None
     if not isinstance(checkpoint, dict) or not {"version", "model", "ema", "args"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of this project: use one that train.py wrote")
+        raise UserError(f"{path} is not a checkpoint of this project: use one that train.py wrote")
     if checkpoint["version"] != VERSION:
-        raise ValueError(f"{path} has layout version {checkpoint['version']}, this code reads "
+        raise UserError(f"{path} has layout version {checkpoint['version']}, this code reads "
                          f"{VERSION}: use the code that wrote it")
     return checkpoint
 
@@ -96,7 +97,7 @@ def in_folder(path):
 def newest_run(results="results"):
     runs = sorted(Path(results).glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise ValueError(f"no {results}/*/latest.pt here: run `python train.py` first, or pass "
+        raise UserError(f"no {results}/*/latest.pt here: run `python train.py` first, or pass "
                          f"--ckpt PATH")
     return runs[-1]
 
@@ -113,14 +114,14 @@ def newest_good(folder, say=print):
     for path in [folder / "latest.pt"] * (folder / "latest.pt").exists() + numbered(folder)[::-1]:
         try:
             checkpoint = read(path)
-        except ValueError as e:
+        except UserError as e:
             problems.append(str(e))
             continue
         if problems:
             say(f"damaged     {folder / 'latest.pt'}: going on from {path}")
         return path, checkpoint
     if problems:
-        raise ValueError(problems[0])
+        raise UserError(problems[0])
     return None, None
 
 
@@ -144,13 +145,13 @@ def load_paper(name):
     Loaded by path under the name "<file>_paper", because `import dis` means Python's own module.
     Raises ValueError if there is no such file or it lacks `CONFIGS` or `build`.
     """
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     path = Path(name) if name.endswith(".py") else here / f"{name}.py"
     papers = sorted(p.stem for p in here.glob("*.py")
                     if re.search(r"^CONFIGS = ", p.read_text("utf8", "replace"), re.M))
     if not path.is_file() or not name.endswith(".py") and name not in papers or (
             path.parent == here and path.stem not in papers):
-        raise ValueError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file "
+        raise UserError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file "
                          f"with CONFIGS and build()")
     key = f"{path.stem}_paper"
     if key not in sys.modules:
@@ -163,7 +164,7 @@ def load_paper(name):
             raise
     module = sys.modules[key]
     if not hasattr(module, "CONFIGS") or not hasattr(module, "build"):
-        raise ValueError(f"{path} is no model file: it must define CONFIGS and build()")
+        raise UserError(f"{path} is no model file: it must define CONFIGS and build()")
     return module
 
 
@@ -176,7 +177,7 @@ def load_run(path, weights="ema", device="cpu", model=None):
     checkpoint = read(in_folder(path))
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
     if args["model"].endswith(".py") and not model:
-        raise ValueError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model "
+        raise UserError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model "
                          f"{args['model']}")
     net, diffusion = load_paper(model or args["model"]).build(
         args["preset"], tuple(args["shape"]), args["num_classes"],
@@ -184,7 +185,7 @@ def load_run(path, weights="ema", device="cpu", model=None):
     try:
         net.load_state_dict(checkpoint[weights])
     except RuntimeError:
-        raise ValueError(f"the weights in {path} do not fit {args['model']} {args['preset']} as it "
+        raise UserError(f"the weights in {path} do not fit {args['model']} {args['preset']} as it "
                          f"is now: use the code that trained them") from None
     return net.to(device).eval(), diffusion, args
 
@@ -220,14 +221,14 @@ def origin(args, folder, restarted, say=print):
                         ("init_inner", {None, saved.get("init_inner")})):
         if own and getattr(args, flag) not in given:
             flag, value = flag.replace("_", "-"), getattr(args, flag)
-            raise ValueError(f"{folder} already holds a run that did not begin from {value}: pass another "
+            raise UserError(f"{folder} already holds a run that did not begin from {value}: pass another "
                              f"--name, or drop --{flag}")
     changed = differences(args, saved, keys)
     if changed:
-        raise ValueError(f"{path} was trained differently: {', '.join(changed)}. Use its flags; or begin a "
+        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags; or begin a "
                          f"new run with --name NEW, or with --name NEW --resume {path} from these weights")
     if args.max_steps < checkpoint["step"]:
-        raise ValueError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or "
+        raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or "
                          f"--name NEW for a run of its own")
     if own and saved.get("bf16", args.bf16) != args.bf16:
         say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run is not, bit for "
@@ -240,12 +241,12 @@ def begin_inside(model, args):
     path = in_folder(args.init_inner)
     checkpoint = read(path)
     if not hasattr(model, "load_inner"):
-        raise ValueError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
+        raise UserError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
     changed = differences(args, checkpoint["args"], {"model", "text", "text_encoder"})
     changed += [f"--set {k}={v}" for k, v in checkpoint["args"]["set"].items()
                 if k in ("predict", "schedule", "T") and args.set.get(k) != v]
     if changed:
-        raise ValueError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
+        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
     model.load_inner(checkpoint["ema"])
 
 
@@ -264,7 +265,7 @@ def hold(folder):
         fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         let_go()
-        raise ValueError(f"another process is training in {folder}: stop it, or pass --name NEW") from None
+        raise UserError(f"another process is training in {folder}: stop it, or pass --name NEW") from None
     except OSError:                         # not every file system can
         pass
 
@@ -299,7 +300,7 @@ def prepare(folder):
     (folder / "checkpoints").mkdir(exist_ok=True)
     hold(folder)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write into {folder}: pass another --results-dir")
+        raise UserError(f"cannot write into {folder}: pass another --results-dir")
     for part in [*folder.rglob("*.tmp"), *folder.rglob(".[0-9]*.png")]:
         part.unlink()
 
@@ -361,14 +362,14 @@ def open_log(path, fields, step):
 
 
 def main(argv=None):
-    p = parallel.Parser("The averaged weights of a run in half precision, to share.")
+    p = Parser("The averaged weights of a run in half precision, to share.")
     p.add_argument("run", help="a run's folder, or one of its checkpoints")
     p.add_argument("out", help="the file to write")
     args = p.parse_args(argv)
-    with parallel.told_plainly():
+    with told_plainly():
         print(f"{share(in_folder(args.run), args.out) / 1e6:.1f} MB -> {args.out}: "
               f"python sample.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    run(main)

@@ -1,10 +1,10 @@
-"""memory.py: what it counts, by hand; that it is what a real pass takes; and the arithmetic of its table."""
+"""support/cost.py: what it counts, by hand; that it is what a real pass takes; and the arithmetic of its table."""
 import pytest
 import torch
 from torch import nn
 
-import memory
-from checkpoint import load_paper
+from support import cost
+from support.checkpoint import load_paper
 
 N, D, H = 64, 32, 256
 
@@ -16,18 +16,12 @@ class Sum:
         return {"loss": model(x0).sum(1)}
 
 
-class Blocks(nn.Sequential):
-    grad_checkpointing = False
-
-    def forward(self, x):
-        for block in self:
-            x = (torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing
-                 else block(x))
-        return x
-
-
 class Block(nn.Sequential):
     pass
+
+
+class Blocks(nn.Sequential):
+    unit = Block
 
 
 def block():
@@ -50,7 +44,7 @@ def tiny(paper, size, **options):
     if name in ("dis", "diffussm"):
         options["depth"] = 2
     model, diffusion = on_meta(lambda: module.build(preset, shape, **kind, **options))
-    return model, diffusion, memory.blank_batch(diffusion, shape, size, **kind)
+    return model, diffusion, cost.blank_batch(diffusion, shape, size, **kind)
 
 
 # --- the count ---------------------------------------------------------------------------------------
@@ -58,12 +52,12 @@ def tiny(paper, size, **options):
 def test_by_hand():
     """The peak is in the backward of the second layer. Alive: GELU's input and output and the latter's
     gradient, (N, H); the gradients of the layer, on their way; the losses, their mean and its gradient."""
-    count = memory.activations(on_meta(block), Sum(), {"x0": torch.empty(N, D, device="meta")}, False)
+    count = cost.activations(on_meta(block), Sum(), {"x0": torch.empty(N, D, device="meta")}, False)
     assert count == 4 * (3 * N * H + (H * D + D) + N + 2)
 
 
 def test_views_in_place_and_temporaries():
-    with memory.Tracker() as tracker:
+    with cost.Tracker() as tracker:
         x = torch.empty(1000)                               # 4000 bytes
         view = x.view(10, 100)[2:].mul_(2)
         assert tracker.now == tracker.peak == 4000
@@ -74,7 +68,7 @@ def test_views_in_place_and_temporaries():
         del view
         assert tracker.now == 0
     known = torch.empty(1000)
-    with memory.Tracker([known]) as tracker:
+    with cost.Tracker([known]) as tracker:
         known.view(-1).add_(1)
         assert tracker.peak == 0
 
@@ -84,19 +78,19 @@ def test_checkpointing_and_batches():
 
     def count(n, checkpointing=False):
         batch = {"x0": torch.empty(n, D, device="meta")}
-        return memory.activations(model, Sum(), batch, False, checkpointing)
+        return cost.activations(model, Sum(), batch, False, checkpointing)
     # six blocks keep GELU's input and output, and all but the first, whose is the batch, their own input
     assert count(N) > 4 * N * (6 * 2 * H + 5 * D)
     assert count(N, True) < 6 * N * D * 4 + N * (4 * H + 2 * D) * 4
     assert count(64 * N) / count(32 * N) == pytest.approx(2, rel=0.02)
-    assert not model.grad_checkpointing and all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_bf16_as_on_cuda():
     """CUDA's autocast gives the results of norms and softplus in float32, the CPU's in bf16."""
     model = on_meta(lambda: nn.Sequential(nn.Linear(D, H, bias=False), nn.Softplus()))
     batch = {"x0": torch.empty(N, D, device="meta")}
-    cpu, cuda, fp32 = (memory.activations(model, Sum(), batch, bf16, device=device)
+    cpu, cuda, fp32 = (cost.activations(model, Sum(), batch, bf16, device=device)
                        for bf16, device in ((True, "cpu"), (True, "cuda"), (False, "cuda")))
     assert cpu < fp32 and cuda > cpu + N * H * 2
 
@@ -104,16 +98,16 @@ def test_bf16_as_on_cuda():
 @pytest.mark.parametrize("paper", ["dis", "diffussm", "mdm", "cunet"])
 def test_papers(paper):
     model, diffusion, batch = tiny(paper, 4)
-    plain = memory.activations(model, diffusion, batch, True)
+    plain = cost.activations(model, diffusion, batch, True)
     assert plain > 2**18
-    assert memory.activations(model, diffusion, batch, True, True) < 0.75 * plain
+    assert cost.activations(model, diffusion, batch, True, True) < 0.75 * plain
 
 
 @pytest.mark.parametrize("paper", ["dis", "diffussm", "mdm-16"])
 def test_real_tensors(paper):
     """The same tracker around a pass that computes: numbers change nothing."""
     model, diffusion, batch = tiny(paper, 2)
-    guess = memory.activations(model, diffusion, batch, False, device="cpu")
+    guess = cost.activations(model, diffusion, batch, False, device="cpu")
     batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in batch.items()}
     model = model.to_empty(device="cpu").train()
     for p in model.parameters():
@@ -123,14 +117,14 @@ def test_real_tensors(paper):
         b.zero_()
     diffusion.loss(model, **batch)                          # puts its tables where it wants them
     known = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers(), *batch.values()]
-    with memory.Tracker(known, bodies=memory.operators(model)) as tracker:
+    with cost.Tracker(known, bodies=cost.operators(model)) as tracker:
         diffusion.loss(model, **batch)["loss"].mean().backward()
     assert guess == pytest.approx(tracker.peak, rel=0.02)
 
 
 def test_adaptive_solvers_are_refused():
     with pytest.raises(ValueError, match="adaptive solvers"):
-        memory.activations(*tiny("cunet", 2, solver="dopri5"), False)
+        cost.activations(*tiny("cunet", 2, solver="dopri5"), False)
 
 
 # --- the table ---------------------------------------------------------------------------------------
@@ -140,7 +134,7 @@ def test_table():
     batch = {"x0": torch.empty(N, D, device="meta")}
     unit, root = 4 * (2 * D * H + H + D), 4 * D * D
     P = 6 * unit + root
-    ddp, ddp_less, shard, shard_less = memory.table(model, Sum(), batch, 4, False, units=list(model)[:-1])
+    ddp, ddp_less, shard, shard_less = cost.table(model, Sum(), batch, 4, False, units=list(model)[:-1])
     assert [ddp[k] for k in ("weights", "gradients", "optimizer", "ema")] == [P, P, 2 * P, P]
     assert shard["weights"] == P / 4 + root + 3 * unit and shard["gradients"] == P / 4 + root + 2 * unit
     assert (shard["optimizer"], shard["ema"]) == (P / 2, P / 4)
@@ -148,17 +142,17 @@ def test_table():
     for row in (ddp, ddp_less, shard, shard_less):
         parts = ("weights", "gradients", "optimizer", "ema", "activations")
         assert row["total"] == sum(row[k] for k in parts)
-    assert [row["name"] for row in memory.table(model, Sum(), batch, 1, False)] == [
+    assert [row["name"] for row in cost.table(model, Sum(), batch, 1, False)] == [
         "one GPU", "one GPU, checkpointing"]
     model.unit = Block                                      # the default units: by type
-    assert memory.table(model, Sum(), batch, 4, False)[2] == shard
+    assert cost.table(model, Sum(), batch, 4, False)[2] == shard
 
 
 def test_report_marks_what_does_not_fit():
     row = dict(weights=2**30, gradients=2**30, optimizer=2**31, ema=2**30)
     rows = [{"name": name, **row, "activations": a, "total": 5 * 2**30 + a}
             for name, a in (("DDP", 74 * 2**30), ("sharded", 68 * 2**30))]
-    lines = memory.report(rows).splitlines()
+    lines = cost.report(rows).splitlines()
     assert lines[1].split() == ["DDP", "1.00", "1.00", "2.00", "1.00", "74.00", "79.00", "does", "not", "fit"]
     assert lines[2].split()[-1] == "73.00" and "73.6 GiB" in lines[3]
     assert len(lines[0]) == len(lines[2])
