@@ -12,16 +12,16 @@ LINEAR = Diffusion(linear_alpha_bar(1000), "eps", "learned")
 
 # --- schedules and the posterior ---
 
-@pytest.mark.parametrize("t, beta, alpha_bar, posterior_var, log_small, c1, c2", [
+@pytest.mark.parametrize("t, beta, alpha_bar, posterior_var, log_small, mean_x0, mean_xt", [
     (0, 1.000000e-04, 9.999000e-01, 0, -9.816725, 1.0, 0.0),
     (1, 1.199199e-04, 9.997801e-01, 5.453188e-05, -9.816725, 5.452915e-01, 4.547085e-01),
     (2, 1.398398e-04, 9.996403e-01, 8.548912e-05, -9.367121, 3.887068e-01, 6.112932e-01),
     (100, 2.091992e-03, 8.951416e-01, 2.054554e-03, -6.187697, 1.889546e-02, 9.810761e-01),
     (500, 1.005996e-02, 7.779666e-02, 1.005134e-02, -4.600050, 3.058057e-03, 9.941044e-01),
     (999, 2.000000e-02, 4.035830e-05, 1.999998e-02, -3.912024, 1.283515e-04, 9.899487e-01)])
-def test_linear_schedule_is_adms(t, beta, alpha_bar, posterior_var, log_small, c1, c2):
+def test_linear_schedule_is_adms(t, beta, alpha_bar, posterior_var, log_small, mean_x0, mean_xt):
     expected = dict(beta=beta, alpha_bar=alpha_bar, posterior_var=posterior_var,
-                    log_small=log_small, c1=c1, c2=c2)
+                    log_small=log_small, mean_x0=mean_x0, mean_xt=mean_xt)
     for name, value in expected.items():
         assert LINEAR.tables[name][t].item() == pytest.approx(value, rel=1e-6, abs=1e-12), name
 
@@ -42,15 +42,15 @@ def test_posterior_is_bayes_rule(alpha_bar):
     prior_precision, likelihood_precision = 1 / (1 - prev), (1 - beta) / beta
     var = 1 / (prior_precision + likelihood_precision)
     torch.testing.assert_close(d.tables["posterior_var"][1:], var, rtol=1e-9, atol=0)
-    torch.testing.assert_close(d.tables["c1"][1:], var * prior_precision * prev.sqrt(),
+    torch.testing.assert_close(d.tables["mean_x0"][1:], var * prior_precision * prev.sqrt(),
                                rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(d.tables["c2"][1:], var * (1 - beta).sqrt() / beta,
+    torch.testing.assert_close(d.tables["mean_xt"][1:], var * (1 - beta).sqrt() / beta,
                                rtol=1e-9, atol=1e-15)
 
 
 def test_posterior_mean_of_a_noiseless_image():
     tables = LINEAR.tables
-    torch.testing.assert_close(tables["c1"] + tables["c2"] * tables["alpha_bar"].sqrt(),
+    torch.testing.assert_close(tables["mean_x0"] + tables["mean_xt"] * tables["alpha_bar"].sqrt(),
                                tables["alpha_bar_prev"].sqrt(), rtol=1e-12, atol=0)
 
 
@@ -190,7 +190,7 @@ def test_unknown_settings_are_refused():
 
 def test_ddim_eta_1_is_the_posterior_variance():
     for d in (LINEAR, LINEAR.respaced("50")):
-        torch.testing.assert_close(d.tables["ddim_sigma"].square(), d.tables["posterior_var"],
+        torch.testing.assert_close(d.tables["posterior_std"].square(), d.tables["posterior_var"],
                                    rtol=1e-9, atol=1e-15)
 
 
