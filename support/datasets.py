@@ -1,30 +1,24 @@
 """Images for training: drawn, downloaded, or your own.
 
     name       native size   images    test  labels          comes from
-    shapes     3x32x32 *     65,536   4,096  8 shapes        drawn on the fly, with captions
-    moving     3x8x32x32 *   65,536   4,096  8 shapes        the same, on their way: clips of 8 frames
+    shapes     3x32x32 *     65,536   4,096  8 shapes        drawn when asked for, with captions (shapes.py)
+    moving     3x8x32x32 *   65,536   4,096  8 shapes        the same shapes, moving: clips of 8 frames
     mnist      1x28x28       60,000  10,000  10 digits       download, 11 MB
     fashion    1x28x28       60,000  10,000  10 garments     download, 29 MB
     cifar10    3x32x32       50,000  10,000  10 things       download, 162 MB
     a/folder   its images'      all       -  its subfolders  png, jpg, webp, bmp, gif; captions from
                                                              metadata.csv (columns file_name,text)
-    * or any other, drawn sharply
+    * or any other size, drawn sharply
 
-`load` returns a Dataset. Indexed with a list it gives a whole batch, so that a worker process
-prepares batches and nothing is left to collate:
+`load` returns a Dataset. Index it with a list and you get a whole batch. So a worker process prepares batches, and
+nothing is left to collate:
 
     dataset = load("mnist")
     dataset[[3, 5]] -> {"x": uint8 (2, 1, 28, 28), "y": long (2,)}      and "caption": list of str
     DataLoader(dataset, batch_size=None, sampler=batch_order(...))
 
-Your own images need no code: pass the folder. For anything else write a function that returns a
-Dataset, as `shapes` does below, and give it a line in `load`.
-
-What is slow and stays the same can be computed once, before training: what a T5 (`text_encoder`) makes of a
-folder's captions, and what a VAE makes of pictures (latents.py reads that):
-
-    python -m support.prepare captions path/to/pictures --text-encoder google/flan-t5-xl
-    python -m support.prepare encode path/to/pictures path/to/latents --vae stabilityai/sd-vae-ft-ema --hflip
+Your own images need no code: pass the folder. For anything else write a function that returns a Dataset, as `digits`
+does below, and call it in `load`.
 """
 import csv
 import difflib
@@ -36,10 +30,9 @@ import http.client
 import math
 import os
 import re
-import secrets
-import shutil
+import socket
 import tarfile
-import urllib.request
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -52,20 +45,25 @@ from diffusion import UserError, fold, normal
 from support import shapes, text
 from support.cli import QUIET
 
-IN_MEMORY = 2**30                                       # bytes; more is decoded batch by batch
+IN_MEMORY = 2**30                       # bytes of a data set to keep; a larger one is read batch by batch
 
 
 class Dataset:
-    """name, shape = (C, H, W), or (C, T, H, W) of clips, num_classes (0: no labels), class_names,
-    has_captions, len(), and batches: dataset[indices], see above; `prepare` makes x0 of their "x".
-    latents: None for pictures, else a dict: data, image_shape of the pictures, vae (a name), scale, shift."""
+    """Examples and what is known of them. `dataset[indices]` is a batch; `prepare` makes x0 of its "x".
+
+    name, length
+    shape        (C, H, W), or (C, T, H, W) for clips of T frames
+    images       uint8 array (N, C, H, W); or a function of B indices -> (B, C, H, W), which must be picklable to reach
+                 worker processes
+    labels       N integers; num_classes is 0 without class_names
+    captions     N strings, or None
+    texts        None, or a text encoder (text.py) fast enough for workers: batches then hold "text", "text_mask" too
+    latents      None for pictures; else a dict: data, image_shape (of the pictures), vae (its name), scale, shift.
+                 Then images are float16 (N, 2C, h, w): means, then standard deviations, of latents (C, h, w)
+    """
 
     def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None,
                  latents=None):
-        """images: uint8 array (N, C, H, W), or a function: B indices -> (B, C, H, W), which
-        must survive pickling to reach workers; labels: N integers; captions: N strings;
-        texts: what makes tensors of captions fast, a StoredText or ByteText, if there is one. With
-        `latents`, images are float16 (N, 2C, h, w): means, then standard deviations, of latents (C, h, w)."""
         self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
         self.class_names, self.num_classes = list(class_names), len(class_names)
         self.labels = torch.tensor(labels).long() if self.num_classes else None
@@ -77,51 +75,51 @@ class Dataset:
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)                                               # (B,)
-        # in numpy: torch would use threads, which for so few bytes wait longer than they work
+        # numpy, because torch would start threads, which cost more than so few bytes
         x = self.images(indices) if callable(self.images) else self.images[indices]
         batch = {"x": torch.from_numpy(x)}                                          # (B, C, H, W)
         if self.num_classes:
             batch["y"] = self.labels[indices]                                       # (B,)
         if self.has_captions:
             batch["caption"] = [self.captions[i] for i in indices]
-        if self.texts:              # half the bytes to move: .float() is for where they are used
-            # (B, L, dim), (B, L)
+        if self.texts:          # half precision, to move half the bytes        # (B, L, dim), (B, L)
             batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)
         return batch
 
     def prepare(self, x, seeds):
-        """"x" of a batch, on any device -> x0 float32 (B, C, ..), what a network learns: pictures in [-1, 1];
-        latents drawn anew from their distributions, shifted and scaled to about N(0, 1). seeds (B,) long, on
-        x's device, decide the draw; pictures need none."""
+        """"x" of a batch, on any device -> x0 float32 (B, C, ..), what a network learns. Pictures: scaled to [-1, 1].
+        Latents: drawn anew from their distributions, shifted and scaled to about N(0, 1); seeds (B,) long, on x's
+        device, decide the draw."""
         if not self.latents:
             return x.float() / 127.5 - 1
         mean, std = x.float().chunk(2, dim=1)                                       # (B, C, h, w) each
-        z = mean + std * normal(fold(seeds, 4), self.shape)     # train.py draws the rest from 0 to 3
+        z = mean + std * normal(fold(seeds, 4), self.shape)     # train.py uses 0 to 3 for its own draws
         return (z - self.latents["shift"]) * self.latents["scale"]
 
     def subset(self, keep):
-        """The Dataset of the examples `keep` alone: indices, or a bool for each."""
+        """The Dataset of some examples. keep: their indices, or a bool for each example."""
         keep = np.arange(self.length)[keep]                                         # (M,)
-        images = functools.partial(take_of, self.images, keep)
+        images = functools.partial(images_of, self.images, keep)
         labels = self.labels.numpy()[keep] if self.num_classes else None
         captions = [self.captions[i] for i in keep] if self.has_captions else None
         return Dataset(self.name, self.shape, images, len(keep), labels, self.class_names, captions,
                        self.texts, self.latents)
 
 
-def take_of(images, keep, indices):
+def images_of(images, keep, indices):
     return images(keep[indices]) if callable(images) else images[keep[indices]]
 
 
 def hold_out(dataset, phrases):
-    """The Dataset without the examples whose caption contains one of `phrases`, as whole words."""
+    """The Dataset without the examples whose caption has one of `phrases` in it, as whole words. Raises UserError if a
+    phrase is nowhere, or if nothing is left."""
     if not dataset.has_captions:
         raise UserError(f"{dataset.name} has no captions to hold out: use shapes, moving or a folder with a "
                         f"metadata.csv")
     keep = np.ones(len(dataset), bool)
     for phrase in phrases:
-        words = r"\s+".join(map(re.escape, phrase.split())) or "(?!)"               # that matches nothing
-        found = re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE).search    # dark-red is a word
+        words = r"\s+".join(map(re.escape, phrase.split())) or "(?!)"               # (?!) matches nothing
+        found = re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE).search    # dark-red is one word
         held = np.array([found(caption) is not None for caption in dataset.captions])
         if not held.any():
             raise UserError(f"no caption of {dataset.name} contains {phrase!r}: hold out words as in "
@@ -133,17 +131,17 @@ def hold_out(dataset, phrases):
 
 
 def load(name, data_dir=None, image_size=None, split="train", text_encoder=None, frames=None):
-    """A Dataset by name or folder.
+    """A Dataset by its name or folder.
 
-    data_dir    where the files lie or are downloaded to; None: ~/.cache/four-denoisers
-    image_size  in pixels, as `parse_size` takes it; None: native. Digits and garments are padded
-                to larger sizes, other pictures scaled to cover the size and cropped in the middle
-    split       "train" or "test"
-    text_encoder  whose name: if `python -m support.prepare captions FOLDER --text-encoder NAME` was run on this
-                folder, batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
-    frames      of clips; 1: their first frames, as pictures; None: 8
+    data_dir      where the files are, or are downloaded to; None: ~/.cache/four-denoisers
+    image_size    in pixels, as `parse_size` takes it; None: native. Digits and garments are padded to a larger size;
+                  other pictures are scaled to cover the size and cropped in the middle
+    split         "train" or "test"
+    text_encoder  its name. If `python -m support.prepare captions FOLDER --text-encoder NAME` has stored its text for
+                  this folder, batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
+    frames        of clips; 1: their first frames, as pictures; None: 8
 
-    Raises UserError for all that can be wrong with names, files and sizes.
+    Raises UserError for a name, file or size that is wrong.
     """
     size = None if image_size is None else parse_size(image_size)
     root = Path(data_dir or "~/.cache/four-denoisers").expanduser()
@@ -172,19 +170,18 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
 
 
 def parse_size(size):
-    """32, "32", "24x40" or (24, 40) -> (H, W) in pixels. UserError if unparsable or below 8."""
+    """32, "32", "24x40" or (24, 40) -> (H, W) in pixels. Raises UserError if it is not a size, or below 8."""
     parts = size.lower().split("x") if isinstance(size, str) else np.atleast_1d(size).tolist()
     try:
         H, W = [int(n) for n in (parts * 2 if len(parts) == 1 else parts)]
     except ValueError:
-        raise UserError(f"image size {size!r} not understood: write 32, or 24x40 for height x "
-                        f"width") from None
+        raise UserError(f"image size {size!r} not understood: write 32, or 24x40 for height x width") from None
     if min(H, W) < 8:
         raise UserError(f"image size {H}x{W} is too small: use at least 8 pixels a side")
     return H, W
 
 
-# --- the order of training examples -----------------------------------------------------------
+# --- the order of training examples ------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)         # a batch rarely touches more than two epochs
 def permutation(seed, epoch, n):
@@ -194,9 +191,9 @@ def permutation(seed, epoch, n):
 class batch_order:                      # lower case like range, which it resembles
     """The indices (hi - lo,) of each training step: slots lo to hi - 1 of its global batch.
 
-    Slot s of step k is number k * global_batch_size + s of an endless sequence: one shuffled pass
-    over all examples after another. There is no state: to resume is to pass another first_step, and
-    processes split a batch by lo and hi, whatever their number.
+    Slot s of step k is number k * global_batch_size + s of an endless sequence: one shuffled pass over all examples
+    after another. There is no state. To resume, pass another first_step; any number of processes split a batch by their
+    lo and hi.
     """
 
     def __init__(self, num_examples, seed, global_batch_size, first_step, last_step, lo, hi):
@@ -213,31 +210,33 @@ class batch_order:                      # lower case like range, which it resemb
             for e in np.unique(epoch):
                 now = epoch == e
                 indices[now] = permutation(self.seed, int(e), self.n)[place[now]]
-            yield indices                                                          # (hi - lo,)
+            yield indices                                                           # (hi - lo,)
 
 
-# --- arrays: MNIST, Fashion-MNIST, CIFAR-10 ----------------------------------------------------
+# --- MNIST, Fashion-MNIST, CIFAR-10 ------------------------------------------------------------------
 
 CLASSES = {
     "mnist": "0 1 2 3 4 5 6 7 8 9".split(),
     "fashion": "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split(),
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 MIRRORS = {
-    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/",
-              "https://storage.googleapis.com/cvdf-datasets/mnist/"],
+    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
     "fashion": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                 "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
     "cifar10": ["https://www.cs.toronto.edu/~kriz/"]}
-MD5 = {
-    "mnist": {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"},
-    "fashion": {"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-                "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-                "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"},
-    "cifar10": {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}}
+SHA256 = {
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"},
+    "fashion": {
+        "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"},
+    "cifar10": {
+        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}}
 AGAIN = "put a good copy in its place, or move it away to have it downloaded"
 
 
@@ -245,20 +244,20 @@ def digits(name, root, size, split):
     part = "train" if split == "train" else "t10k"
     x_path = locate(name, f"{part}-images-idx3-ubyte.gz", root)
     y_path = locate(name, f"{part}-labels-idx1-ubyte.gz", root)
-    x, y = read_idx(x_path, 3)[:, None], read_idx(y_path, 1)              # (N, 1, 28, 28), (N,)
+    x, y = read_idx(x_path, 3)[:, None], read_idx(y_path, 1)                        # (N, 1, 28, 28), (N,)
     if len(x) != len(y) or not len(x):
-        raise UserError(f"{x_path} has {len(x)} images and {y_path} {len(y)} labels: put the two "
-                        f"files of one download there")
+        raise UserError(f"{x_path} has {len(x)} images and {y_path} {len(y)} labels: put the two files of one "
+                        f"download there")
     return array_dataset(name, x, y, y_path, size, pad=True)
 
 
 def read_idx(path, ndim):
-    """Gzipped idx file of bytes -> uint8 array of `ndim` axes."""
+    """A gzipped idx file of bytes -> uint8 array of `ndim` axes."""
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path} cannot be read or is damaged ({e}): {AGAIN}") from None
-    start = 4 + 4 * ndim
+    start = 4 + 4 * ndim                                    # after the magic number and the sizes
     shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, start, 4)]
     if raw[:4] != bytes([0, 0, 8, ndim]) or len(raw) != start + math.prod(shape):
         raise UserError(f"{path} is not an idx file of {ndim} axes, or not all of one: {AGAIN}")
@@ -266,12 +265,11 @@ def read_idx(path, ndim):
 
 
 def cifar10(root, size, split):
-    """From unpacked .bin files if there are any, else out of the archive itself: that takes a
-    second or two, and nothing an archive contains can end up on the disk."""
+    """From unpacked .bin files, if there are any. Else straight from the archive: that takes a second or two, and
+    nothing inside an archive can end up elsewhere on the disk."""
     files = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
     inside = "cifar-10-batches-bin"
-    folders = [f for f in (root / inside, root / "cifar10" / inside, root)
-               if (f / files[0]).is_file()]
+    folders = [f for f in (root / inside, root / "cifar10" / inside, root) if (f / files[0]).is_file()]
     source = folders[0] if folders else locate("cifar10", "cifar-10-binary.tar.gz", root)
     try:
         if folders:
@@ -283,18 +281,17 @@ def cifar10(root, size, split):
     except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as e:
         raise UserError(f"{source} is incomplete or damaged ({e}): {AGAIN}") from None
     for file, part in zip(files, parts):
-        if not part or len(part) % 3073:                    # a label and 3 x 32 x 32 pixels each
-            raise UserError(f"{file} of {source} has {len(part)} bytes, not a multiple of 3073: "
-                            f"{AGAIN}")
+        if not part or len(part) % 3073:                    # each image: a label and 3 x 32 x 32 pixels
+            raise UserError(f"{file} of {source} has {len(part)} bytes, not a multiple of 3073: {AGAIN}")
     rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
     return array_dataset("cifar10", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], source, size)
 
 
 def array_dataset(name, x, y, y_path, size, pad=False):
-    """x uint8 (N, C, h, w), y (N,) -> Dataset of images of `size` = (H, W), or (h, w) if None."""
+    """x uint8 (N, C, h, w), y (N,) -> the Dataset of images of `size` = (H, W), or (h, w) if None."""
     if y.max() >= len(CLASSES[name]):
-        raise UserError(f"{y_path} has a label {y.max()}, but {name} has classes 0 to "
-                        f"{len(CLASSES[name]) - 1}: {AGAIN}")
+        raise UserError(f"{y_path} has a label {y.max()}, but {name} has classes 0 to {len(CLASSES[name]) - 1}: "
+                        f"{AGAIN}")
     shape = (x.shape[1], *(size or x.shape[2:]))
     if shape != x.shape[1:]:
         x = preload(functools.partial(resized, x, shape, pad), len(y), shape)
@@ -305,14 +302,13 @@ def resized(x, shape, pad, indices):
     """Images `indices` of x (N, C, h, w) as (B, C, H, W), shape = (C, H, W)."""
     down, right = shape[1] - x.shape[2], shape[2] - x.shape[3]
     if pad and down >= 0 and right >= 0:                    # the background of digits is black
-        return np.pad(x[indices], ((0, 0), (0, 0), (down // 2, down - down // 2),
-                                   (right // 2, right - right // 2)))
+        return np.pad(x[indices], ((0, 0), (0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2)))
     pictures = [Image.fromarray(np.squeeze(x[i].transpose(1, 2, 0))) for i in indices]
     return np.stack([to_array(resize_and_crop(picture, *shape[1:])) for picture in pictures])
 
 
 def preload(read, n, shape):
-    """What `read` (indices -> images) gives for all n images if they fit in memory, else `read`."""
+    """`read` is a function of indices -> images. All n images it gives, if they fit in memory, else `read` itself."""
     if n * math.prod(shape) > IN_MEMORY:
         return read
     x = np.empty((n, *shape), np.uint8)
@@ -321,65 +317,50 @@ def preload(read, n, shape):
     return x                                                                        # (n, C, H, W)
 
 
-# --- download ----------------------------------------------------------------------------------
-
-def md5_of(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
 def locate(name, file, root):
-    """Path of a data set's file: root/name/file or root/file, else downloaded to the first."""
+    """The path of a data set's file: root/name/file or root/file; if it is at neither, downloaded to the first."""
     path, beside = root / name / file, root / file
     if path.is_file():
         return path
-    # Fashion-MNIST took over MNIST's file names: do not load one as the other
-    others = [sums.get(file) for other, sums in MD5.items() if other != name]
-    if beside.is_file() and md5_of(beside) not in others:
+    # Fashion-MNIST has the file names of MNIST: do not load one as the other
+    others = [sums.get(file) for other, sums in SHA256.items() if other != name]
+    if beside.is_file() and hashlib.sha256(beside.read_bytes()).hexdigest() not in others:
         return beside
-    download([mirror + file for mirror in MIRRORS[name]], path, MD5[name][file])
+    download([mirror + file for mirror in MIRRORS[name]], path, SHA256[name][file])
     return path
 
 
-def download(urls, path, md5):
-    """Fetch `path` from the first URL that gives the file with this md5. Raises UserError.
+def download(urls, path, sha256):
+    """Fetch `path` from the first URL that gives the file with this checksum. Raises UserError.
 
-    It is renamed to `path` when whole, so several processes may do this at once, or be killed.
+    torch.hub writes beside it and renames what is whole. So several processes may do this at once, or be killed.
     """
-    part, problems = path.with_name(f".{path.name}.{secrets.token_hex(4)}"), []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
+        tempfile.TemporaryFile(dir=path.parent).close()     # may we write there?
     except OSError as e:
-        raise UserError(f"cannot write into {path.parent} ({e.strerror}): pass --data-dir with a "
-                        f"folder of yours") from None
+        raise UserError(f"cannot write into {path.parent} ({e.strerror}): pass --data-dir with a folder of "
+                        f"yours") from None
+    problems, timeout = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)                            # seconds; torch.hub would wait for ever
     try:
         for url in urls:
             try:
-                fetch(url, part, md5)
-                os.replace(part, path)
-                return
+                return torch.hub.download_url_to_file(url, path, sha256, progress=not QUIET)
+            except RuntimeError:
+                problems.append(f"{url}: the checksum is wrong")
             except (OSError, http.client.HTTPException) as e:
                 problems.append(f"{url}: {e}")
     finally:
-        part.unlink(missing_ok=True)
-    raise UserError(f"cannot download {path.name} ({'; '.join(problems)}): get the file elsewhere "
-                    f"and put it into {path.parent} under this name")
+        socket.setdefaulttimeout(timeout)
+    raise UserError(f"cannot download {path.name} ({'; '.join(problems)}): get the file elsewhere and put it into "
+                    f"{path.parent} under this name")
 
 
-def fetch(url, path, md5):
-    request = urllib.request.Request(url, headers={"User-Agent": "four-denoisers"})
-    with urllib.request.urlopen(request, timeout=30) as response, open(path, "wb") as f:
-        size = int(response.headers.get("Content-Length", 0))
-        with tqdm.wrapattr(f, "write", total=size, desc=url.split("/")[-1], disable=QUIET) as out:
-            shutil.copyfileobj(response, out)
-    if md5_of(path) != md5:
-        raise OSError("the checksum is wrong")
-
-
-# --- folders of images -------------------------------------------------------------------------
+# --- folders of images -------------------------------------------------------------------------------
 
 def list_images(folder):
-    """The paths of all images below a folder, from there, sorted."""
+    """The paths of all images below a folder, relative to it, sorted. Raises UserError if there are none."""
     endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
     found = glob.glob("**/*", root_dir=folder, recursive=True)          # without hidden files
     files = sorted(f.replace(os.sep, "/") for f in found if f.lower().endswith(endings))
@@ -389,7 +370,7 @@ def list_images(folder):
 
 
 def image_folder(name, folder, size, text_encoder=None):
-    """All images below a folder; its immediate subfolders, if any, are classes."""
+    """All images below a folder. Its immediate subfolders, if it has any, are the classes."""
     files = list_images(folder)
     top = [f.split("/")[0] if "/" in f else None for f in files]
     class_names = sorted(set(top) - {None})
@@ -400,9 +381,9 @@ def image_folder(name, folder, size, text_encoder=None):
     captions = read_captions(folder, files)
     mode = "L" if all(is_gray(folder / f) for f in files) else "RGB"
     shape = read_image(folder / files[0], mode, size).shape
-    read = functools.partial(folder_batch, folder, files, mode, size, shape)
-    return Dataset(name, shape, preload(read, len(files), shape), len(files),
-                   [place.get(c) for c in top], class_names, captions,
+    read = functools.partial(read_images, folder, files, mode, size, shape)
+    return Dataset(name, shape, preload(read, len(files), shape), len(files), [place.get(c) for c in top],
+                   class_names, captions,
                    text.stored_text(folder, captions, text_encoder) if captions and text_encoder else None)
 
 
@@ -412,7 +393,7 @@ def read_captions(folder, files):
     if not table.is_file():
         return None
     try:
-        with open(table, newline="", encoding="utf-8-sig") as f:        # -sig: Excel writes a BOM
+        with open(table, newline="", encoding="utf-8-sig") as f:        # -sig: Excel begins with a byte order mark
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{table} cannot be read ({e}): save it as CSV in UTF-8") from None
@@ -420,13 +401,13 @@ def read_captions(folder, files):
         raise UserError(f"{table} lacks lines or columns: its first line must be file_name,text")
     texts = {row["file_name"]: row["text"] or "" for row in rows}
     for file in sorted(set(texts) ^ set(files)):
-        raise UserError(f"{table} has no line for {file}: add one or move the image away"
-                        if file in files else
+        raise UserError(f"{table} has no line for {file}: add one or move the image away" if file in files else
                         f"{table} names {file}, which does not exist: add it or delete the line")
     return [texts[f] for f in files]
 
 
-def folder_batch(folder, files, mode, size, shape, indices):
+def read_images(folder, files, mode, size, shape, indices):
+    """The images `indices` of `files` -> uint8 (B, C, H, W). Raises UserError if one is not of `shape`."""
     batch = [read_image(folder / files[i], mode, size) for i in indices]
     for i, image in zip(indices, batch):
         if image.shape != shape:
@@ -439,12 +420,12 @@ def is_gray(path):
     try:
         with Image.open(path) as image:
             return image.mode in ("1", "L", "LA")
-    except Exception:       # read_image will say what is wrong with it
+    except Exception:                   # read_image will say what is wrong with it
         return True
 
 
 def read_image(path, mode, size=None):
-    """-> uint8 (C, H, W) of mode "L" or "RGB", upright, transparency on white."""
+    """-> uint8 (C, H, W) of mode "L" or "RGB", upright, transparent parts white. Raises UserError."""
     try:
         with Image.open(path) as image:
             deep = image.mode[0] in "IF"
@@ -453,15 +434,15 @@ def read_image(path, mode, size=None):
                 paper = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(paper, image.convert("RGBA"))
             image = image.convert(mode)
-    except Exception as e:  # decoders meet damage with all kinds of exceptions
+    except Exception as e:              # decoders raise all kinds of exceptions for damaged files
         raise UserError(f"{path} is no readable image ({e}): replace it or move it away") from None
-    if deep:                # converting has spoiled it
+    if deep:                            # the conversion has clipped it
         raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
     return to_array(resize_and_crop(image, *size) if size else image)
 
 
 def resize_and_crop(image, H, W):
-    """Scaled so that it just covers H x W, what sticks out cut off on both sides."""
+    """Scaled so that it just covers H x W; what sticks out is cut off on both sides."""
     return ImageOps.fit(image, (W, H), Image.Resampling.BICUBIC)
 
 

@@ -1,29 +1,31 @@
-"""Drawn data: eight shapes, still or on their way."""
+"""Drawn data: eight shapes in six colours and two sizes, still or moving.
+
+An example is a function of its index: nothing is random, and nothing is stored. `still` and `moving` return what
+`datasets.Dataset` is made of.
+"""
 import functools
 import math
 
 import numpy as np
 
-# --- shapes ------------------------------------------------------------------------------------
-# A shape is its signed distance: negative inside, in units of its radius, x to the right and y up.
-# Each fits the square from -1 to 1. Distances need be right only near the outline, where they
-# become the coverage of a pixel, that is, anti-aliasing.
+# A shape is its signed distance, negative inside, in units of its radius, with x to the right and y up. It fits the
+# square from -1 to 1. Distances need be right only near the outline. There they become the share of a pixel that the
+# shape covers, so that edges are smooth.
 
 def star(x, y, points, inner):
-    """Tips at radius 1, one of them up, notches at `inner`."""
+    """Tips at radius 1, one of them up; notches at radius `inner`."""
     half = math.pi / points                                 # the angle from a tip to a notch
-    angle = np.abs((np.arctan2(x, y) + half) % (2 * half) - half)       # fold: one edge remains
+    angle = np.abs((np.arctan2(x, y) + half) % (2 * half) - half)       # folded, so that one edge remains
     r = np.hypot(x, y)
-    dx, dy = inner * math.cos(half) - 1, inner * math.sin(half)         # from tip (1, 0) to notch
+    dx, dy = inner * math.cos(half) - 1, inner * math.sin(half)         # from the tip (1, 0) to the notch
     return ((r * np.cos(angle) - 1) * dy - r * np.sin(angle) * dx) / math.hypot(dx, dy)
 
 
 def heart(x, y):
-    """A square standing on a corner, half its diagonal h, and a disc on each of its upper sides."""
+    """A square that stands on a corner, and a disc on each of its upper sides. Half its diagonal is h."""
     h = 2 / (1 + math.sqrt(2))
     x, y = np.abs(x), y + 0.086                             # centred in height
-    return np.minimum((x + np.abs(y) - h) * math.sqrt(0.5),
-                      np.hypot(x - h / 2, y - h / 2) - h * math.sqrt(0.5))
+    return np.minimum((x + np.abs(y) - h) * math.sqrt(0.5), np.hypot(x - h / 2, y - h / 2) - h * math.sqrt(0.5))
 
 
 SHAPES = {
@@ -39,15 +41,17 @@ SHAPES = {
 }
 COLOURS = {"red": (214, 39, 40), "orange": (250, 135, 20), "yellow": (238, 210, 20),
            "green": (34, 150, 60), "blue": (40, 90, 220), "purple": (140, 50, 190)}
-SIZES = {"small": 0.30, "big": 0.42}                        # radius / the picture's shorter side
 BACKGROUND = (245, 244, 240)
+SIZES = {"small": 0.30, "big": 0.42}                        # radius / the picture's shorter side
+MOVING_SIZES = {"small": 0.17, "big": 0.25}                 # smaller, to have room for the way
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}      # as y, x
 
 
 def draw_shapes(kind, centre, radius, colour, H, W):
-    """One shape a picture, uint8 (B, 3, H, W). The frames of a video are just a batch here.
+    """One shape a picture -> uint8 (B, 3, H, W). The frames of a clip are a batch like any other.
 
-    kind (B,) places in SHAPES; centre (B, 2) as y, x from the top left corner and radius (B,), both
-    in pixels; colour (B, 3) from 0 to 255.
+    kind (B,) numbers in SHAPES; centre (B, 2) as y, x from the top left corner and radius (B,), both in pixels;
+    colour (B, 3) from 0 to 255.
     """
     scale = radius.astype(np.float32)[:, None, None]
     y = (centre[:, :1, None] - 0.5 - np.arange(H)[:, None]) / scale                 # (B, H, 1)
@@ -63,50 +67,50 @@ def draw_shapes(kind, centre, radius, colour, H, W):
     return (paper + cover * (ink - paper) + 0.5).astype(np.uint8)                   # (B, 3, H, W)
 
 
-def things(split, radii, shorter_side):
-    """What image i shows is a function of i alone; the test split goes on where training ends."""
+def attributes(split, sizes, shorter_side):
+    """What each example shows: index, kind, caption, place in the unit square, radius in pixels, colour. The indices of
+    the test split follow those of the training split."""
     i = np.arange(65536) if split == "train" else np.arange(65536, 65536 + 4096)
     kind, colour, big = i % 8, i // 8 % 6, i // 48 % 2      # all combinations, equally often
-    kinds, colours, sizes = list(SHAPES), list(COLOURS), list(SIZES)
-    captions = [f"a {sizes[b]} {colours[c]} {kinds[k]}" for k, c, b in zip(kind, colour, big)]
-    # Multiples of two irrational numbers, modulo 1, fill a square more evenly than random points.
-    where = i[:, None] * np.array([0.7548776662466927, 0.5698402909980532]) % 1     # (N, 2)
-    radius = np.array(radii)[big] * shorter_side                                    # (N,)
+    kinds, colours, names = list(SHAPES), list(COLOURS), list(sizes)
+    captions = [f"a {names[b]} {colours[c]} {kinds[k]}" for k, c, b in zip(kind, colour, big)]
+    # the multiples of two irrational numbers, modulo 1, fill a square more evenly than random points
+    place = i[:, None] * np.array([0.7548776662466927, 0.5698402909980532]) % 1     # (N, 2)
+    radius = np.array(list(sizes.values()))[big] * shorter_side                     # (N,)
     ink = np.array(list(COLOURS.values()))[colour]                                  # (N, 3)
-    return i, kind, captions, where, radius, ink
+    return i, kind, captions, place, radius, ink
 
 
 def still(size, split):
-    i, kind, captions, where, radius, ink = things(split, list(SIZES.values()), min(size))
-    margin = radius[:, None] + 0.5                          # half a pixel for the soft outline
-    centre = margin + where * (np.array(size) - 2 * margin)                         # (N, 2)
-    images = functools.partial(shapes_batch, kind, centre, radius, ink, *size)
+    """Pictures (3, H, W). size: (H, W)."""
+    i, kind, captions, place, radius, ink = attributes(split, SIZES, min(size))
+    margin = radius[:, None] + 0.5                          # half a pixel for the smooth edge
+    centre = margin + place * (np.array(size) - 2 * margin)                         # (N, 2)
+    images = functools.partial(draw_still, kind, centre, radius, ink, *size)
     return dict(name="shapes", shape=(3, *size), images=images, length=len(i), labels=kind,
                 class_names=list(SHAPES), captions=captions)
 
 
-def shapes_batch(kind, centre, radius, ink, H, W, rows):
+def draw_still(kind, centre, radius, ink, H, W, rows):
     return draw_shapes(kind[rows], centre[rows], radius[rows], ink[rows], H, W)     # (B, 3, H, W)
 
 
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}      # as y, x
-
-
 def moving(size, split, frames):
-    """Clips: smaller shapes, each at a constant speed, all the time inside the picture. One frame: images."""
-    i, kind, captions, where, radius, ink = things(split, [0.17, 0.25], min(size))
-    direction = i // 96 % 4                                 # every thing goes everywhere, equally often
+    """Clips (3, T, H, W) of T = `frames`; of one frame: pictures. Each shape has a constant speed, and all of it stays
+    inside the picture."""
+    i, kind, captions, place, radius, ink = attributes(split, MOVING_SIZES, min(size))
+    direction = i // 96 % 4                                 # each combination goes everywhere, equally often
     captions = [f"{c} moving {list(DIRECTIONS)[d]}" for c, d in zip(captions, direction)]
     room = np.array(size) - 2 * radius[:, None] - 1         # for the centre, (N, 2)
     way = np.array(list(DIRECTIONS.values()))[direction] * np.minimum(0.4 * np.array(size), room)
-    start = radius[:, None] + 0.5 + where * (room - abs(way)) - np.minimum(way, 0)  # (N, 2), as way
+    start = radius[:, None] + 0.5 + place * (room - abs(way)) - np.minimum(way, 0)  # (N, 2), as way
     shape = (3, frames, *size) if frames > 1 else (3, *size)
-    images = functools.partial(moving_batch, kind, start, way, radius, ink, frames, *size)
+    images = functools.partial(draw_moving, kind, start, way, radius, ink, frames, *size)
     return dict(name="moving", shape=shape, images=images, length=len(i), labels=kind,
                 class_names=list(SHAPES), captions=captions)
 
 
-def moving_batch(kind, start, way, radius, ink, T, H, W, rows):
+def draw_moving(kind, start, way, radius, ink, T, H, W, rows):
     share = np.linspace(0, 1, T)[:, None]                   # of the way, (T, 1)
     centre = (start[rows, None] + way[rows, None] * share).reshape(-1, 2)           # (B T, 2)
     kind, radius, ink = (np.repeat(a[rows], T, 0) for a in (kind, radius, ink))

@@ -393,8 +393,8 @@ def mirror(tmp_path, monkeypatch):
     folder = tmp_path / "mirror"
     x, y = write_digits(folder)
     monkeypatch.setitem(datasets.MIRRORS, "mnist", [folder.as_uri() + "/"])
-    sums = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-    monkeypatch.setitem(datasets.MD5, "mnist", sums)
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    monkeypatch.setitem(datasets.SHA256, "mnist", sums)
     return x
 
 
@@ -422,7 +422,7 @@ def test_a_wrong_download_leaves_everything_as_it_was(tmp_path):
         if old:
             target.write_text(old)
         with pytest.raises(UserError) as e:
-            datasets.download([source.as_uri()], target, "0" * 32)
+            datasets.download([source.as_uri()], target, "0" * 64)
         assert "checksum" in str(e.value) and str(target.parent) in str(e.value)
         assert [f.read_text() for f in target.parent.iterdir()] == ([old] if old else [])
 
@@ -430,16 +430,16 @@ def test_a_wrong_download_leaves_everything_as_it_was(tmp_path):
 def test_many_processes_may_download_at_once(tmp_path):
     source, target = tmp_path / "source", tmp_path / "cache" / "file"
     source.write_bytes(bytes(10**6))
-    md5 = hashlib.md5(bytes(10**6)).hexdigest()
+    sha256 = hashlib.sha256(bytes(10**6)).hexdigest()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: datasets.download([source.as_uri()], target, md5), range(8)))
+        list(pool.map(lambda _: datasets.download([source.as_uri()], target, sha256), range(8)))
     assert [f.read_bytes() for f in target.parent.iterdir()] == [bytes(10**6)]
 
 
 def test_digits_are_not_taken_for_garments(tmp_path, mirror, monkeypatch):
     garments, _ = write_digits(tmp_path / "garments")
     monkeypatch.setitem(datasets.MIRRORS, "fashion", [(tmp_path / "garments").as_uri() + "/"])
-    monkeypatch.setitem(datasets.MD5, "fashion", {f.name: hashlib.md5(f.read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets.SHA256, "fashion", {f.name: hashlib.sha256(f.read_bytes()).hexdigest()
                                               for f in (tmp_path / "garments").iterdir()})
     here = tmp_path / "mirror"                              # holds MNIST under the same file names
     assert np.array_equal(whole(load("mnist", here))["x"][:, 0].numpy(), mirror)
