@@ -1,31 +1,29 @@
-"""Latents: diffusion in the space of a frozen autoencoder (VAE), which a picture enters once, beforehand.
+"""Latents: diffusion in the space of a frozen autoencoder (VAE), through which each picture goes once, beforehand.
 
     python -m support.prepare encode DATA OUT --vae stabilityai/sd-vae-ft-ema --image-size 256 --hflip
-    torchrun --standalone --nproc_per_node=8 data.py encode DATA OUT ...      the same files, sooner
+    torchrun --standalone --nproc_per_node=8 -m support.prepare encode DATA OUT ...     the same files, sooner
 
-    dataset = latents.load(OUT)                     a data.Dataset; x0 = dataset.prepare(batch["x"], seeds)
+    dataset = latents.load(OUT)                     a datasets.Dataset; x0 = dataset.prepare(batch["x"], seeds)
     images = latents.VAE(name, device).decode(z0, scale, shift)
 
-A VAE's encoder tells a mean and a standard deviation for each element of a latent. Both are stored, so that
-training draws a new latent each time, as DiT (Peebles & Xie 2022, 2212.09748) does by encoding on the fly:
+A VAE's encoder gives a mean and a standard deviation for each element of a latent. Both are stored, so that training
+draws a new latent each time, as DiT (Peebles & Xie 2022, 2212.09748) does by encoding during training:
 
     latents.json    what this is; written first
     labels.npy      int64 (N,), if there are classes
-    00000.npy ...   float16 (n, 2C, h, w): means, then standard deviations, of n = 1024 examples, fewer in
-                    the last. Examples 0 to N - 1 are the pictures; with --hflip, N to 2N - 1 their mirrors
+    00000.npy ...   float16 (n, 2C, h, w): means, then standard deviations, of n = 1024 examples, fewer in the last.
+                    Examples 0 to N - 1 are the pictures; with --hflip, N to 2N - 1 are their mirror images
 
-A file appears when it is whole, and its number decides what is in it (device and batch size, how that is
-rounded). So stop at any time: the same command goes on, on any number of processes. diffusers is needed
-to encode and decode, not to train.
+A file appears when it is whole. Its number decides what is in it; device and batch size decide only how that is
+rounded. So stop at any time: the same command goes on, on any number of processes. diffusers is needed to encode and
+decode, not to train.
 """
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,16 +34,20 @@ from tqdm import tqdm
 from diffusion import UserError
 from support.cli import QUIET
 from support.datasets import Dataset
-from support.text import full_name
+from support.text import full_name, pretrained
 
-CHUNK = 1024                                            # examples a file: 16 MiB of 4x32x32 latents
+CHUNK = 1024                                                # examples a file: 16 MiB of 4x32x32 latents
 AGAIN = "delete it and run the same python -m support.prepare encode again"
 
 
 class VAE:
-    """A diffusers AutoencoderKL, frozen, in float32. name: of Hugging Face, or a folder. Attributes: scale
-    and shift, as its config has them; C, a latent's channels; colours, a picture's; factor, the pixels a side
-    of a latent's element. Raises UserError if diffusers is missing or the VAE cannot be loaded."""
+    """A diffusers AutoencoderKL, frozen, in float32. name: of Hugging Face, or a folder. Raises UserError if diffusers
+    is missing or the VAE cannot be loaded.
+
+    scale, shift    as its config has them
+    C, colours      channels of a latent, of a picture
+    factor          pixels a side that become one element of a latent
+    """
 
     def __init__(self, name, device="cpu"):
         if QUIET:                                           # one of torchrun's processes shows the download
@@ -54,52 +56,40 @@ class VAE:
             from diffusers import AutoencoderKL             # nothing else here needs it
         except ImportError:
             raise UserError("a VAE (--vae) needs one more package: pip install diffusers") from None
-        for library in ("diffusers", "huggingface_hub"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-        for local in [True] if Path(name).is_dir() else [True, False]:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")         # between two libraries, none for our users
-                    model, report = AutoencoderKL.from_pretrained(
-                        name, local_files_only=local, output_loading_info=True)
-                if report["missing_keys"]:                  # these would be random numbers
-                    raise UserError("it holds no AutoencoderKL")
-                break
-            except Exception as e:                          # damage and typos come as all kinds
-                problem = (str(e).strip() or repr(e)).splitlines()[0]
-        else:
-            raise UserError(f"VAE {name} cannot be loaded ({problem}): pass --vae with a name, such as "
-                            f"stabilityai/sd-vae-ft-ema, or, where it cannot be downloaded, its folder")
-        config = model.config
+
+        def load(local):
+            return AutoencoderKL.from_pretrained(name, local_files_only=local, output_loading_info=True)
+
+        self.model = pretrained("VAE", name, load, "stabilityai/sd-vae-ft-ema").to(device)
+        config = self.model.config
         self.name, self.device = name, torch.device(device)
         self.scale, self.shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
         self.C, self.colours = config.latent_channels, config.in_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.model = model.float().eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def encode(self, x):
-        """Pictures (B, colours, H, W) in [-1, 1] -> mean, std (B, C, h, w), as the encoder tells them."""
+        """Pictures (B, colours, H, W) in [-1, 1] -> mean, std (B, C, h, w), as the encoder gives them."""
         with torch.autocast(self.device.type, enabled=False):
             latent = self.model.encode(x.to(self.device).float()).latent_dist
         return latent.mean, latent.std
 
     @torch.no_grad()
     def decode(self, z0, scale, shift):
-        """Latents (B, C, h, w) as a network learns them -> pictures (B, colours, H, W) in [-1, 1]. All at
-        once, and a picture of 256 x 256 takes a quarter of a GiB on the way: pass few at a time."""
+        """Latents (B, C, h, w) as a network learns them -> pictures (B, colours, H, W) in [-1, 1]. All at once: a
+        picture of 256 x 256 takes a quarter of a GiB on the way, so pass few at a time."""
         with torch.autocast(self.device.type, enabled=False):
             return self.model.decode(z0.to(self.device).float() / scale + shift).sample.clamp(-1, 1)
 
 
-# --- writing -----------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 def chunk_path(folder, k):
     return Path(folder) / f"{k:05d}.npy"
 
 
 def ranks():
-    """This process's number, and how many there are. They share files and exchange no messages."""
+    """The number of this process, and how many there are. They share files and send each other nothing."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -108,7 +98,8 @@ def digest(labels):
 
 
 def put(path, content):
-    """An array or a str to a file, aside, then renamed. Not mapped: a full disk would be a crash then."""
+    """Write an array or a str to a file beside `path`, then rename it. (A memory map would crash on a full disk.)
+    Raises UserError if there is no room, or if another process writes the same."""
     buffer = io.BytesIO()
     if isinstance(content, str):
         buffer.write(content.encode())
@@ -127,15 +118,15 @@ def put(path, content):
 
 
 def begin(dataset, folder, vae, hflip=False):
-    """Check that the pictures fit the VAE and the folder these latents, and describe them in it; every rank
-    does the same here. -> the description, for `encode`. Raises UserError."""
+    """Check that the VAE takes these pictures and that the folder holds no other latents; write its description.
+    Every process does all of this. -> the description, for `encode`. Raises UserError."""
     if len(dataset.shape) != 3:
         raise UserError(f"{dataset.name} holds clips, and a VAE takes pictures: choose other data")
     colours, H, W = dataset.shape
     f = vae.factor
     if colours not in (1, vae.colours):
-        raise UserError(f"{dataset.name} has {colours} channels, but {vae.name} takes {vae.colours}: choose "
-                        f"another VAE")
+        raise UserError(f"{dataset.name} has {colours} channels, but {vae.name} takes {vae.colours}: choose another "
+                        f"VAE")
     if H % f or W % f:
         raise UserError(f"{vae.name} turns {f}x{f} pixels into one, which does not divide {H}x{W}: pass "
                         f"--image-size {-(-H // f) * f}x{-(-W // f) * f}")
@@ -147,13 +138,13 @@ def begin(dataset, folder, vae, hflip=False):
     folder, (rank, world) = Path(folder), ranks()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob(".*.part"):             # of killed runs, perhaps of more processes
+        for part in folder.glob(".*.part"):                 # of runs that were killed, perhaps of more processes
             owner = re.search(r"\.rank(\d+)\.part$", part.name)
             if owner and int(owner[1]) % world == rank:
                 part.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"cannot write into {folder} ({e.strerror}): choose a folder of yours") from None
-    used = any(folder.glob("[0-9]*.npy"))               # first: ranks write these after the description
+    used = any(folder.glob("[0-9]*.npy"))                   # look at these first: they are written last
     if used or (folder / "latents.json").exists():
         found = read_description(folder)
         changed = [k for k in about if found.get(k) != about[k]]
@@ -168,11 +159,11 @@ def begin(dataset, folder, vae, hflip=False):
 
 
 def encode(dataset, folder, vae, about, batch_size=32):
-    """Write this rank's share of the missing chunks. about: of `begin`. Raises UserError."""
+    """Write this process's share of the missing files. about: what `begin` returned. Raises UserError."""
     (rank, world), N, n = ranks(), len(dataset), about["copies"] * len(dataset)
     todo = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)][rank::world]
     todo = [chunk for chunk in todo if not chunk_path(folder, chunk[0] // CHUNK).exists()]
-    # reading pictures takes longer than a GPU needs for them; decoders of files let threads run at once
+    # it takes longer to read pictures than to encode them on a GPU; PIL lets several threads decode at once
     with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
           tqdm(total=sum(map(len, todo)), desc="encoding", unit="image", disable=rank > 0) as bar):
         for chunk in todo:
@@ -194,7 +185,7 @@ def encode(dataset, folder, vae, about, batch_size=32):
 # --- reading -----------------------------------------------------------------------------------
 
 class Chunks:
-    """Indices -> float16 (B, 2C, h, w). Files are mapped when first needed, by each worker anew."""
+    """A function of indices -> float16 (B, 2C, h, w). Each worker maps a file when it first needs it."""
 
     def __init__(self, folder, about):
         C, h, w = about["shape"]
@@ -202,7 +193,7 @@ class Chunks:
         self.n, self.maps = about["copies"] * about["images"], {}
         self.paths = [chunk_path(folder, k) for k in range(-(-self.n // self.chunk))]
 
-    def __getstate__(self):                             # maps would be pickled as all their numbers
+    def __getstate__(self):                                 # a map would be pickled as all its numbers
         return {**vars(self), "maps": {}}
 
     def shape_of(self, k):
@@ -241,28 +232,28 @@ def read_description(folder):
 
 
 def statistics(folder, about):
-    """Mean and standard deviation (C,) over the first chunk, as a network sees it."""
+    """Mean and standard deviation (C,) of the first file, as a network sees it."""
     mean, std = torch.from_numpy(Chunks(folder, about).map(0).astype(np.float32)).chunk(2, dim=1)
     over = (0, 2, 3)
-    variance = mean.var(over, correction=0) + std.square().mean(over)                                # (C,)
+    variance = mean.var(over, correction=0) + std.square().mean(over)               # (C,)
     return (mean.mean(over) - about["shift"]) * about["scale"], variance.sqrt() * about["scale"]
 
 
 def summary(folder, about):
-    """What to tell the user at the end."""
+    """What the user is told at the end."""
     chunks = Chunks(folder, about)
     left = sum(not path.exists() for path in chunks.paths)
     mean, std = (" ".join(f"{x:.2f}" for x in xs.tolist()) for xs in statistics(folder, about))
     shape = "x".join(map(str, about["shape"]))
     return (f"{folder}: {chunks.n:,} latents of {shape}"
-            + (f", of {len(chunks.paths)} files other processes have yet to write {left}" if left else "")
+            + (f"; other processes are still writing {left} of {len(chunks.paths)} files" if left else "")
             + f"\nchannels have mean {mean} and std {std} (of the first "
               f"{min(CHUNK, chunks.n)}; about 0 and 1, if the VAE suits them)")
 
 
 def load(folder):
-    """The Dataset of what `python -m support.prepare encode` stored: shape (C, h, w); "x" of a batch is float16
-    (B, 2C, h, w), for `Dataset.prepare`. Looks at the files' sizes, not into them. Raises UserError."""
+    """The Dataset of what `python -m support.prepare encode` stored. Its shape is (C, h, w); "x" of a batch is float16
+    (B, 2C, h, w), for `Dataset.prepare`. Looks at the sizes of the files, not into them. Raises UserError."""
     folder = Path(folder).expanduser()
     about = read_description(folder)
     chunks, labels = Chunks(folder, about), None
@@ -271,7 +262,7 @@ def load(folder):
         raise UserError(f"{folder} lacks {sizes.count(None)} of {len(sizes)} files of latents: run the same "
                         f"python -m support.prepare encode again, it goes on where it stopped")
     for k, size in enumerate(sizes):
-        if size <= 2 * math.prod(chunks.shape_of(k)):       # bytes; a header comes on top
+        if size <= 2 * math.prod(chunks.shape_of(k)):       # bytes, without the header
             raise UserError(f"{chunks.paths[k]} is cut short: {AGAIN}")
     if about["class_names"]:
         try:

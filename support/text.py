@@ -1,8 +1,19 @@
-"""Captions to tensors: spelt in bytes, or by a frozen T5."""
+"""Captions to tensors: spelt in bytes, or read by a frozen T5.
+
+    encoder = text_encoder(name)
+    text, mask = encoder(captions)      mask (B, L): True where there is a token; nowhere, if a caption is empty
+
+    ByteText      "bytes", built in: the bytes of each word, from which the model learns to read. text long (B, 16, 12)
+    T5Text        a T5 of Hugging Face, by its name or folder. text float32 (B, 128, dim)
+    StoredText    what a T5 has made of a folder's captions, from a file that `python -m support.prepare captions` wrote
+
+`encoder.dim` tells a model what comes in: "bytes", or the width of the T5.
+"""
 import hashlib
 import json
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,53 +22,66 @@ import torch
 from diffusion import UserError
 from support.cli import QUIET
 
-MEMO = 2**30                                           # bytes of embeddings to keep
+TOKENS = 128                            # of a caption that a T5 reads
+MEMO = 2**30                            # bytes of embeddings that a T5Text keeps
 
-# --- captions to numbers -----------------------------------------------------------------------
 
 def text_encoder(name, device="cpu"):
-    """What makes tensors of captions, by name: "bytes", built in, or a T5 of Hugging Face, or its folder.
-
-    encoder(captions) -> text, mask (B, L): True where there is a token; nowhere, if a caption is empty.
-    text is long (B, 16, 12) of bytes, or float32 (B, 128, dim); encoder.dim tells a model what comes in.
-    """
     return ByteText() if name == "bytes" else T5Text(name, device)
 
 
 def full_name(name):
-    """A folder's absolute path, so that a run finds its T5 from anywhere; other names as they are."""
+    """A folder's absolute path, so that a run finds its T5 from anywhere. Other names stay as they are."""
     return str(Path(name).resolve()) if name != "bytes" and Path(name).is_dir() else name
 
 
+def pretrained(kind, name, load, example):
+    """A frozen network of Hugging Face, or of a folder, loaded without a word. Raises UserError.
+
+    load(local_files_only) -> network, report. kind ("VAE") and a good name, `example`, are for the message."""
+    for library in ("transformers", "diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for local in [True] if Path(name).is_dir() else [True, False]:      # what is on the disk needs no network
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")             # from one library to another, none for our users
+                network, report = load(local)
+            if report["missing_keys"]:                      # these weights would be random
+                raise UserError(f"it holds no {kind}")
+            return network.float().eval().requires_grad_(False)
+        except Exception as e:                              # typos and damage raise all kinds of exceptions
+            problem = (str(e).strip() or repr(e)).splitlines()[0]
+    raise UserError(f"{kind} {name} cannot be loaded ({problem}): pass a name such as {example} or, where it cannot be "
+                    f"downloaded, its folder")
+
+
 def tidy(caption):
-    """Without what no encoder can take: NUL, and halves of characters from a terminal's bad bytes."""
+    """Without what no encoder can take: NUL, and the half characters that a terminal makes of bad bytes."""
     return caption.replace("\0", "").encode("utf-8", "replace").decode().strip()
 
 
 class ByteText:
-    """Words as the bytes they are spelt with: the model learns to read. text: long (B, 16, 12), a word
-    a row, longer ones in several; 0 where there is no byte."""
+    """Words as the bytes that spell them. text: long (B, 16, 12), a word a row, a longer one in several rows; 0 where
+    there is no byte."""
     name = dim = "bytes"
-    L, W = 16, 12                                           # words, and bytes of a word
+    L, W = 16, 12                                           # words; bytes of a word
 
-    def __call__(self, captions, half=False):               # bytes have no halves; as StoredText is called
+    def __call__(self, captions, half=False):               # half: as for StoredText; bytes have none
         text = np.zeros((len(captions), self.L, self.W), np.int64)                  # (B, L, W)
         for rows, caption in zip(text, captions):
             words = [word.encode() for word in tidy(caption).lower().split()]
             pieces = [word[i:i + self.W] for word in words for i in range(0, len(word), self.W)]
-            for row, piece in zip(rows, pieces):            # ends with the shorter: L pieces at most
+            for row, piece in zip(rows, pieces):            # zip ends after L pieces
                 row[:len(piece)] = list(piece)
         text = torch.from_numpy(text)
         return text, text[:, :, 0] > 0                                              # (B, L, W), (B, L)
 
 
-TOKENS = 128                                                # of a caption that a T5 reads
-
-
 class T5Text:
-    """The encoder half of a T5, frozen. Every caption runs by itself, unpadded: so its embedding depends
-    on nothing else, and a resumed run, which meets captions in other company, gets the same bits."""
-    L = TOKENS
+    """The encoder half of a T5, frozen.
+
+    Each caption runs alone, without padding, so its embedding depends on nothing else. A resumed run, which meets
+    captions in other company, gets the same bits."""
 
     def __init__(self, name, device):
         try:
@@ -65,34 +89,23 @@ class T5Text:
         except ImportError:
             raise UserError(f"text encoder {name} needs one more package: pip install transformers, or pass "
                             f"--text-encoder bytes") from None
-        for library in ("transformers", "huggingface_hub"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-        # what is on the disk needs no network; a download shows its progress
-        for local in [True] if Path(name).is_dir() else [True, False]:
-            bars = "disable" if local or QUIET else "enable"
+
+        def load(local):
+            bars = "disable" if local or QUIET else "enable"                # a download shows its progress
             getattr(transformers.logging, f"{bars}_progress_bar")()
-            try:
-                model, report = transformers.T5EncoderModel.from_pretrained(
-                    name, local_files_only=local, output_loading_info=True)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-                if report["missing_keys"]:                  # these would be random numbers
-                    raise UserError("it holds no T5 encoder")
-                break
-            except Exception as e:                          # damage and typos come as all kinds
-                problem = (str(e).strip() or repr(e)).splitlines()[0]
-        else:
-            raise UserError(f"text encoder {name} cannot be loaded ({problem}): pass a T5's name, such as "
-                            f"google/flan-t5-xl, or, where it cannot be downloaded, its folder")
-        self.name, self.device, self.dim = name, torch.device(device), model.config.d_model
-        self.model = model.float().eval().requires_grad_(False).to(device)
-        self.memo, self.room = {}, MEMO                # caption: embedding; bytes left for more
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+            return transformers.T5EncoderModel.from_pretrained(name, local_files_only=local, output_loading_info=True)
+
+        self.model = pretrained("text encoder", name, load, "google/flan-t5-xl").to(device)
+        self.name, self.device, self.dim = name, torch.device(device), self.model.config.d_model
+        self.memo, self.room = {}, MEMO                     # caption: its embedding; bytes left for more
 
     def tokens(self, caption):
         caption = tidy(caption)
-        return self.tokenizer(caption, truncation=True, max_length=self.L).input_ids if caption else []
+        return self.tokenizer(caption, truncation=True, max_length=TOKENS).input_ids if caption else []
 
     def embed(self, caption):
-        """-> float16 (n, dim), from memory if this caption was here recently."""
+        """-> float16 (n, dim), from memory if this caption came up recently."""
         e = self.memo.pop(caption, None)
         if e is None:
             e, ids = torch.zeros(0, self.dim, dtype=torch.float16), self.tokens(caption)
@@ -100,22 +113,22 @@ class T5Text:
                 with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                     e = self.model(torch.tensor([ids], device=self.device)).last_hidden_state[0].half().cpu()
             self.room -= 2 * e.numel()
-        self.memo[caption] = e                              # at the end: the most recent
+        self.memo[caption] = e                              # the last in the dict is the most recent
         while self.room < 0 and len(self.memo) > 1:
             self.room += 2 * self.memo.pop(next(iter(self.memo))).numel()
         return e
 
     def __call__(self, captions):
         found = [self.embed(caption) for caption in captions]
-        text = torch.zeros(len(found), self.L, self.dim, dtype=torch.float16)       # (B, L, dim)
+        text = torch.zeros(len(found), TOKENS, self.dim, dtype=torch.float16)       # (B, 128, dim)
         for row, e in zip(text, found):
             row[:len(e)] = e
-        mask = torch.arange(self.L) < torch.tensor([[len(e)] for e in found])       # (B, L)
+        mask = torch.arange(TOKENS) < torch.tensor([[len(e)] for e in found])       # (B, 128)
         return text.to(self.device).float(), mask.to(self.device)
 
 
 class StoredText:
-    """A text encoder that looks captions up in a file, without the T5; on the CPU, in workers too."""
+    """Looks captions up in a file, without the T5: on the CPU, and in worker processes too."""
 
     def __init__(self, name, path, captions, lengths):
         self.name, self.path, self.lengths = name, path, np.array(lengths)
@@ -123,11 +136,12 @@ class StoredText:
         self.row = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions, half=False):
+        """half: text in float16, as it is stored."""
         try:
             rows = [self.row[caption] for caption in captions]
         except KeyError as e:
             raise UserError(f"{self.path} does not know {e}: use captions of its folder") from None
-        try:                                                # opened each time: a map cannot be pickled
+        try:                                                # opened each time: a memory map cannot be pickled
             found = np.load(self.path, mmap_mode="r")[rows]                         # (B, longest, dim)
         except (OSError, ValueError) as e:
             raise UserError(f"{self.path} cannot be read ({e}): run python -m support.prepare captions again") from None
@@ -138,7 +152,8 @@ class StoredText:
 
 
 def text_files(folder, captions, name):
-    """-> the file of embeddings; what describes it; the caption of each row; what json will say."""
+    """Where T5 `name` keeps its text of a folder's captions -> the file of embeddings, one caption a row; the file that
+    describes it; the caption of each row; what the description must say."""
     path = folder / f"text-{re.sub('[^A-Za-z0-9.]+', '-', name)}.npy"
     captions = sorted({"", *captions})
     digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
@@ -146,7 +161,8 @@ def text_files(folder, captions, name):
 
 
 def stored_text(folder, captions, name):
-    """The StoredText of a folder's captions, or None if `store_text` never ran."""
+    """The StoredText of a folder's captions, or None if none was stored. Raises UserError if it is of other captions,
+    or damaged."""
     path, about, captions, expected = text_files(folder, captions, name)
     if not about.is_file():
         return None
@@ -154,7 +170,7 @@ def stored_text(folder, captions, name):
         saved = json.loads(about.read_text())
         if {**saved, **expected} == saved:
             return StoredText(name, path, captions, saved["lengths"])
-    except (OSError, ValueError, KeyError, TypeError):      # no or half a file
+    except (OSError, ValueError, KeyError, TypeError):      # there is no file, or half of one
         pass
     raise UserError(f"{path} does not fit the captions of {folder}: run python -m support.prepare captions {folder} "
                     f"--text-encoder {name} again")
