@@ -1,5 +1,5 @@
-"""A paper of your own: this file is all that train.py and sample.py need. Here MLP-Mixer (Tolstikhin et al.
-2021, arXiv 2105.01601) denoises.
+"""A paper of your own is one file with `CONFIGS` and `build`; train.py and sample.py need nothing else. In this one
+MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) denoises images.
 
     python train.py --model examples/mypaper.py
     python sample.py --model examples/mypaper.py
@@ -8,47 +8,47 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from diffusion import Diffusion, cosine_alpha_bar
+from diffusion import Diffusion, UserError, cosine_alpha_bar
 
 CONFIGS = {"tiny": dict(width=192, depth=6, patch=4)}
 
 
-def mlp(D):
-    return nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+def mlp(n):
+    return nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n))
 
 
 class Block(nn.Module):
-    def __init__(self, J, D):                                                   # tokens, channels
+    def __init__(self, L, D):                           # L tokens of D channels
         super().__init__()
-        self.tokens, self.channels, self.adapt = mlp(J), mlp(D), nn.Linear(D, 2 * D)
+        self.tokens, self.channels, self.adapt = mlp(L), mlp(D), nn.Linear(D, 2 * D)
         self.norm = nn.LayerNorm(D, elementwise_affine=False)
 
-    def forward(self, h, c):
+    def forward(self, x, c):                            # tokens (B, L, D), condition (B, D)
         scale, shift = self.adapt(c)[:, None].chunk(2, dim=-1)                              # (B, 1, D) each
-        h = h + self.tokens((self.norm(h) * (1 + scale) + shift).mT).mT                     # (B, J, D)
-        return h + self.channels(self.norm(h))
+        x = x + self.tokens((self.norm(x) * (1 + scale) + shift).mT).mT                     # (B, L, D)
+        return x + self.channels(self.norm(x))                                              # (B, L, D)
 
 
 class Mixer(nn.Module):
     def __init__(self, shape, num_classes, width, depth, patch):
         super().__init__()
-        (C, H, W), self.K = shape, num_classes
+        (C, H, W), self.num_classes = shape, num_classes
         if H % patch or W % patch:
-            raise ValueError(f"image size {H}x{W} is not divisible by patch={patch}: --set patch=2")
-        self.cut = dict(h=H // patch, w=W // patch, p=patch, q=patch)
+            raise UserError(f"image size {H}x{W} is not divisible by patch={patch}: try --set patch=2")
+        self.grid = dict(h=H // patch, w=W // patch, p=patch, q=patch)
         self.time, self.label = nn.Embedding(1000, width), nn.Embedding(num_classes + 1, width)
         self.embed, self.out = nn.Linear(C * patch**2, width), nn.Linear(width, C * patch**2)
         self.blocks = nn.ModuleList(Block(H * W // patch**2, width) for _ in range(depth))
 
-    def forward(self, x, t, y=None):                    # (B, C, H, W), (B,), (B,): y = -1 is "no class"
+    def forward(self, x_t, t, y=None):                  # (B, C, H, W), (B,), (B,); y = -1 means "no class"
         y = torch.full_like(t, -1) if y is None else y
-        c = self.time(t) + self.label(y % (self.K + 1))                                     # (B, D)
-        h = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **self.cut))      # (B, J, D)
+        c = self.time(t) + self.label(y % (self.num_classes + 1))                           # (B, D)
+        x = self.embed(rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", **self.grid))   # (B, L, D)
         for block in self.blocks:
-            h = block(h, c)
-        return rearrange(self.out(h), "b (h w) (c p q) -> b c (h p) (w q)", **self.cut)     # as x
+            x = block(x, c)
+        return rearrange(self.out(x), "b (h w) (c p q) -> b c (h p) (w q)", **self.grid)    # (B, C, H, W)
 
 
-def build(preset, shape, num_classes=0, **options):
-    return (Mixer(shape, num_classes, **{**CONFIGS[preset], **options}),
-            Diffusion(cosine_alpha_bar(1000), predict="x0"))
+def build(preset, shape, num_classes=0, **options):     # options: what --set gives
+    model = Mixer(shape, num_classes, **{**CONFIGS[preset], **options})
+    return model, Diffusion(cosine_alpha_bar(1000), predict="x0")

@@ -1,1 +1,10 @@
-"""What a reader of the papers need never open: data, checkpoints, processes, fast forms."""
+"""The machinery below the papers. A reader of the papers need never open it.
+
+    data        datasets, shapes (drawn), text (of captions), latents (of a VAE), inputs (for train.py),
+                prepare (a command)
+    runs        checkpoint, parallel (devices, processes), cli (errors, flags), options (of `build`)
+    results     pictures, fid, denoise, cost (multiply-adds, memory)
+    speed       the fast forms of what the papers define
+
+The papers, train.py and sample.py import from here; nothing here imports them.
+"""

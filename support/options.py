@@ -1,11 +1,16 @@
-"""One checker for the options of the four `build`s. What an option may be stands in the signature of the network
-that takes it, as a type:
+"""One checker for the options of all four `build`s.
 
-    int                       a whole number, at least 1          Annotated[int, 0]: at least 0
-    float                     a number, at least 0                bool, or Literal["a", "b"]: one of these
-    ... | None                also None
+What an option may be is its type in the signature of the network that takes it:
 
-The options of the diffusion (schedule, predict ...) are checked here for all four.
+    int                     a whole number, at least 1
+    float                   a number, at least 0
+    Annotated[int, 0]       the same with another limit: at least 0
+    bool                    True or False
+    Literal["a", "b"]       one of these
+    int | None              either
+
+An option without a type, or of any other, is not checked here. The papers share the options of the diffusion: their
+types are in `DIFFUSION`.
 """
 import inspect
 import math
@@ -17,45 +22,53 @@ from diffusion import SCHEDULES, UserError
 
 DIFFUSION = {"schedule": Literal[tuple(SCHEDULES)], "predict": Literal["eps", "v", "x0"],
              "variance": Literal["small", "large", "learned"], "T": int, "min_snr": float | None}
-NOT_OPTIONS = ("self", "shape", "num_classes", "text", "learn_sigma")       # build's own business
+NOT_OPTIONS = {"shape", "num_classes", "text", "learn_sigma"}           # `build` itself gives these to a network
 
 
 def checked(paper, presets, preset, options, network, diffusion=DIFFUSION):
-    """The preset's settings with `options` in their place -> a dict. Raises UserError, with the fix, for a preset
-    or an option that does not exist, and for a value that is not of the type.
+    """The settings of a preset, with `options` in place of some of them -> a new dict.
 
-    paper: its name, for the message. network: the class or function whose signature has the types."""
+    paper       its name, for messages
+    presets     {name: {option: value}}
+    network     the class or function whose signature has the types
+    diffusion   {option: type} for what the signature lacks; {} if it lacks nothing
+
+    Raises UserError for a preset or an option that does not exist, and for a value that is not of its type.
+    """
     if preset not in presets:
         raise UserError(f"unknown preset {preset!r}: {paper} has {', '.join(presets)}")
-    hints = typing.get_type_hints(getattr(network, "__init__", network) if inspect.isclass(network) else network,
-                                  include_extras=True)
-    kinds = {k: hints.get(k) for k in inspect.signature(network).parameters if k not in NOT_OPTIONS} | diffusion
-    config = {**presets[preset], **options}
-    for key, value in config.items():
+    own = inspect.signature(network, eval_str=True).parameters.values()
+    kinds = {p.name: p.annotation for p in own if p.kind is not p.VAR_KEYWORD and p.name not in NOT_OPTIONS}
+    kinds |= diffusion
+    settings = {**presets[preset], **options}
+    for key, value in settings.items():
         if key not in kinds:
-            raise UserError(f"unknown option {key!r}: {paper} {preset} has {', '.join(kinds)}")
-        if kinds[key] is not None:
-            check(key, value, kinds[key])
-    return config
+            raise UserError(f"unknown option {key!r}: {paper} has {', '.join(kinds)}")
+        fits, words = rule(kinds[key])
+        if not fits(value):
+            raise UserError(f"unknown {key} {value!r}: choose {words}" if typing.get_origin(kinds[key]) is Literal else
+                            f"{key}={value!r}: must be {words}")
+    return settings
 
 
-def check(key, value, kind, low=None):
-    """Raises UserError if `value` is not of the type `kind`."""
+def rule(kind, low=None):
+    """A type -> a function that tells if a value is of it, and what such a value is, in words."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):                           # kind | None
-        if value is not None:
-            check(key, value, *(k for k in inside if k is not type(None)))
-    elif origin is Annotated:
-        check(key, value, *inside)
-    elif origin is Literal:
-        if value not in inside or type(value) is not type(inside[0]):
-            raise UserError(f"unknown {key} {value!r}: choose {' or '.join(map(str, inside))}")
-    elif kind is int:
+    if kind is int:                                         # True is an int to Python, not to us
         low = 1 if low is None else low
-        if type(value) is not int or value < low:
-            raise UserError(f"{key}={value!r}: must be a whole number, at least {low}")
-    elif kind is float:
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise UserError(f"{key}={value!r}: must be a number, at least 0")
-    elif kind is bool and type(value) is not bool:
-        raise UserError(f"{key}={value!r}: must be True or False")
+        return lambda v: type(v) is int and v >= low, f"a whole number, at least {low}"
+    if kind is float:                                       # nan is not at least anything
+        low = 0 if low is None else low
+        return lambda v: type(v) in (int, float) and low <= v < math.inf, f"a number, at least {low}"
+    if kind is bool:
+        return lambda v: type(v) is bool, "True or False"
+    if kind is type(None):
+        return lambda v: v is None, "None"
+    if origin is Annotated:
+        return rule(*inside)
+    if origin is Literal:                                   # 1 is not True, nor 1.0
+        return lambda v: any(type(v) is type(x) and v == x for x in inside), " or ".join(map(str, inside))
+    if origin in (typing.Union, types.UnionType):
+        tests, words = zip(*map(rule, inside))
+        return lambda v: any(test(v) for test in tests), ", or ".join(words)
+    return lambda v: True, ""

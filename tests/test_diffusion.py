@@ -188,10 +188,13 @@ def test_unknown_settings_are_refused():
 
 # --- sampling ---
 
-def test_ddim_eta_1_is_the_posterior_variance():
+def test_ddim_with_eta_1_adds_the_noise_of_the_posterior():
+    """DDIM Eq. 16 is the square root of DDPM Eq. 7, in respaced schedules too."""
     for d in (LINEAR, LINEAR.respaced("50")):
-        torch.testing.assert_close(d.tables["posterior_std"].square(), d.tables["posterior_var"],
-                                   rtol=1e-9, atol=1e-15)
+        now, prev = d.alpha_bar, d.tables["alpha_bar_prev"]
+        sigma = ((1 - prev) / (1 - now)).sqrt() * (1 - now / prev).sqrt()
+        torch.testing.assert_close(d.tables["posterior_std"], sigma, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(sigma.square(), d.tables["posterior_var"], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("steps, end", [("ddim50", 0.8817020), ("250", 0.8908553),

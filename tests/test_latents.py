@@ -16,11 +16,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from support import datasets
-from support import latents, prepare
-from diffusion import UserError
+from diffusion import UserError, fold
+from support import datasets, latents, prepare
 from support.datasets import Dataset
-from diffusion import fold
 
 SCALE, SHIFT = 0.7, 0.2
 N = 20                                                  # pictures, of 16 x 16; chunks are of 8, batches of 3

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from support import datasets, inputs, prepare, text
 from diffusion import UserError
+from support import checkpoint, inputs, prepare, text
 from support.datasets import hold_out, load
 from support.text import T5Text, text_encoder
 
@@ -272,12 +272,12 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, damage):
         npy.write_bytes(npy.read_bytes()[:-9])
     elif damage == "no npy":
         npy.unlink()
-    else:                                                       # another that makes the same file name
+    else:                                                       # a T5 whose name gives the same file name
         about.write_text(json.dumps({**json.loads(about.read_text()), "encoder": "pretend-t5"}))
     with pytest.raises(UserError) as e:
         load(str(folder), text_encoder="pretend/t5")
     assert f"python -m support.prepare captions {folder} --text-encoder pretend/t5" in str(e.value)
-    load(str(folder))                                           # who does not ask is not bothered
+    load(str(folder))                                           # without a text encoder nothing is checked
     prepare.store_text(folder, "pretend/t5", "cpu")
     batch = load(str(folder), text_encoder="pretend/t5")[range(6)]
     assert torch.equal(batch["text_mask"].sum(1), PretendT5()(batch["caption"])[1].sum(1))
@@ -392,7 +392,6 @@ def test_the_command_from_a_shell(tmp_path):
 
 def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     """From the first step to the last grid; prompts of one's own do need it."""
-    from support import checkpoint
     import sample
     import train
     folder = stored(tmp_path, monkeypatch)
