@@ -445,9 +445,13 @@ def test_a_silent_mirror_is_given_up_after_a_while(tmp_path, monkeypatch):
         waits.append(socket.getdefaulttimeout())
         raise TimeoutError("timed out")
     monkeypatch.setattr(torch.hub, "download_url_to_file", silent)
-    with pytest.raises(UserError, match="cannot download file .one: timed out; two: timed out.: get the file"):
-        datasets.download(["one", "two"], tmp_path / "file", "")
-    assert waits == [30, 30] and socket.getdefaulttimeout() is None
+    socket.setdefaulttimeout(7)
+    try:
+        with pytest.raises(UserError, match="cannot download file .one: timed out; two: timed out.: get the file"):
+            datasets.download(["one", "two"], tmp_path / "file", "")
+        assert waits == [30, 30] and socket.getdefaulttimeout() == 7
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_digits_are_not_taken_for_garments(tmp_path, mirror, monkeypatch):
