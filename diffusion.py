@@ -12,7 +12,7 @@ papers count from 1. x_0 is always the clean image; x_{t-1} is x_0 at t = 0, whe
 | code                  | symbol                    | from                                                           |
 |-----------------------|---------------------------|----------------------------------------------------------------|
 | `alpha_bar`, `beta`   | alpha-bar_t, beta_t       | DDPM, Ho et al. 2020 (2006.11239), Section 2; linear: Section 4 |
-| `q_posterior`         | q(x_{t-1} | x_t, x_0)     | DDPM Eq. 6, 7                                                  |
+| `q_posterior`         | q(x_{t-1} given x_t, x_0) | DDPM Eq. 6, 7                                                  |
 | `cosine_..`, "learned", `respaced` |              | IDDPM, Nichol & Dhariwal 2021 (2102.09672), Eq. 17, 15, Sec. 4 |
 | `ddim_step`           | sigma_t(eta)              | DDIM, Song et al. 2020 (2010.02502), Eq. 12, 16                |
 | "v"                   | sqrt(ab) eps - sqrt(1 - ab) x_0, ab = alpha_bar | Salimans & Ho 2022 (2202.00512), App. D  |

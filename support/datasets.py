@@ -82,8 +82,8 @@ class Dataset:
             batch["y"] = self.labels[indices]                                       # (B,)
         if self.has_captions:
             batch["caption"] = [self.captions[i] for i in indices]
-        if self.texts:          # half precision, to move half the bytes        # (B, L, dim), (B, L)
-            batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)
+        if self.texts:          # in half precision, to move half the bytes; bytes: (B, L, W), (B, L)
+            batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)     # (B, L, dim), (B, L)
         return batch
 
     def prepare(self, x, seeds):

@@ -98,7 +98,8 @@ def images(args):
 
 
 def main(argv=None):
-    p = Parser("Computes once, before training, what is slow and stays the same; or writes data as PNGs.")
+    p = Parser("Computes once, before training, what is slow and stays the same; or writes data as PNGs.",
+               prog="python -m support.prepare")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(command, about):
@@ -112,7 +113,7 @@ def main(argv=None):
                    help="a T5 of Hugging Face, such as google/flan-t5-xl, or its folder")
     e = add(encode, "Stores a VAE's latents of a data set in a folder. If stopped, it goes on where it was.")
     e.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
-    e.add_argument("out", type=Path, help="the folder to make: 16 KiB for a picture of 256 x 256")
+    e.add_argument("out", type=Path, help="the folder to make; it takes 16 KiB for a picture of 256 x 256")
     e.add_argument("--vae", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="an AutoencoderKL of Hugging Face, such as stabilityai/sd-vae-ft-ema, or its folder")
     e.add_argument("--image-size", default="256", help="in pixels, 256 or 192x256 (height x width)")
@@ -121,11 +122,11 @@ def main(argv=None):
     i = add(images, "Writes a data set as PNGs, for example to compare samples with.")
     i.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
     i.add_argument("out", type=Path, help="the folder to make")
-    i.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
+    i.add_argument("--image-size", help="32, or HxW such as 24x40; None: the data's own")
     for command in (c, e):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     for command in (e, i):
-        command.add_argument("--data-dir", help="where files are, or are downloaded to")
+        command.add_argument("--data-dir", help="where files are, or are downloaded to; None: ~/.cache/four-denoisers")
     args = p.parse_args(argv)
     args.command(args)
 
