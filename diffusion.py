@@ -12,7 +12,7 @@ papers count from 1. x_0 is always the clean image; x_{t-1} is x_0 at t = 0, whe
 | code                  | symbol                    | from                                                           |
 |-----------------------|---------------------------|----------------------------------------------------------------|
 | `alpha_bar`, `beta`   | alpha-bar_t, beta_t       | DDPM, Ho et al. 2020 (2006.11239), Section 2; linear: Section 4 |
-| `q_posterior`         | q(x_{t-1} given x_t, x_0) | DDPM Eq. 6, 7                                                  |
+| `q_posterior`         | q(x_{t-1} | x_t, x_0)     | DDPM Eq. 6, 7                                                  |
 | `cosine_..`, "learned", `respaced` |              | IDDPM, Nichol & Dhariwal 2021 (2102.09672), Eq. 17, 15, Sec. 4 |
 | `ddim_step`           | sigma_t(eta)              | DDIM, Song et al. 2020 (2010.02502), Eq. 12, 16                |
 | "v"                   | sqrt(ab) eps - sqrt(1 - ab) x_0, ab = alpha_bar | Salimans & Ho 2022 (2202.00512), App. D  |
@@ -234,8 +234,7 @@ class Diffusion:
                eta=0.0,             # of DDIM: 0 deterministic .. 1 as noisy as DDPM
                cfg_scale=1.0,       # guidance, see `guided`; 1 = off, at half the work
                clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
-               start=None,          # (x (B, C, H, W), t): begin with x at step t, not with noise at T - 1;
-                                    # `steps` are then chosen among the t + 1 steps t .. 0
+               start=None,          # (x (B, C, H, W), t): begin with x at step t, and choose `steps` from t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down to 0
                **cond):             # y=, text=, text_mask=: one row an image
         """Draw len(seeds) images of `shape` = (C, H, W) -> (B, C, H, W). Image i depends on seeds[i] alone."""
@@ -265,8 +264,8 @@ def over(values, x):
 def discretized_log_likelihood(x, mean, log_scale):
     """Log-probability of the 8-bit values x (scaled to [-1, 1]) under a Gaussian, as x. DDPM Eq. 13.
 
-    A bin is 2/255 wide; the first and the last are open. Latents are not 8-bit: there this only trains the variance of
-    the very last step, as in DiT. The normal distribution function is exact here; ADM's code approximates it by a tanh.
+    A bin is 2/255 wide; the first and the last are open. (Latents are not 8-bit: there it only trains the variance of
+    the very last step, as in DiT. ADM's code approximates by a tanh what is exact here.)
     """
     inv = (-log_scale).exp()
     upper = 0.5 * torch.erfc((mean - x - 1 / 255) * inv * 0.5**0.5)
@@ -285,7 +284,7 @@ def spaced_timesteps(T, spec):
     "ddim50"      every (T / 50)-th step from 0, so never T - 1
 
     Raises UserError if that many steps do not fit. ADM's code differs a little: its "ddimN" takes any whole stride that
-    gives N steps, it may round a tie the other way, and its one step alone is the first of a section.
+    gives N steps, it may round a tie the other way, and one step alone is the first of its section.
     """
     spec = str(spec)
     if not re.fullmatch(r"ddim\d+|\d+(, *\d+)*", spec):

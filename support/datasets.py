@@ -57,7 +57,7 @@ class Dataset:
                  worker processes
     labels       N integers; num_classes is 0 without class_names
     captions     N strings, or None
-    texts        None, or a text encoder (text.py) fast enough for workers: batches then hold "text", "text_mask" too
+    texts        None, or a text encoder fast enough for workers: batches then hold "text" and "text_mask", too
     latents      None for pictures; else a dict: data, image_shape (of the pictures), vae (its name), scale, shift.
                  Then images are float16 (N, 2C, h, w): means, then standard deviations, of latents (C, h, w)
     """
@@ -225,18 +225,15 @@ MIRRORS = {
                 "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
     "cifar10": ["https://www.cs.toronto.edu/~kriz/"]}
 SHA256 = {
-    "mnist": {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"},
-    "fashion": {
-        "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"},
-    "cifar10": {
-        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}}
+    "mnist": {"train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+              "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+              "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+              "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"},
+    "fashion": {"train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"},
+    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}}
 AGAIN = "put a good copy in its place, or move it away to have it downloaded"
 
 
@@ -304,7 +301,7 @@ def resized(x, shape, pad, indices):
     if pad and down >= 0 and right >= 0:                    # the background of digits is black
         return np.pad(x[indices], ((0, 0), (0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2)))
     pictures = [Image.fromarray(np.squeeze(x[i].transpose(1, 2, 0))) for i in indices]
-    return np.stack([to_array(resize_and_crop(picture, *shape[1:])) for picture in pictures])
+    return np.stack([to_array(picture, shape[1:]) for picture in pictures])
 
 
 def preload(read, n, shape):
@@ -438,13 +435,10 @@ def read_image(path, mode, size=None):
         raise UserError(f"{path} is no readable image ({e}): replace it or move it away") from None
     if deep:                            # the conversion has clipped it
         raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
-    return to_array(resize_and_crop(image, *size) if size else image)
+    return to_array(image, size)
 
 
-def resize_and_crop(image, H, W):
-    """Scaled so that it just covers H x W; what sticks out is cut off on both sides."""
-    return ImageOps.fit(image, (W, H), Image.Resampling.BICUBIC)
-
-
-def to_array(image):
+def to_array(image, size):
+    """-> uint8 (C, H, W). With size = (H, W) scaled so that it just covers that, and cropped on both sides."""
+    image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC) if size else image
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)                      # (C, H, W)

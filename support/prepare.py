@@ -1,12 +1,8 @@
 """What is slow and stays the same, computed once before training; and the data as pictures, to look at.
 
-    python -m support.prepare captions path/to/pictures --text-encoder google/flan-t5-xl
-    python -m support.prepare encode path/to/pictures path/to/latents --vae stabilityai/sd-vae-ft-ema --hflip
+    python -m support.prepare captions path/to/pictures --text-encoder google/flan-t5-xl    # see text.py
+    python -m support.prepare encode path/to/pictures path/to/latents --vae stabilityai/sd-vae-ft-ema   # latents.py
     python -m support.prepare images mnist path/to/pngs
-
-    captions    what a T5 makes of a folder's captions (text.py); stored in that folder, where training finds it
-    encode      what a VAE makes of pictures (latents.py); for `python train.py --latents path/to/latents`
-    images      a data set as PNGs, for example to compare samples with
 """
 import argparse
 import json
@@ -111,21 +107,20 @@ def main(argv=None):
     c.add_argument("folder", type=Path, help="images with a metadata.csv")
     c.add_argument("--text-encoder", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="a T5 of Hugging Face, such as google/flan-t5-xl, or its folder")
-    e = add(encode, "Stores a VAE's latents of a data set in a folder. If stopped, it goes on where it was.")
-    e.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
-    e.add_argument("out", type=Path, help="the folder to make; it takes 16 KiB for a picture of 256 x 256")
+    e = add(encode, "Stores a VAE's latents of a data set in a folder: 16 KiB for a picture of 256 x 256. If stopped, "
+                    "it goes on where it was.")
     e.add_argument("--vae", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="an AutoencoderKL of Hugging Face, such as stabilityai/sd-vae-ft-ema, or its folder")
     e.add_argument("--image-size", default="256", help="in pixels, 256 or 192x256 (height x width)")
     e.add_argument("--hflip", action="store_true", help="store the mirror images too: twice as many")
     e.add_argument("--batch-size", type=number(int, 1), default=32, help="pictures at a time, on each device")
     i = add(images, "Writes a data set as PNGs, for example to compare samples with.")
-    i.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
-    i.add_argument("out", type=Path, help="the folder to make")
     i.add_argument("--image-size", help="32, or HxW such as 24x40; None: the data's own")
     for command in (c, e):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     for command in (e, i):
+        command.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
+        command.add_argument("out", type=Path, help="the folder to make")
         command.add_argument("--data-dir", help="where files are, or are downloaded to; None: ~/.cache/four-denoisers")
     args = p.parse_args(argv)
     args.command(args)
