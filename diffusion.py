@@ -140,15 +140,17 @@ class Diffusion:
         return self.at("signal", t, x0) * x0 + self.at("noise", t, x0) * noise
 
     def q_posterior(self, x0, x_t, t):
-        """Mean and log-variance of q(x_{t-1} | x_t, x_0). DDPM Eq. 6, 7."""
-        return self.at("mean_x0", t, x0) * x0 + self.at("mean_xt", t, x0) * x_t, self.at("log_small", t, x0)
+        """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0). DDPM Eq. 6, 7."""
+        mean = self.at("mean_x0", t, x0) * x0 + self.at("mean_xt", t, x0) * x_t
+        return mean, self.at("posterior_var", t, x0), self.at("log_small", t, x0)
 
     # --- what the network's output means ---
 
     def target(self, x0, t, noise):
         """What a perfect network would output."""
-        v = self.at("signal", t, x0) * noise - self.at("noise", t, x0) * x0
-        return {"eps": noise, "x0": x0, "v": v}[self.predict]
+        if self.predict != "v":
+            return noise if self.predict == "eps" else x0
+        return self.at("signal", t, x0) * noise - self.at("noise", t, x0) * x0
 
     def split(self, out):
         """The network's output -> prediction (B, C, ..), variance channels (B, C, ..) or None; float32."""
@@ -174,7 +176,7 @@ class Diffusion:
     def p_mean_logvar(self, out, x_t, t, clip=False):
         """Mean and log-variance of p(x_{t-1} | x_t), the learned reverse step."""
         x0, _ = self.predict_x0_eps(out, x_t, t, clip)
-        mean, log_small = self.q_posterior(x0, x_t, t)
+        mean, _, log_small = self.q_posterior(x0, x_t, t)
         if self.variance != "learned":
             return mean, self.at(f"log_{self.variance}", t, x_t)
         fraction = (self.split(out)[1] + 1) / 2
@@ -204,7 +206,7 @@ class Diffusion:
 
     def vb(self, out, x0, x_t, t):
         """L_t of the variational bound in bits per dimension, (B,). DDPM Eq. 5, with t from 1 on: L_{t-1}."""
-        true_mean, true_logvar = self.q_posterior(x0, x_t, t)
+        true_mean, _, true_logvar = self.q_posterior(x0, x_t, t)
         mean, logvar = self.p_mean_logvar(out, x_t, t)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
                     + (true_mean - mean).square() * (-logvar).exp())

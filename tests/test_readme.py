@@ -39,7 +39,7 @@ def commands(page):
 
 def test_the_first_screen():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 350
+    assert len(lines) <= 220
     assert any("<img" in line or line.startswith("![") for line in lines[:5])
     assert {"&& python train.py", "&& python -m pytest"} <= {
         line[line.rindex("&&"):] for line in lines[:22] if "&&" in line}
