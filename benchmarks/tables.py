@@ -1,0 +1,1 @@
+from benchmarks.tables_diffussm import diffussm  # noqa: F401
