@@ -63,7 +63,6 @@ from torch import nn
 
 from diffusion import Diffusion, UserError
 
-
 # --- state space models -------------------------------------------------------------------------
 #
 # An SSM reads a sequence U and writes a sequence Y of the same length. A state h between them remembers what was read:

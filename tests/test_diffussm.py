@@ -1,8 +1,11 @@
-"""diffussm.py: counts, the kernel three ways, directions, frozen kernels, torch.compile, equations."""
+"""diffussm.py: counts, the kernel in three ways, both directions, frozen kernels, torch.compile, the equations."""
 import cmath
 import copy
+import importlib.util
+import math
 import pickle
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from support import checkpoint
 import train
 from diffusion import fold, normal
+from support import cost, longconv
+from support.checkpoint import load_paper
+from support.parallel import recompute
 
-diffussm = checkpoint.load_paper("diffussm")
+diffussm = load_paper("diffussm")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,11 +32,11 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def small(shape=(3, 8, 8), num_classes=5, preset="tiny", **options):
+def small(shape=(3, 8, 8), num_classes=5, preset="tiny", paper=diffussm, **options):
     torch.manual_seed(0)
     options = dict(width=16, depth=2, ratio=2, state=8) | options
-    model, diffusion = diffussm.build(preset, shape, num_classes, **options)
-    with torch.no_grad():           # away from zero, where most gradients vanish
+    model, diffusion = paper.build(preset, shape, num_classes, **options)
+    with torch.no_grad():           # the last layers start at zero, and there most gradients vanish
         model.final.weight.normal_(0, 0.2)
         model.final_adaln[-1].weight.normal_(0, 0.02)
         for block in model.blocks:
@@ -39,21 +44,22 @@ def small(shape=(3, 8, 8), num_classes=5, preset="tiny", **options):
     return model, diffusion
 
 
-def ssm_inputs(H, N, dtype, init="lin", method="zoh", seed=0):
-    """log_dt, Re and Im of A, C as leaves, and (log_Abar, CB) made from them."""
+def ssm_inputs(channels, N, dtype, init="lin", method="zoh", seed=0):
+    """-> a layer; its parameters log_dt, Re and Im of A, and C; and (log_Abar, CB), made from them."""
     torch.manual_seed(seed)
-    layer = diffussm.BidirectionalS4D(H, N, init, method).to(dtype)
+    layer = diffussm.BidirectionalS4D(channels, N, init, method).to(dtype)
     leaves = [layer.log_dt, layer.log_neg_A_real, layer.A_imag, layer.C]
     return layer, leaves, layer.discretized(dtype)
 
 
-def dense(u, K):
-    """The double sums y_l = sum_{i<=l} K_{l-i} u_i, first half, and sum_{i>=l} K_{i-l} u_i."""
-    L, half = u.shape[1], u.shape[2] // 2
+def dense(U, K):
+    """The convolution as double sums: Y_l = sum_{i<=l} K_{l-i} U_i in the first half of the channels, and
+    Y_l = sum_{i>=l} K_{i-l} U_i in the second."""
+    L, half = U.shape[1], U.shape[2] // 2
     lag = torch.arange(L)[:, None] - torch.arange(L)                            # l - i
-    T = torch.where(lag >= 0, K[:, lag.clamp(min=0)], 0.0)                      # (H, l, i)
-    T[half:] = torch.where(lag <= 0, K[half:][:, (-lag).clamp(min=0)], 0.0)
-    return torch.einsum("hli,bih->blh", T, u)
+    matrix = torch.where(lag >= 0, K[:, lag.clamp(min=0)], 0.0)                 # (2D, l, i)
+    matrix[half:] = torch.where(lag <= 0, K[half:][:, (-lag).clamp(min=0)], 0.0)
+    return torch.einsum("hli,bih->blh", matrix, U)
 
 
 # --- sizes ---
@@ -91,22 +97,25 @@ def test_unconditional_has_no_label_table():
     assert count(meta("DiffuSSM-XL", num_classes=0)) == 668_878_864 - 1_153_152
 
 
-def test_multiply_adds_agree_with_pytorchs_counter():
-    """All but the convolutions, which it cannot see, and the kernels, which macs() leaves out."""
-    from torch.utils.flop_counter import FlopCounterMode
-    model, _ = small()
-    model.eval()
-    with torch.no_grad(), model.frozen(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 8, 8), torch.zeros(1).long())
-    convolutions = 2 * diffussm.convolution_macs(32, 64)
-    assert counter.get_total_flops() / 2 == model.macs() - convolutions
+def test_multiply_adds_by_hand():
+    """A matrix at each of J tokens, or once an image where it reads time and class; and the convolutions."""
+    model, diffusion = small()
+    J, L = 32, 64
+    matrices = sum(p.numel() * (1 if any(part in n for part in ("time_embed", "condition", "adaln")) else J)
+                   for n, p in model.named_parameters()
+                   if p.ndim > 1 and ".ssm." not in n and "b_down" not in n and "label" not in n)
+    n = 2 * L
+    convolutions = len(model.blocks) * 32 * (2.5 * n * math.log2(n) + 3 * (L + 1))
+    counted = cost.multiply_adds(model, diffusion, cost.blank_batch(diffusion, model.shape, 1, 5))
+    assert counted == matrices + convolutions
+    assert longconv.operations((3, L, 32), (32, L)) == 3 * convolutions         # two blocks; half are multiply-adds
 
 
 def test_the_table_shows_the_papers_figures(capsys):
-    runpy.run_path(str(ROOT / "diffussm.py"), run_name="__main__")      # its operators beside those imported
+    runpy.run_path(str(ROOT / "diffussm.py"), run_name="__main__")
     printed = capsys.readouterr().out
     for figure in ("668,878,864", "about 673M", "256.2G", "1024.7G", "70.1G", "1121.0G", "280.3", "1066.2",
-                   "= 13 D^2"):
+                   "= 13 D^2", " 260.3G", " 1043.5G", "437.6G", "109.4G", " 4.0G", " 18.6G", " 6.3G", " 26.4G"):
         assert figure in printed
 
 
@@ -115,17 +124,18 @@ def test_the_table_shows_the_papers_figures(capsys):
 @pytest.mark.parametrize("method", ["zoh", "bilinear"])
 @pytest.mark.parametrize("L", [1, 7, 256, 1024])
 def test_three_kernels_agree(L, method):
-    """Vandermonde sum, its factorisation, and the recurrence's answer to an impulse; with gradients."""
-    # bilinear makes fast states decay slowly, so their phase turns further: each form in float32,
-    # the textbook's too, is then 2e-5 away from float64 in its gradients
+    """The sum over powers, the product of two small matrices, and the recurrence's answer to an impulse. Outputs and
+    gradients."""
+    # "bilinear" makes fast states decay slowly, so their phase turns further. In float32 the gradients of all three
+    # forms are then 2e-5 away from float64.
     for dtype, tolerance in ((torch.float32, 1e-5 if method == "zoh" else 4e-5), (torch.float64, 1e-10)):
         impulse = torch.zeros(1, L, 6, dtype=dtype)
         impulse[:, 0, :3] = 1           # the right half is read from the right
         impulse[:, -1, 3:] = 1
 
         def recurrent(log_Abar, CB, L):
-            y = diffussm.ssm_ref(impulse, log_Abar, CB, torch.zeros(6, dtype=dtype))[0].T
-            return torch.cat([y[:3], y[3:].flip(1)])
+            Y = diffussm.ssm_ref(impulse, log_Abar, CB, torch.zeros(6, dtype=dtype))[0].T
+            return torch.cat([Y[:3], Y[3:].flip(1)])
 
         results = []
         for form in (diffussm.kernel_ref, diffussm.kernel, recurrent):
@@ -140,8 +150,8 @@ def test_three_kernels_agree(L, method):
 
 
 @pytest.mark.parametrize("init", ["inv", "legs"])
-def test_factored_kernel_is_as_exact_as_the_textbooks(init):
-    """With fast states, a ragged last row (L = 1023), in float32: both against float64."""
+def test_fast_kernel_is_as_exact_as_the_definition(init):
+    """Both in float32, against float64, with fast states, and a length (1023) that leaves the last row ragged."""
     _, _, discretized = ssm_inputs(6, 64, torch.float32, init)
     exact = diffussm.kernel_ref(*(x.to(torch.complex128) for x in discretized), 1023)
     errors = [(form(*discretized, 1023) - exact).abs().max() / exact.abs().max()
@@ -156,7 +166,7 @@ def test_kernel_gradcheck():
 
 
 def saved_bytes(function):
-    """Of distinct memory that autograd keeps for backward."""
+    """The memory that autograd keeps for backward; tensors that share memory count once."""
     kept = {}
 
     def pack(x):
@@ -169,83 +179,127 @@ def saved_bytes(function):
 
 
 def test_fast_kernel_keeps_little_for_backward():
-    """N = 64, L = 1024; the same holds at any number of channels (benchmarks/s4d.py has 2304)."""
+    """At N = 64, L = 1024. It holds for any number of channels (benchmarks/s4d.py has 2304)."""
     _, _, discretized = ssm_inputs(24, 64, torch.float32)
     discretized = [x.detach().requires_grad_() for x in discretized]
-    textbook, fast = (saved_bytes(lambda: form(*discretized, 1024))
-                      for form in (diffussm.kernel_ref, diffussm.kernel))
-    assert textbook > 24 * 32 * 1024 * 8 and textbook > 7.9 * fast
+    definition, fast = (saved_bytes(lambda: form(*discretized, 1024))
+                        for form in (diffussm.kernel_ref, diffussm.kernel))
+    assert definition > 24 * 32 * 1024 * 8 and definition > 7.9 * fast
 
 
 @pytest.mark.parametrize("L", [1, 2, 7, 63, 256])
-def test_ssm_equals_recurrence_and_double_sum(L):
-    """Outputs and gradients."""
-    layer, leaves, discretized = ssm_inputs(8, 8, torch.float64)
+def test_layer_equals_recurrence_and_double_sum(L):
+    """Outputs and gradients of all inputs and parameters."""
+    layer, leaves, _ = ssm_inputs(8, 8, torch.float64)
     g = torch.Generator().manual_seed(1)
-    u, dy = (torch.randn(3, L, 8, generator=g, dtype=torch.float64) for _ in range(2))
-    u.requires_grad_()
-    inputs = [u, layer.D, *leaves]
+    U, dY = (torch.randn(3, L, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    U.requires_grad_()
     results = []
-    for form in (diffussm.ssm, diffussm.ssm_ref,
-                 lambda u, log_Abar, CB, D: dense(u, diffussm.kernel_ref(log_Abar, CB, L)) + D * u):
-        y = form(u, *layer.discretized(torch.float64), layer.D)
-        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for form in (lambda U, log_Abar, CB, direct: layer(U), diffussm.ssm_ref,
+                 lambda U, log_Abar, CB, direct: dense(U, diffussm.kernel_ref(log_Abar, CB, L)) + direct * U):
+        Y = form(U, *layer.discretized(torch.float64), layer.D)
+        results.append([Y, *torch.autograd.grad(Y, [U, layer.D, *leaves], dY)])
     for got, want, summed in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(got, summed, rtol=1e-9, atol=1e-10)
 
 
 def test_convolution_in_tiles(monkeypatch):
-    u = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
+    U = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
     K = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     results = []
     for most, channels, images in ((2**18, 2, 1), (3 * 3 * 5, 2, 3), (2 * 5, 4, 7), (1, 6, 7)):
-        monkeypatch.setattr(diffussm, "TILE", {"cpu": most})
-        parts = diffussm.tiles(u)
-        assert len(parts) == channels and all(len(rows) == images for *_, rows in parts)
-        y = diffussm.convolve(u, K)
-        results.append([y, *torch.autograd.grad(y.square().sum(), (u, K))])
+        monkeypatch.setattr(longconv, "TILE", {"cpu": most})
+        parts = longconv.tiles(U)
+        assert len(parts) == channels and all(len(batches) == images for *_, batches in parts)
+        Y = longconv.convolve(U, K)
+        results.append([Y, *torch.autograd.grad(Y.square().sum(), (U, K))])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
-    monkeypatch.setattr(diffussm, "TILE", {"cpu": 3 * 3 * 5})
-    assert torch.autograd.gradcheck(diffussm.convolve, (u, K))
-    assert saved_bytes(lambda: diffussm.convolve(u, K)) == 8 * (u.numel() + K.numel())
+    monkeypatch.setattr(longconv, "TILE", {"cpu": 3 * 3 * 5})
+    assert torch.autograd.gradcheck(longconv.convolve, (U, K))
+    assert saved_bytes(lambda: longconv.convolve(U, K)) == 8 * (U.numel() + K.numel())
+
+
+def test_fast_convolution_equals_the_plain_one():
+    """To rounding."""
+    for shape in ((3, 5, 6), (2, 64, 10), (40, 256, 64)):       # the last one takes several tiles
+        U, K = torch.randn(shape, requires_grad=True), torch.randn(shape[2], shape[1], requires_grad=True)
+        dY, results = torch.randn(shape), []
+        for form in (longconv.convolve, diffussm.convolve_ref):
+            Y = form(U, K)
+            results.append([Y, *torch.autograd.grad(Y, (U, K), dY)])
+        for fast, plain in zip(*results):
+            assert (fast - plain).norm() <= 1e-6 * plain.norm()
 
 
 def test_operators_are_what_pytorch_expects():
-    """That their shapes without numbers are right, and that they change none of their inputs."""
-    u, K = torch.randn(3, 5, 6, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    """Their shapes without numbers are right, and they change none of their inputs."""
+    U, K = torch.randn(3, 5, 6, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     tests = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(diffussm.convolve, (u, K), test_utils=tests)
-    torch.library.opcheck(diffussm.convolve_backward, (u.detach(), u.detach(), K.detach()), test_utils=tests)
+    torch.library.opcheck(longconv.convolve, (U, K), test_utils=tests)
+    torch.library.opcheck(longconv.convolve_backward, (U.detach(), U.detach(), K.detach()), test_utils=tests)
+
+
+def test_runs_without_support(monkeypatch):
+    """With diffusion.py alone: the same kernels, outputs, gradients and losses."""
+    with monkeypatch.context() as hidden:
+        for name in ["support", *(name for name in sys.modules if name.startswith("support."))]:
+            hidden.setitem(sys.modules, name, None)
+        spec = importlib.util.spec_from_file_location("diffussm_alone", ROOT / "diffussm.py")
+        alone = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(alone)
+    assert alone.convolve is alone.convolve_ref and diffussm.convolve is longconv.convolve
+    x0, t = normal(fold(0, torch.arange(4)), (3, 8, 8)), torch.arange(4) * 300
+    noise, y = normal(fold(1, torch.arange(4)), (3, 8, 8)), torch.tensor([0, 1, -1, 2])
+    results = []
+    for paper in (diffussm, alone):
+        model, diffusion = small(paper=paper)
+        K = [block.ssm.impulse_response(64) for block in model.blocks]
+        out = model(x0, t, y)
+        gradients = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+        for _ in range(5):
+            loss = diffusion.loss(model, x0, t, noise, y=y)["loss"].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        results.append((K, out, gradients, torch.stack(losses)))
+    (K, out, gradients, losses), (K_alone, out_alone, gradients_alone, losses_alone) = results
+    assert all(map(torch.equal, K, K_alone))
+    for got, want in zip((out_alone, *gradients_alone), (out, *gradients)):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+    torch.testing.assert_close(losses_alone, losses, rtol=1e-5, atol=0)
+    assert losses[4] < losses[0]
 
 
 def test_each_direction_sees_the_current_token_and_its_own_side():
     layer, _, _ = ssm_inputs(8, 8, torch.float32)
-    u = torch.randn(1, 9, 8)
-    changed = u.clone()
+    U = torch.randn(1, 9, 8)
+    changed = U.clone()
     changed[:, 4] += 1
-    moved = ((layer(changed) - layer(u)).abs() > 1e-4)[0]
+    moved = ((layer(changed) - layer(U)).abs() > 1e-4)[0]
     assert moved[:, :4].any(1).tolist() == [False] * 4 + [True] * 5
     assert moved[:, 4:].any(1).tolist() == [True] * 5 + [False] * 4
 
 
 def test_zero_order_hold_is_exact_for_steps_and_bilinear_is_the_trapezoid():
-    """x' = A x + u with u constant over each dt, against many small Euler steps; and against (1 - dt A/2) x_l
-    = (1 + dt A/2) x_{l-1} + dt u_l."""
-    A, dt, us = -0.5 + 3j, 0.3, [1.0, -2.0, 0.5]
+    """"zoh" against many small Euler steps of h' = A h + U, with U constant over each dt; "bilinear" against
+    (1 - dt A/2) h_l = (1 + dt A/2) h_{l-1} + dt U_l."""
+    A, dt, U = -0.5 + 3j, 0.3, [1.0, -2.0, 0.5]
     tensors = torch.tensor([[A]], dtype=torch.complex128), torch.tensor([dt], dtype=torch.float64)
     for method in ("zoh", "bilinear"):
         log_Abar, Bbar = (v.item() for v in diffussm.discretize(*tensors, method))
-        x = expected = 0
-        for u in us:
-            x = cmath.exp(log_Abar) * x + Bbar * u
+        h = expected = 0
+        for U_l in U:
+            h = cmath.exp(log_Abar) * h + Bbar * U_l
             if method == "zoh":
                 for _ in range(100_000):
-                    expected += 3e-6 * (A * expected + u)
+                    expected += 3e-6 * (A * expected + U_l)
             else:
-                expected = ((1 + dt * A / 2) * expected + dt * u) / (1 - dt * A / 2)
-        assert abs(x - expected) < (1e-5 if method == "zoh" else 1e-12)
+                expected = ((1 + dt * A / 2) * expected + dt * U_l) / (1 - dt * A / 2)
+        assert abs(h - expected) < (1e-5 if method == "zoh" else 1e-12)
 
 
 def test_initial_state_matrices():
@@ -253,7 +307,7 @@ def test_initial_state_matrices():
     assert omega[0] == 0 and omega[-1].item() == pytest.approx(97.39, abs=0.01)       # 31 pi
     omega, _ = diffussm.initial_state_matrix("inv", 64)
     assert omega[0].item() == pytest.approx(1283.5, abs=0.1) and omega[-1] > 0
-    # legs: B^T e^(At) B of HiPPO's matrix without its rank-one part, from the eigenvalues alone
+    # legs: B^T e^(At) B, with HiPPO's matrix without its rank-one part, must follow from the eigenvalues
     N, t = 16, 0.1
     n = torch.arange(N, dtype=torch.float64)
     hippo = -((2 * n[:, None] + 1) * (2 * n + 1)).sqrt().tril(-1) - torch.diag(n + 1)
@@ -276,14 +330,13 @@ def test_inits_and_discretizations_are_different_models():
 def test_no_parameter_is_complex_and_bf16_weights_survive():
     layer, _, _ = ssm_inputs(8, 8, torch.float32)
     assert not any(p.is_complex() for p in layer.parameters())
-    u = torch.randn(2, 20, 8)
-    rough = layer.bfloat16()(u.bfloat16())
-    exact = layer.float()(u.bfloat16().float())                 # the weights have been rounded
+    U = torch.randn(2, 20, 8)
+    rough = layer.bfloat16()(U.bfloat16())
+    exact = layer.float()(U.bfloat16().float())                 # the weights stay rounded
     assert rough.dtype == torch.bfloat16 and (rough - exact).norm() < 0.01 * exact.norm()
-    u = u.float()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = layer(u)
-    assert torch.equal(inside, layer(u))                        # autocast does not reach into it
+        inside = layer(U)
+    assert torch.equal(inside, layer(U))                        # autocast does not reach into it
 
 
 # --- frozen kernels ---
@@ -321,7 +374,7 @@ def test_frozen_equals_fresh(dtype, bf16, made):
 
 
 def test_frozen_kernels_end_with_the_context():
-    """However it ends, and not before an outer one ends."""
+    """After an error, too; and an inner context does not end the outer one."""
     model, _ = small()
     model.eval()
     x, t, names = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), list(model.state_dict())
@@ -367,7 +420,7 @@ def test_copies_are_not_frozen(twin_of):
 
 
 def test_sampling_between_training_steps_follows_the_weights():
-    """As in train.py: weights move, the average follows, the average samples; twice."""
+    """As in train.py, twice: the weights move, their average follows, and the average draws samples."""
     model, diffusion = small()
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -387,7 +440,7 @@ def test_sampling_between_training_steps_follows_the_weights():
 # --- torch.compile ---
 
 def test_compiles_in_one_graph_without_a_break():
-    """One for training, one for all steps of all samples."""
+    """One graph for training, and one for all steps of all samples."""
     model, _ = small(depth=1, width=8)
     counter = CompileCounterWithBackend("aot_eager")
     net = torch.compile(model, fullgraph=True, backend=counter)
@@ -410,24 +463,24 @@ def test_compiles_in_one_graph_without_a_break():
 
 @pytest.mark.parametrize("M, J", [(4, 6), (3, 5), (1, 7)])
 def test_block_is_the_papers_equations(M, J):
-    """Token by token, phase by phase, in the paper's letters; L = 24, and 15 and 7, which are odd."""
+    """Token by token and phase by phase, in the paper's letters. L is 24, 15 and 7."""
     D, L = 12, J * M
     model, _ = small(ratio=M, width=D, shape=(1, J, M))
     block = model.blocks[0]
     x, c = torch.randn(2, J, D), torch.randn(2, D)
     sigma = F.gelu
-    shift, scale, gate = block.condition(c)[:, None].chunk(3, -1)
+    shift, scale, alpha = block.condition(c)[:, None].chunk(3, -1)
     I = F.layer_norm(x, (D,), eps=1e-6) * (1 + scale) + shift
     W_up, b_up = block.W_up.weight.view(M, 2 * D, D), block.W_up.bias.view(M, 2 * D)
     U = torch.stack([sigma(sigma(block.W_0(I[:, l // M])) @ W_up[l % M].T + b_up[l % M])
                      for l in range(L)], dim=1)
     Y = diffussm.ssm_ref(U, *block.ssm.discretized(), block.ssm.D)
-    D_m, I_ = 2 * D // M, torch.empty(2, J, 2 * D)
+    D_m, I_prime = 2 * D // M, torch.empty(2, J, 2 * D)
     for l in range(L):
         j, m = l // M, l % M
-        I_[:, j, D_m * m:D_m * (m + 1)] = sigma(Y[:, l] @ block.W_down[m] + block.b_down[m])
-    O = block.W_3(sigma(block.W_2(I_)) * sigma(block.W_1(I)))
-    torch.testing.assert_close(block(x, c), x + gate * O, rtol=1e-4, atol=1e-5)
+        I_prime[:, j, D_m * m:D_m * (m + 1)] = sigma(Y[:, l] @ block.W_down[m] + block.b_down[m])
+    O = block.W_3(sigma(block.W_2(I_prime)) * sigma(block.W_1(I)))
+    torch.testing.assert_close(block(x, c), x + alpha * O, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [
@@ -447,7 +500,7 @@ def test_gradient_reaches_every_parameter(options):
 
 
 def test_pixels_come_back_in_place():
-    """Token l = (row, column), folded M at a time: pixel k of a group is entry k C + channel."""
+    """Tokens are numbered row by row and folded M at a time; the channels of a group's pixel k begin at k x channels."""
     model, _ = small(shape=(2, 4, 6), ratio=4, num_classes=0, width=16)
     with torch.no_grad():
         model.final.weight.zero_()
@@ -507,12 +560,13 @@ def test_stays_close_under_bf16():
         assert (exact - rough).norm() < tolerance * exact.norm()
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_recomputing_gives_the_same_gradients():
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     grads = []
     for on in (False, True):
         model, _ = small()
-        model.grad_checkpointing = on
+        if on:
+            recompute(model)
         model(x, t).square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
@@ -524,7 +578,9 @@ def test_checkpointing_gives_the_same_gradients():
     (dict(patch=3), "try 6x6 or 9x9"), (dict(state=7), "try 8"), (dict(init="hippo"), "lin or inv or legs"),
     (dict(discretization="euler"), "zoh or bilinear"), (dict(colour=3), "unknown option"),
     (dict(ratio=0), "at least 1"), (dict(dt_min=1.0), "try dt_min=0.001"), (dict(schedule="x"), "linear"),
-    (dict(width=2, ratio=1), "try 64"), (dict(preset="huge"), "DiffuSSM-XL, tiny")])
+    (dict(width=2, ratio=1), "try 64"), (dict(preset="huge"), "DiffuSSM-XL, tiny"),
+    (dict(shape=(3, 4, 8, 8)), "pictures, not videos"), (dict(label_std=-1.0), "at least 0"),
+    (dict(width=8.0), "a whole number")])
 def test_wrong_options_are_refused_with_the_fix(call, fix):
     with pytest.raises(ValueError, match=fix):
         small(**call)
