@@ -132,7 +132,7 @@ class Block(nn.Module):
         self.condition = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 3 * D))   # DiT: DiTBlock
         self.W_0 = nn.Linear(D, D)
         self.W_up = nn.Linear(D, M * 2 * D)                                # M matrices D -> 2D in one
-        self.ssm = BidirectionalS4D(2 * D, **s4d)
+        self.ssm = BidirectionalS4D(2 * D, **s4d)                          # `ssm_ref`, as a convolution: below
         self.W_down = nn.Parameter(torch.empty(M, 2 * D, 2 * D // M))      # M matrices 2D -> 2D/M
         self.b_down = nn.Parameter(torch.empty(M, 2 * D // M))
         self.W_1, self.W_2, self.W_3 = nn.Linear(D, D), nn.Linear(2 * D, D), nn.Linear(D, D)
