@@ -1,24 +1,22 @@
 """Checkpoint in, pictures out.
 
-    python sample.py                                        the newest run, a labelled grid
-    python sample.py --class-labels 3 --num-samples 8       eight of class 3
+    python sample.py                                        the newest run: a grid, one class a row
+    python sample.py --class-labels 3 --num-samples 8       eight pictures of class 3
     python sample.py --cfg-scale 3 --steps 250 --sampler ddpm --out big.png
-    python sample.py --gif                                  also a film of the denoising
-    python sample.py --prompt "a big blue star" "a red moon"   of a model that reads text, a row each
-    python sample.py --levels                               every resolution of an mdm, side by side
-    python sample.py --num-fid-samples 50000                PNG folder + .npz for FID tools
+    python sample.py --gif                                  also a film: how the pictures come out of the noise
+    python sample.py --prompt "a big blue star" "a red moon"        a model that reads text: one prompt a row
+    python sample.py --levels                               an mdm: all its resolutions, side by side
+    python sample.py --num-fid-samples 50000                a folder of PNGs and an .npz, for FID tools
     torchrun --standalone --nproc_per_node=8 sample.py --num-fid-samples 50000
-    python sample.py --denoise photo.png --from-step 150    noise a picture, take the noise away again
-    python sample.py --denoise test --num-samples 100 --from-step 50,150,400      test images, scored
+    python sample.py --denoise photo.png --from-step 150    add noise to a picture and take it away again
+    python sample.py --denoise test --num-samples 100 --from-step 50,150,400        the same with test images
 
-Model, preset, image shape and schedule are read from the checkpoint. Image i is a function of
-(seed + i) and its label or prompt alone: up to rounding the same at any batch size and on any number of
-processes.
+The checkpoint tells the model, the preset, the shape of the images and the schedule. Image i depends only on
+seed + i and on its label or prompt: it is the same, up to rounding, at any batch size and on any number of processes.
 
 In a notebook: `from support.checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -26,46 +24,45 @@ from tqdm import tqdm
 
 from diffusion import UserError
 from support import checkpoint, denoise, latents
-from support.checkpoint import load_run, newest_run
 from support.cli import Parser, choose_labels, number, read_prompts, run, told_plainly
 from support.fid import fid_samples
 from support.parallel import pick_device
-from support.pictures import grid_image, save_gif, save_image, side_by_side, to_pil, to_uint8
+from support.pictures import (decoder, grid_image, make_folder, save_each, save_gif, save_image, side_by_side,
+                              to_uint8)
 from support.text import full_name, text_encoder
-
-def decoder(space, vae):
-    """-> a function: latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], by the VAE; without one in false
-    colours. Pictures stay as they are. space: of the training's args; None: of pictures."""
-    if space and vae:
-        parts = 4       # 512 x 512 pixels take a GiB on the way
-        return lambda z: torch.cat([vae.decode(p, space["scale"], space["shift"]) for p in z.split(parts)])
-    return (lambda z: z[:, :3] / 3 if z.shape[1] >= 3 else z[:, :1] / 3) if space else lambda x: x
 
 
 def generate(model, diffusion, shape, seeds, cond, batch_size, device,
              film=None, progress=True, levels=False, decode=lambda x: x, **options):
-    """Seeds (N,), cond {"y": labels (N,)}, {"text": .., "text_mask": ..} or {} -> images (N, C, [T,] H, W)
-    in [-1, 1], on the CPU, `batch_size` at a time. A list given as `film` receives, per step, what the
-    model then believed the N images to be. levels: see `side_by_side`; decode: of latents, `decoder`."""
+    """Draw one image for each seed -> (N, C, [T,] H, W) in [-1, 1], on the CPU.
+
+    shape    (C, [T,] H, W), what the model makes
+    seeds    (N,) long
+    cond     {"y": labels (N,)}, or {"text": .., "text_mask": ..}, or {}
+    film     None, or a list: after each step it gets the N images as the model believed in them at that step
+    levels   draw all resolutions of an mdm, see `side_by_side`
+    decode   turns latents into pictures, see `decoder`
+    options  of `Diffusion.sample`
+    """
     done, beliefs = [], {}
     if film is not None:
         options["on_step"] = lambda i, x, x0: beliefs.setdefault(i, []).append(decode(x0).cpu())
+    draw = diffusion.sample_levels if levels else diffusion.sample
     for i in tqdm(range(0, len(seeds), batch_size), desc="sampling", unit="batch", leave=False,
                   disable=not progress):
         part = slice(i, i + batch_size)
-        draw = diffusion.sample_levels if levels else diffusion.sample
         drawn = draw(model, shape, seeds[part].to(device), **options,
                      **{k: v[part].to(device) for k, v in cond.items()})
         done.append((side_by_side(drawn) if levels else decode(drawn)).cpu())
     if film is not None:
-        film += [torch.cat(beliefs[i]) for i in sorted(beliefs, reverse=True)]
-    return torch.cat(done)                                               # (N, C, [T,] H, W)
+        film += [torch.cat(beliefs[i]) for i in sorted(beliefs, reverse=True)]           # i counts down
+    return torch.cat(done)                                                               # (N, C, [T,] H, W)
 
 
 def preview(model, diffusion, args, encode, vae, device):
-    """A small grid of samples from the same noise every time, for looking on while training -> PIL image."""
+    """What train.py shows on its way: a small grid, drawn from the same noise every time -> PIL image."""
     rows = min(args.num_classes, 10) or len(args.prompts) or 4
-    columns = 4 if len(args.shape) == 3 else 1                      # a video is a row by itself
+    columns = 4 if len(args.shape) == 3 else 1                      # a video fills a row with its frames
     cond = {"y": torch.arange(rows).repeat(columns)} if args.num_classes else {}
     if encode:
         cond = dict(zip(("text", "text_mask"), encode(args.prompts * columns)))
@@ -79,197 +76,183 @@ def preview(model, diffusion, args, encode, vae, device):
 
 def parse(argv):
     p = Parser(__doc__.splitlines()[0])
-    what = p.add_argument_group("what")
-    what.add_argument("--ckpt", default="latest", metavar="PATH",
-                      help="a checkpoint, a run's folder, or latest: the newest results/*/latest.pt")
-    what.add_argument("--results-dir", default="results", help="where latest looks")
-    what.add_argument("--model", metavar="PATH",
-                      help="the .py file, needed for runs of a model of your own: a checkpoint never chooses "
-                           "which code to run")
-    what.add_argument("--weights", choices=["ema", "raw"], default="ema",
-                      help="the moving average of the weights, or the last ones")
-    what.add_argument("--num-samples", type=number(int, 1), metavar="N",
-                      help="how many images (default: 10 a class if 20 or fewer; 8 a prompt, of videos 2, of "
-                           "more than 20 prompts 1; else 16)")
-    what.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
-    what.add_argument("--text-encoder", metavar="NAME",
-                      help="the T5 of the training, if it lies elsewhere now")
-    what.add_argument("--prompt", nargs="+", metavar="TEXT",
-                      help="what to draw, if the model reads text, a row each; @file: one a line (default: "
-                           "some captions of its data)")
-    how = p.add_argument_group("how")
-    how.add_argument("--cfg-scale", type=float,
-                     help="guidance: 1 is off; more is clearer and less varied (default: 2 if the "
-                          "model can, that is, was trained with classes or captions and --cond-dropout)")
-    how.add_argument("--sampler", choices=["ddim", "ddpm"],
-                     help="which update (default: ddim; ddpm with --denoise)")
-    how.add_argument("--steps", help="50: evenly spaced; ddim50; or 10,15,20 (default: 50; every step "
-                                     "with --denoise)")
-    how.add_argument("--eta", type=number(float), default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
-    how.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"],
-                     help="how to keep predicted pixels in range at every step: cut off (the default), or "
-                          "thresholds as in Imagen and DeepFloyd, for strong guidance; none: the default for "
-                          "latents")
-    how.add_argument("--no-clip", dest="clip", action="store_const", const="none", default=argparse.SUPPRESS,
-                     help="as --clip none")
-    how.add_argument("--seed", type=number(int), default=0, help="image i is made from seed + i")
-    how.add_argument("--batch-size", type=number(int, 1), default=100, help="images at a time")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    how.add_argument("--compile", action="store_true",
-                     help="torch.compile the model, into CUDA graphs on a GPU: for many images")
-    clean = p.add_argument_group("denoising instead of drawing")
-    clean.add_argument("--denoise", metavar="PICTURE",
-                       help="noise this picture and take it back, scored after every step; test: the "
-                            "first --num-samples (default: 16) test images of the run's own data; "
-                            "without a class unless --class-labels gives numbers")
-    clean.add_argument("--from-step", metavar="T,..", help="how much noise: the steps to go back from")
-    clean.add_argument("--data-dir", metavar="DIR", help="of --denoise test (default: as in training)")
-    out = p.add_argument_group("output")
-    out.add_argument("--out", help="the grid's file (default: samples.png, or denoise.png; the curves "
-                                   "of --denoise go into a .csv beside it)")
-    out.add_argument("--vae", metavar="NAME",
-                     help="of a model of latents: what decodes them, or its folder (default: what encoded "
-                          "them); none: show them in false colours")
-    out.add_argument("--gif", action="store_true", help="also a film of the denoising, beside --out")
-    out.add_argument("--levels", action="store_true",
-                     help="show every resolution, coarsest first (mdm)")
-    out.add_argument("--save-images", metavar="DIR", help="also every image as DIR/000000.png")
-    out.add_argument("--num-fid-samples", type=number(int), default=0, metavar="N",
-                     help="instead of a grid: N images of random classes, or of --prompt, into --save-images "
-                          "(default: fid-samples) and one .npz, as FID tools read them")
-    return p.parse_args(argv)
-
-
-def main(argv=None, encode=None):
-    """encode: what turns prompts into tensors, if there is one already."""
-    args = parse(argv)
+    g = p.add_argument_group("what")
+    g.add_argument("--ckpt", default="latest", metavar="PATH",
+                   help="a checkpoint, a run's folder, or latest: the newest results/*/latest.pt")
+    g.add_argument("--results-dir", default="results", help="where latest looks")
+    g.add_argument("--model", metavar="PATH",
+                   help="the .py file, if you trained a model of your own: a checkpoint never decides which code runs")
+    g.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged, or those of the last step")
+    g.add_argument("--num-samples", type=number(int, 1), metavar="N",
+                   help="how many (default: 10 for each class of up to 20; 8 for each prompt, of videos 2, of more "
+                        "than 20 prompts 1; otherwise 16)")
+    g.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
+    g.add_argument("--text-encoder", metavar="NAME", help="the T5 that the training used, if it has moved since")
+    g.add_argument("--prompt", nargs="+", metavar="TEXT",
+                   help="what to draw, if the model reads text; @FILE: a prompt a line (default: captions of its data)")
+    g = p.add_argument_group("how")
+    g.add_argument("--cfg-scale", type=float,
+                   help="guidance: 1 is off; more gives clearer and less varied images (default: 2 if the model was "
+                        "trained with classes or captions and --cond-dropout, otherwise 1)")
+    g.add_argument("--sampler", choices=["ddim", "ddpm"],
+                   help="how to step from noise to image (default: ddim; ddpm with --denoise)")
+    g.add_argument("--steps", help="50: evenly spaced; ddim50; or 10,15,20 (default: 50; every step with --denoise)")
+    g.add_argument("--eta", type=number(float), default=0.0, help="the noise of DDIM: 0 is none, 1 as much as DDPM")
+    g.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"],
+                   help="how to keep the predicted pixels in range at every step. hard, the default, cuts them off; "
+                        "imagen and deepfloyd scale them, for strong guidance; none is the default for latents")
+    g.add_argument("--no-clip", dest="clip", action="store_const", const="none", help="the same as --clip none",
+                   default=argparse.SUPPRESS)
+    g.add_argument("--seed", type=number(int), default=0, help="image i is made from seed + i")
+    g.add_argument("--batch-size", type=number(int, 1), default=100, help="images at a time")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model: worth it for many images")
+    g = p.add_argument_group("denoise a picture instead")
+    g.add_argument("--denoise", metavar="PICTURE",
+                   help="add noise to this picture, take it away, and score every step; test: the first --num-samples "
+                        "(default: 16) test images of the run's data; no class unless --class-labels gives numbers")
+    g.add_argument("--from-step", metavar="STEPS", help="how much noise: the steps at which the way back starts")
+    g.add_argument("--data-dir", metavar="DIR", help="where --denoise test finds its data (default: as in training)")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", help="the file of the grid (default: samples.png, or denoise.png; --denoise writes its "
+                                 "scores into a .csv beside it)")
+    g.add_argument("--vae", metavar="NAME",
+                   help="what decodes latents (default: the VAE that encoded them); none: show them in false colours")
+    g.add_argument("--gif", action="store_true", help="also a film of the denoising, beside --out")
+    g.add_argument("--levels", action="store_true", help="show every resolution of an mdm, coarsest first")
+    g.add_argument("--save-images", metavar="DIR", help="also each image by itself, as DIR/000000.png")
+    g.add_argument("--num-fid-samples", type=number(int), default=0, metavar="N",
+                   help="instead of a grid: N images of random classes, or of --prompt, into --save-images (default: "
+                        "fid-samples) and into one .npz, as FID tools read them")
+    args = p.parse_args(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
-    args.out = args.out or ("denoise.png" if args.denoise else "samples.png")
-    if not args.denoise:                # there the default is every step
-        args.steps = args.steps or "50"
-    with told_plainly():
-        if args.eta and args.sampler == "ddpm":
-            raise UserError("--eta is DDIM's: drop it, or pass --sampler ddim")
-        if bool(args.denoise) != bool(args.from_step):
-            raise UserError("--denoise and --from-step go together: --denoise photo.png --from-step 150")
-        if args.data_dir and args.denoise != "test":
-            raise UserError("--data-dir is where --denoise test looks: drop it")
-        if args.denoise and (args.gif or args.save_images or args.num_fid_samples
-                             or args.cfg_scale not in (None, 1) or args.class_labels == "random"):
-            raise UserError("--denoise does without --gif, --save-images, --num-fid-samples, --cfg-scale "
-                             "and --class-labels random: drop them")
-        if args.denoise not in (None, "test") and args.num_samples:
-            raise UserError("--num-samples counts test images: drop it, or pass --denoise test")
-        out, gif = Path(args.out), Path(args.out).with_suffix(".gif")
-        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or out.is_dir():
-            raise UserError(f"--out {args.out} must be a file that ends in .png, .jpg or .webp")
-        if args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"):
-            raise UserError("--num-fid-samples draws random classes into a folder: drop "
-                             "--gif, --num-samples and --class-labels")
-        path = newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
-        device = pick_device(args.device)
-        weights = "model" if args.weights == "raw" else "ema"
-        model, diffusion, trained = load_run(path, weights, device, args.model)
-        if args.compile:                # shapes stay the same and no step looks at numbers: graphs can replay
-            model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
-        space = trained.get("space")                        # of latents, or None
-        clip = args.clip or ("none" if space else "hard")
-        args.clip = {"hard": True, "none": False}.get(clip, clip)
-        if not args.denoise:
-            diffusion.respaced(args.steps)              # refuse a bad --steps before any work
-        shape, K = tuple(trained["shape"]), trained["num_classes"]
-        text, video = trained.get("text"), len(shape) == 4
-        if args.prompt and not text:
-            raise UserError("this model reads no text: drop --prompt, or train with --model mdm --cond text")
-        if text and args.class_labels != "all":
-            raise UserError("this model reads text, not classes: pass --prompt instead of --class-labels")
-        if args.levels and not hasattr(diffusion, "sample_levels"):
-            raise UserError("--levels shows the resolutions of an mdm, and this model has one: drop it")
-        if args.levels and (args.gif or args.num_fid_samples or space):
-            raise UserError("--levels goes without --gif, --num-fid-samples and latents: drop them")
-        if args.vae and not space:
-            raise UserError("this model was trained on pictures, not on latents: drop --vae")
-        if args.denoise and space:
-            raise UserError("this model was trained on latents, and --denoise is of pictures: use another "
-                             "model")
-        if video and (args.gif or args.num_fid_samples):
-            raise UserError("a video's .gif is always written, and there is no FID of videos: drop --gif "
-                             "and --num-fid-samples")
-        if args.num_fid_samples and text and not args.prompt:
-            raise UserError("this model reads text: add --prompt @captions.txt, a caption a line")
-        if args.text_encoder and (not text or text == "bytes"):
-            raise UserError("this model reads no T5: drop --text-encoder")
-        prompts = read_prompts(args.prompt) or trained["prompts"] if text else []
-        can_guide = (K or text) and trained["cond_dropout"] > 0
-        if not can_guide and args.cfg_scale not in (None, 1):
-            raise UserError("this model never saw images without their class or caption, so it cannot be "
-                             "guided: drop --cfg-scale" if K or text else
-                             "guidance needs classes or captions, and this model has none: drop --cfg-scale")
-        if args.cfg_scale is None:
-            args.cfg_scale = 2.0 if can_guide else 1.0
-        for folder in (out.resolve().parent, args.save_images):
-            if folder:
-                os.makedirs(folder, exist_ok=True)
-                if not os.access(folder, os.W_OK):
-                    raise UserError(f"cannot write into {folder}: choose another --out")
-        if text and not encode:         # last: it may take a while
-            encode = text_encoder(args.text_encoder or trained["text_encoder"], device)
-        args.vae = full_name(args.vae) if args.vae else space and space["vae"]
-        vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
-    if args.denoise:
-        return denoise.main(args, model, diffusion, trained, device, out)
-    options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip,
-                   cfg_scale=args.cfg_scale)
-    decode = decoder(space, vae)
+    args.steps = args.steps or (None if args.denoise else "50")
+    args.out = Path(args.out or ("denoise.png" if args.denoise else "samples.png"))
+    return args
 
-    def condition(spec, numbers):
-        """Of the images with these numbers (N,)."""
-        if encode:
+
+def refuse(*cases):
+    """cases: (is it so?, what to do about it). Raises UserError for the first case that is so."""
+    for wrong, sentence in cases:
+        if wrong:
+            raise UserError(sentence)
+
+
+def check_flags(args):
+    """Which flags go together, whatever the model."""
+    refuse(
+        (args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir(),
+         f"--out {args.out} must be a file that ends in .png, .jpg or .webp"),
+        (args.eta and args.sampler == "ddpm", "--eta is DDIM's: drop it, or pass --sampler ddim"),
+        (args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"),
+         "--num-fid-samples draws random classes into a folder: drop --gif, --num-samples and --class-labels"),
+        (bool(args.denoise) != bool(args.from_step),
+         "--denoise and --from-step go together: --denoise photo.png --from-step 150"),
+        (args.denoise and (args.gif or args.save_images or args.num_fid_samples
+                           or args.cfg_scale not in (None, 1) or args.class_labels == "random"),
+         "--denoise goes without --gif, --save-images, --num-fid-samples, --cfg-scale and --class-labels random: "
+         "drop them"),
+        (args.data_dir and args.denoise != "test", "--data-dir is where --denoise test looks: drop it"),
+        (args.num_samples and args.denoise not in (None, "test"),
+         "--num-samples counts test images: drop it, or pass --denoise test"))
+
+
+def check_model(args, diffusion, trained):
+    """What this model can do. trained: the arguments of its training."""
+    text, space, classes = trained.get("text"), trained.get("space"), trained["num_classes"]
+    video, guides = len(trained["shape"]) == 4, (classes or text) and trained["cond_dropout"] > 0
+    refuse(
+        (args.prompt and not text, "this model reads no text: drop --prompt, or train with --model mdm --cond text"),
+        (text and args.class_labels != "all", "this model reads text: pass --prompt instead of --class-labels"),
+        (args.text_encoder and (not text or text == "bytes"), "this model reads no T5: drop --text-encoder"),
+        (args.levels and not hasattr(diffusion, "sample_levels"),
+         "--levels shows the resolutions of an mdm, and this model has one: drop it"),
+        (args.levels and (args.gif or args.num_fid_samples or space),
+         "--levels goes without --gif, --num-fid-samples and latents: drop them"),
+        (args.vae and not space, "this model was trained on pictures, not on latents: drop --vae"),
+        (args.denoise and space, "--denoise takes pictures, this model was trained on latents: use another model"),
+        (video and (args.gif or args.num_fid_samples),
+         "the .gif of a video is always written, and there is no FID of videos: drop --gif and --num-fid-samples"),
+        (args.num_fid_samples and text and not args.prompt,
+         "this model reads text: add --prompt @captions.txt, a caption a line"),
+        (args.cfg_scale not in (None, 1) and not (classes or text),
+         "guidance needs classes or captions, and this model has none: drop --cfg-scale"),
+        (args.cfg_scale not in (None, 1) and not guides,
+         "this model never saw images without their class or caption, so it cannot be guided: drop --cfg-scale"))
+    if not args.denoise:
+        diffusion.respaced(args.steps)                      # refuses a bad --steps before any work
+    if args.cfg_scale is None:
+        args.cfg_scale = 2.0 if guides else 1.0
+
+
+@told_plainly()
+def main(argv=None, encode=None):
+    """encode: what turns prompts into tensors, if the caller has it already."""
+    args = parse(argv)
+    check_flags(args)
+    path = checkpoint.newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
+    device, weights = pick_device(args.device), "model" if args.weights == "raw" else "ema"
+    model, diffusion, trained = checkpoint.load_run(path, weights, device, args.model)
+    check_model(args, diffusion, trained)
+    for folder in filter(None, (args.out.resolve().parent, args.save_images)):
+        make_folder(folder)
+    if args.compile:        # no step changes shapes or looks at numbers, so a GPU can replay CUDA graphs
+        model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
+    shape, K, text, space = tuple(trained["shape"]), trained["num_classes"], trained.get("text"), trained.get("space")
+    video = len(shape) == 4
+    args.clip = {None: not space, "hard": True, "none": False}.get(args.clip, args.clip)
+    if args.denoise:
+        return denoise.main(args, model, diffusion, trained, device, args.out)
+
+    prompts = (read_prompts(args.prompt) or trained["prompts"]) if text else []
+    if text and not encode:                                             # these two may take a while to load
+        encode = text_encoder(args.text_encoder or trained["text_encoder"], device)
+    args.vae = full_name(args.vae) if args.vae else space and space["vae"]
+    vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
+    options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip, cfg_scale=args.cfg_scale)
+
+    def condition(numbers, labels):
+        """numbers of images (N,), labels as in --class-labels -> what `generate` takes as cond."""
+        if text:
             return dict(zip(("text", "text_mask"), encode([prompts[i % len(prompts)] for i in numbers])))
-        labels = choose_labels(spec, K, args.seed + numbers)
-        return {} if labels is None else {"y": labels}
+        y = choose_labels(labels, K, args.seed + numbers)
+        return {} if y is None else {"y": y}
+
+    def draw(numbers, cond, **more):
+        return generate(model, diffusion, shape, args.seed + numbers, cond, args.batch_size, device,
+                        decode=decoder(space, vae), **options, **more)
 
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, **options, **({"prompts": prompts} if text else {}),
                     **({"vae": args.vae} if space else {})}
-        return fid_samples(args, lambda numbers: generate(
-            model, diffusion, shape, args.seed + numbers, condition("random", numbers), len(numbers), device,
-            progress=False, decode=decode, **options), settings, space["data"] if space else trained["data"])
+        return fid_samples(args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
+                           lambda numbers: draw(numbers, condition(numbers, "random"), progress=False),
+                           space["data"] if space else trained["data"])
 
-    kinds = K if args.class_labels == "all" and 0 < K <= 20 else 0
+    kinds = len(prompts) or (K if args.class_labels == "all" and K <= 20 else 0)
     each = 1 if len(prompts) > 20 else 2 if video else 8 if text else 10
-    N = args.num_samples or each * (len(prompts) or kinds) or 16
-    with told_plainly():
-        cond = condition(args.class_labels, torch.arange(N))
-    film = [] if args.gif else None
-    images = to_uint8(generate(model, diffusion, shape, args.seed + torch.arange(N), cond, args.batch_size,
-                               device, film=film, levels=args.levels, decode=decode,
-                               **options))                                         # (N, [T,] H, W, C)
+    N = args.num_samples or each * kinds or 16
+    cond, film = condition(torch.arange(N), args.class_labels), [] if args.gif else None
+    images = to_uint8(draw(torch.arange(N), cond, film=film, levels=args.levels))        # (N, [T,] H, W, C)
     rows, names = min(4, N), None
-    if text:                                                      # a prompt a row
+    if text:                                                            # a prompt a row
         rows, names = min(N, len(prompts)), prompts[:N]
-    elif K and args.class_labels != "random":                     # a class a row, its name beside
+    elif K and args.class_labels != "random":                           # a class a row
         rows = min(N, K if args.class_labels == "all" else args.class_labels.count(",") + 1)
         names = [trained["class_names"][y] for y in cond["y"][:rows].tolist()]
-    save_image(grid_image(images, rows, names), out)
+    save_image(grid_image(images, rows, names), args.out)
     print(f"{N} {'videos' if video else 'images'} from {path} -> {args.out}")
+    gif = args.out.with_suffix(".gif")
     if video:
-        frames = [grid_image(images[:, i], rows, names) for i in range(images.shape[1])]
-        save_gif(frames, gif, 120)
+        save_gif([grid_image(images[:, i], rows, names) for i in range(images.shape[1])], gif, 120)
         print(f"moving -> {gif}")
     if args.gif:
         frames = [grid_image(to_uint8(x0), rows, names) for x0 in film]
-        save_gif(frames + frames[-1:] * 15, gif, 60)
+        save_gif(frames + frames[-1:] * 15, gif, 60)                    # the last one stays for a second
         print(f"film of the {len(film)} steps -> {gif}")
     if args.save_images:
-        for i, image in enumerate(images):
-            name = Path(args.save_images) / f"{i:06d}"
-            if video:
-                save_gif([to_pil(frame) for frame in image], name.with_suffix(".gif"), 120)
-            else:
-                save_image(to_pil(image), name.with_suffix(".png"))
-        print(f"{N} {'GIFs' if video else 'PNGs'} -> {args.save_images}")
+        print(f"{N} {save_each(images, args.save_images)} -> {args.save_images}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tensors to pictures, grids and films, and those to files."""
+"""From tensors to pictures, grids and films, and from those to files."""
 import os
 import textwrap
 from pathlib import Path
@@ -8,12 +8,36 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-# --- drawing ----------------------------------------------------------------------------------
+from diffusion import UserError
+
+# --- tensors to pictures ------------------------------------------------------------------------
+
+def decoder(space, vae):
+    """-> a function from what a model draws to pictures (B, 3 or 1, H, W) in [-1, 1].
+
+    space: the training's args["space"]. None: the model draws pictures, and they stay as they are. Otherwise it
+    draws latents (B, C, h, w). vae: the `latents.VAE` that decodes them; None: show them in false colours.
+    """
+    if space and vae:
+        at_once = 4                             # 512 x 512 pixels need a GiB while they are decoded
+        return lambda z: torch.cat([vae.decode(part, space["scale"], space["shift"]) for part in z.split(at_once)])
+    if space:
+        return lambda z: z[:, :3] / 3 if z.shape[1] >= 3 else z[:, :1] / 3
+    return lambda x: x
+
 
 def to_uint8(x):
     """[-1, 1] (B, C, H, W) -> uint8 numpy (B, H, W, C); videos (B, C, T, H, W) -> (B, T, H, W, C)."""
     x = (x.float().cpu() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return rearrange(x, "b c ... h w -> b ... h w c").numpy()            # (B, [T,] H, W, C)
+    return rearrange(x, "b c ... h w -> b ... h w c").numpy()                            # (B, [T,] H, W, C)
+
+
+def side_by_side(levels):
+    """Every resolution of an mdm, coarsest first -> one picture (N, C, [T,] H, levels * W). The coarse ones are
+    magnified. In a video, a level with a single frame stands still."""
+    size = levels[-1].shape[2:]
+    levels = [x if x.ndim == len(size) + 2 else x[:, :, None] for x in levels]           # (N, C, [T or 1,] h, w)
+    return torch.cat([torch.nn.functional.interpolate(x, size, mode="nearest") for x in levels], dim=-1)
 
 
 def to_pil(image):
@@ -22,22 +46,23 @@ def to_pil(image):
 
 
 def grid_image(images, rows, names=None, zoom=None):
-    """uint8 (B, H, W, C), image i in row i % rows -> PIL image; names are written beside the rows. Of videos
-    (B, T, H, W, C) the frames follow one another in a row."""
+    """uint8 (B, H, W, C) -> a PIL image with picture i in row i % rows.
+
+    names: written beside the rows. zoom: how many times as large each pixel is shown. Videos (B, T, H, W, C)
+    show their frames one after another in the row.
+    """
     if images.ndim == 5:
         images = np.pad(images, ((0, -len(images) % rows), *[(0, 0)] * 4), constant_values=255)
-        images = rearrange(images, "(col row) t h w c -> (col t row) h w c", row=rows)    # (B T, H, W, C)
+        images = rearrange(images, "(col row) t h w c -> (col t row) h w c", row=rows)   # (B T, H, W, C)
     B, H, W, C = images.shape
-    zoom = zoom or max(1, round(56 / min(H, W)))          # a 28 px digit is small on a screen
-    images = np.pad(images, ((0, -B % rows), (0, 0), (0, 0), (0, 0)), constant_values=255)
-    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    zoom = zoom or max(1, round(56 / min(H, W)))          # a digit of 28 pixels is small on a screen
+    images = np.pad(images, ((0, -B % rows), (1, 1), (1, 1), (0, 0)), constant_values=255)
     sheet = rearrange(images, "(col row) h w c -> (row h) (col w) c", row=rows)
-    sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
-    picture = to_pil(sheet if C == 1 else sheet[..., :3])
+    picture = to_pil(sheet.repeat(zoom, 0).repeat(zoom, 1)[..., :3])
     if not names:
         return picture
-    names = [textwrap.shorten(name, 40, placeholder=" ...") for name in names]          # captions can be long
-    margin = 12 + max(int(ImageDraw.Draw(picture).textlength(n)) for n in names)
+    names = [textwrap.shorten(name, 40, placeholder=" ...") for name in names]           # captions can be long
+    margin = 12 + max(int(ImageDraw.Draw(picture).textlength(name)) for name in names)
     labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
     labelled.paste(picture, (margin, 0))
     draw = ImageDraw.Draw(labelled)
@@ -46,16 +71,21 @@ def grid_image(images, rows, names=None, zoom=None):
     return labelled
 
 
-def side_by_side(levels):
-    """Every resolution of an mdm, coarsest first -> one picture (N, C, [T,] H, R W), the coarse ones
-    magnified, a single frame standing still."""
-    size = levels[-1].shape[2:]
-    levels = [x if x.ndim == len(size) + 2 else x[:, :, None] for x in levels]   # (N, C, [T or 1,] H_r, W_r)
-    return torch.cat([torch.nn.functional.interpolate(x, size, mode="nearest") for x in levels], dim=-1)
+# --- pictures to files --------------------------------------------------------------------------
+
+def make_folder(folder):
+    """Make it if it is not there. Raises UserError if we cannot write into it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        pass
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into {folder}: choose another --out or --save-images")
 
 
 def save_image(image, path, **options):
-    """PIL image -> file, written aside and renamed: a killed run leaves no half a picture."""
+    """PIL image -> file. It is written under another name and then renamed: a killed run leaves no half picture.
+    Raises OSError."""
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -66,5 +96,16 @@ def save_image(image, path, **options):
 
 
 def save_gif(frames, path, milliseconds):
-    """PIL images -> file, each shown for so long, over and over."""
+    """PIL images -> a film that repeats. Each frame is shown for `milliseconds`."""
     save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def save_each(images, folder):
+    """uint8 (N, H, W, C) -> folder/000000.png and so on; videos (N, T, H, W, C) -> .gif. -> "PNGs" or "GIFs"."""
+    for i, image in enumerate(images):
+        path = Path(folder) / f"{i:06d}"
+        if images.ndim == 5:
+            save_gif([to_pil(frame) for frame in image], path.with_suffix(".gif"), 120)
+        else:
+            save_image(to_pil(image), path.with_suffix(".png"))
+    return "GIFs" if images.ndim == 5 else "PNGs"
