@@ -1,11 +1,21 @@
-"""What a model costs, counted without a GPU, by tensors that have a shape, a type and no numbers: the multiply-adds
-of a forward pass, and the memory of training.
+"""What a model costs: the multiply-adds of a forward pass, and the memory that training needs on each GPU.
+
+Both are counted without a GPU. The model runs on fake tensors: they have a shape and a type, but no numbers, so even
+the largest preset takes seconds and almost no memory.
+
+    multiply_adds    the work of one forward pass
+    blank_batch      the fake images, labels or captions that all functions here need
+    activations      the memory of one forward and backward pass, besides weights and gradients
+    table, report    everything a GPU must hold, for each way to train, and that as text (train.py --dry-run)
+    without_numbers  turns model and batch into fake ones
+    Tracker          counts the bytes that are alive
+    engines, operators, stand_ins    make a fake pass take the memory of a pass on CUDA
 
     multiply_adds(model, diffusion, blank_batch(diffusion, shape, 1, num_classes=1000))
-    table(model, diffusion, blank_batch(diffusion, shape, 32, num_classes=1000), world=8, bf16=True)
+    print(report(table(model, diffusion, blank_batch(diffusion, shape, 32, num_classes=1000), world=8, bf16=True)))
 
-Counted is what PyTorch's allocator would be asked for. Not seen: what kernels take for themselves (workspaces
-of cuDNN, cuBLAS, cuFFT), the allocator's gaps, NCCL's buffers. benchmarks/memory.py compares with real runs.
+We count what PyTorch's allocator would be asked for. We do not see what kernels take for themselves (workspaces of
+cuDNN, cuBLAS, cuFFT), the allocator's gaps and NCCL's buffers. benchmarks/memory.py compares with real runs.
 """
 import copy
 import sys
@@ -30,11 +40,16 @@ CONTEXT = 1e9               # bytes that CUDA, its kernels and the libraries tak
 aten = torch.ops.aten
 
 
+# --- counting bytes -------------------------------------------------------------------------------
+
 class Tracker(TorchDispatchMode):
-    """Adds up the bytes of storages made while it is active, takes off those that are freed: `now`, `peak`. A
-    view, or what an in-place operation returns, has the storage of another tensor: nothing counts twice.
-    Storages of `known` tensors do not count at all. bodies: {custom operator: its Python function}, which is
-    run, so that what it allocates counts."""
+    """While it is active, it counts the bytes of all storages: `now` those that are alive, `peak` the most ever.
+
+    A view shares the storage of another tensor, and so does the result of an in-place operation: nothing counts
+    twice. known: tensors that do not count. bodies: {custom operator: its Python function}. The function is run in
+    place of the operator, so that what it allocates counts.
+    """
+
     def __init__(self, known=(), cuda=False, bodies={}):
         super().__init__()
         self.now = self.peak = 0
@@ -64,13 +79,13 @@ class Tracker(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
-        if self.cuda and func is aten._fft_c2r.default:     # cuFFT destroys its input, so it gets a copy
+        if self.cuda and func is aten._fft_c2r.default:     # cuFFT destroys its input, so PyTorch gives it a copy
             self.peak = max(self.peak, self.now + args[0].numel() * args[0].itemsize)
         return out
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """CUDA's kernel keeps its input and a number per row; the CPU does it in steps and keeps more."""
+    """CUDA's kernel keeps its input and one number a row. The CPU works in steps and keeps more."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -84,19 +99,20 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def engines(model):
-    """The files whose custom operators and sizes of blocks a model may use: its own and the fast forms'."""
+    """The files whose custom operators and block sizes this model may use: its own, and the fast scan's and
+    convolution's."""
     names = (type(model).__module__, "support.scan", "support.longconv")
     return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def operators(model):
-    """{custom operator of these files: its Python function}."""
+    """{custom operator in these files: its Python function}."""
     return {op._opoverload: op._init_fn for file in engines(model) for op in vars(file).values()
             if isinstance(op, CustomOpDef)}
 
 
 def stand_ins(model, cuda):
-    """A context in which tensors without numbers, "on the CPU", need what real ones need on CUDA."""
+    """A context in which fake tensors "on the CPU" take the memory that real ones take on CUDA (if `cuda`)."""
     stack = ExitStack()
 
     def replace(where, name, value):
@@ -106,18 +122,18 @@ def stand_ins(model, cuda):
         return stack
 
     for file in engines(model):
-        for numbers in vars(file).values():                 # sizes of blocks, by kind of device
+        for numbers in vars(file).values():                 # block sizes: {"cpu": .., "cuda": ..}
             if isinstance(numbers, dict) and "cpu" in numbers:
                 stack.enter_context(mock.patch.dict(numbers))
                 numbers.pop("cpu")
-        if hasattr(file, "fused"):                          # the scan: all of it but the kernels
+        if hasattr(file, "fused"):                          # the scan on a GPU: everything but its kernels runs
             replace(file, "engine", lambda *_, fast=(file.fused, file.fused_backward): fast)
             for kernel in ("_fused", "_fused_backward"):
                 replace(file, kernel, defaultdict(lambda: lambda *args, **options: None))       # [grid](..)
     if hasattr(aten, "_fused_rms_norm"):                    # PyTorch 2.9
         replace(F, "rms_norm",
                 lambda x, shape, weight=None, eps=None: FusedRMSNorm.apply(x.float(), weight))
-    # Autocast takes these to float32 on CUDA, but not on the CPU. (Of the list, what networks use.)
+    # On CUDA autocast computes these in float32, on the CPU it does not. (Those of PyTorch's list that we use.)
     for where, names in ((F, "layer_norm group_norm softmax softplus normalize interpolate"),
                          (torch.Tensor, "softmax")):
         for name in names.split():
@@ -127,9 +143,14 @@ def stand_ins(model, cuda):
     return stack
 
 
+# --- fake models and batches ----------------------------------------------------------------------
+
 def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
-    """The arguments of diffusion.loss for `size` images of `shape`, on the meta device. num_classes and text
-    as for the paper's build; `words` of a caption, for embeddings (text="bytes": 16 words of 12 bytes)."""
+    """The arguments of diffusion.loss for `size` images of `shape`, on the meta device.
+
+    num_classes, text: as for the paper's build. words: how many of a caption, for embeddings; text="bytes" has 16
+    words of 12 bytes.
+    """
     with torch.device("meta"):
         batch = dict(x0=torch.empty(size, *shape), t=torch.empty(size, dtype=torch.long),
                      noise=torch.empty(size, *diffusion.noise_shape(shape)))
@@ -137,38 +158,35 @@ def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
             batch["y"] = torch.empty(size, dtype=torch.long)
         if text:
             batch["text"] = (torch.empty(size, 16, 12, dtype=torch.long) if text == "bytes" else
-                             torch.empty(size, words, text))
-            batch["text_mask"] = torch.empty(batch["text"].shape[:2], dtype=torch.bool)
+                             torch.empty(size, words, text))                                # (B, words, 12 or width)
+            batch["text_mask"] = torch.empty(batch["text"].shape[:2], dtype=torch.bool)     # (B, words)
     return batch
 
 
 def without_numbers(model, diffusion, batch):
-    """Copies of the three whose tensors are "on the CPU" and have no numbers, and what is made from them has none
-    either. The mode is not left on: solvers of ODEs need the numbers of their times."""
+    """-> copies of the three. Their tensors are fake ones "on the CPU", and so is all that is computed from them.
+    The fake mode itself is not left on, because solvers of ODEs need the numbers of their times."""
     twin, diffusion = copy.deepcopy(model), copy.copy(diffusion)
     if hasattr(diffusion, "mixed"):
-        diffusion.mixed = None          # mdm: which rows have which resolutions is random; here all have all
+        diffusion.mixed = None          # mdm: some rows would have fewer resolutions, at random; here all have all
     with FakeTensorMode(allow_non_fake_inputs=True):
-        batch = {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
-        for module in twin.modules():
-            for store in (module._parameters, module._buffers):
-                for name, old in store.items():
-                    if old is not None:
-                        store[name] = torch.empty_like(old, device="cpu")
-                    if isinstance(old, torch.nn.Parameter):
-                        store[name] = torch.nn.Parameter(store[name], old.requires_grad)
-    return twin, diffusion, batch
+        return twin.to_empty(device="cpu"), diffusion, {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
 
+
+# --- what it costs --------------------------------------------------------------------------------
 
 def multiply_adds(model, diffusion, batch):
-    """Of one forward pass: half of what PyTorch's FLOP counter counts. Custom operators tell it their own formulas
-    (`register_flop_formula`). What depends on weights alone and is made once for many images, if the model has
-    `frozen`, is left out. None where the work depends on numbers, as that of adaptive solvers does."""
+    """The multiply-adds of one forward pass: half of what PyTorch's FLOP counter counts.
+
+    A custom operator brings its own formula (`register_flop_formula`). If the model has `frozen`, we leave out what
+    depends on the weights alone, since it is computed once for many images. -> None if the work depends on numbers,
+    as that of an adaptive solver does.
+    """
     twin, diffusion, batch = without_numbers(model, diffusion, batch)
     twin.eval()
     try:
         with (torch.no_grad(), getattr(twin, "frozen", nullcontext)(), FlopCounterMode(display=False) as counter,
-              sdpa_kernel(SDPBackend.MATH)):                # attention as matrix products, which the counter knows
+              sdpa_kernel(SDPBackend.MATH)):                # attention as matrix products: the counter knows those
             diffusion.loss(twin, **batch)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
@@ -176,18 +194,22 @@ def multiply_adds(model, diffusion, batch):
 
 
 def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda"):
-    """The peak, in bytes, of what is alive in one forward and backward pass besides the weights, the batch,
-    and gradients where they are kept (a gradient on its way there counts).
+    """The most bytes that are alive during one forward and backward pass, besides the weights, the batch, and the
+    gradients that stay. (A gradient on its way to where it stays does count.)
 
-    model on the meta device (any other is left alone, too); batch as by `blank_batch`; bf16: under autocast;
-    checkpointing: with `recompute`; device: "cuda", or "cpu" as a CPU would do it. Takes as long
-    for large batches as for small ones. Raises ValueError for solvers that choose their steps by numbers.
+    model          on the meta device, or any other: it is not changed
+    batch          of `blank_batch`; a large one takes no longer than a small one
+    bf16           under bf16 autocast
+    checkpointing  with support.parallel.recompute
+    device         "cuda", or "cpu" for what a CPU would take
+
+    Raises UserError for a solver that chooses its steps by numbers.
     """
     cuda, twin, diffusion, batch = device != "cpu", *without_numbers(model, diffusion, batch)
     twin.train()
     if checkpointing:
         recompute(twin)
-    for p in twin.parameters():         # as in DDP's buckets: there before, and added to
+    for p in twin.parameters():         # as in DDP's buckets: they exist before, and backward adds to them
         p.grad = torch.empty_like(p) if p.requires_grad else None
     weights = [*twin.parameters(), *twin.buffers()]
     known = [*weights, *(p.grad for p in weights if p.grad is not None), *batch.values()]
@@ -197,20 +219,22 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
                 loss = diffusion.loss(twin, **batch)["loss"].mean()
             loss.backward()
     except (DataDependentOutputException, DynamicOutputShapeException):
-        raise UserError("the work of this model depends on its numbers, as that of adaptive solvers does: "
-                         "its memory cannot be told before") from None
+        raise UserError("adaptive solvers choose their work by the numbers they see, so their memory cannot be told "
+                        "beforehand: pass --set solver=rk4") from None
     return tracker.peak
 
 
 def table(model, diffusion, batch, world, bf16, units=None):
-    """-> a dict for each way to train on `world` GPUs, in bytes on one GPU: weights, gradients, optimizer
-    (AdamW), ema, activations, total; and its name. All in float32 but, with bf16, what autocast makes.
+    """What one of `world` GPUs must hold, in bytes -> a dict for each way to train: name, weights, gradients,
+    optimizer (AdamW), ema, activations, total.
 
-    The ways: DDP (with gradient_as_bucket_view, so that gradients exist once); sharded (`fully_shard`), where
-    each GPU keeps 1/world of all that; and both with activation checkpointing, if the model has it. Sharded,
-    the modules in `units` (None: those of type model.unit) are gathered one after the other, the next while
-    one computes and the last is let go, and all other parameters from the forward pass to the end of the
-    backward pass.
+    DDP             every GPU holds everything; with gradient_as_bucket_view, so gradients exist once
+    sharded         (fully_shard) every GPU holds 1/world of all that. The modules in `units` are gathered one after
+                    the other: while one computes, the next one arrives and the last one leaves. All other weights
+                    are whole from the forward pass to the end of the backward pass
+    checkpointing   both again, with recomputation, if the model has a `unit`
+
+    Everything is float32, except what bf16 autocast makes. units: None means the modules of type model.unit.
     """
     def size(parameters):
         return 4 * sum(p.numel() for p in parameters)
@@ -222,7 +246,7 @@ def table(model, diffusion, batch, world, bf16, units=None):
     buffers = sum(b.numel() * b.itemsize for b in model.buffers())
     gathered = sorted((size(u.parameters()) for u in units), reverse=True)
     root = everything - sum(gathered)
-    memo = {"": activations(model, diffusion, batch, bf16)}                 # sharding changes none
+    memo = {"": activations(model, diffusion, batch, bf16)}                 # the same with and without shards
     if hasattr(model, "unit"):
         memo[", checkpointing"] = activations(model, diffusion, batch, bf16, checkpointing=True)
     rows = []
@@ -237,13 +261,13 @@ def table(model, diffusion, batch, world, bf16, units=None):
 
 
 def report(rows, capacity=80e9):
-    """`rows` of `table` as lines of text, in GiB; totals that `capacity` bytes cannot hold are marked."""
+    """`rows` of `table` as text, in GiB. It marks the totals that a GPU of `capacity` bytes cannot hold."""
     columns = [key for key in rows[0] if key != "name"]
     lines = [f"{'GiB on each GPU':22s}" + "".join(f"{c:>12s}" for c in columns)]
     for row in rows:
         lines.append(f"{row['name']:22s}" + "".join(f"{row[c] / 2**30:12.2f}" for c in columns)
                      + "  does not fit" * (row["total"] + CONTEXT > capacity))
-    lines.append(f"A GPU of {capacity / 1e9:g} GB has room for {(capacity - CONTEXT) / 2**30:.1f} GiB: "
-                 f"{CONTEXT / 1e9:g} GB are CUDA's own. Not counted: kernels' workspaces, gaps, NCCL, a T5 "
-                 f"or VAE, and the grids of samples (--sample-every 0).")
+    lines.append(f"A GPU of {capacity / 1e9:g} GB has room for {(capacity - CONTEXT) / 2**30:.1f} GiB, as CUDA itself "
+                 f"takes {CONTEXT / 1e9:g} GB. Not counted: kernels' workspaces, the allocator's gaps, NCCL, a T5 or "
+                 f"VAE, and the grids of samples (--sample-every 0 draws none).")
     return "\n".join(lines)
