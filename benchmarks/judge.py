@@ -1,24 +1,27 @@
-"""How good are the pictures? A small classifier, trained here on real ones, looks at samples.
+"""How good are the pictures? A small classifier, trained on real pictures, looks at samples.
 
-    python benchmarks/judge.py --data mnist                       the judge itself, on cases of known quality
-    python benchmarks/judge.py samples.npz --data mnist           uint8 images (N, H, W, C); arr_1, if it is
-                                                                  there: the classes asked for
+    python benchmarks/judge.py --data mnist                       the judge itself, on cases with known answers
+    python benchmarks/judge.py samples.npz --data mnist           uint8 images (N, H, W, C) in arr_0; if there is an
+                                                                  arr_1, it holds the classes asked for
     python benchmarks/judge.py FOLDER --data mnist --class-labels all
-                                                                  PNGs; the classes as sample.py was told
+                                                                  PNGs; --class-labels as sample.py was told
 
-It reports
-    recognised   the share that the classifier takes for the class asked for
-    distance     the Frechet distance between its features of the samples and of the test set, both taken as
-                 normal distributions; `x real` is how many times that of as many real training images, as
-                 many of each class, which the classifier has not seen. Fewer images of whatever kind are
-                 farther away, so ratios of different numbers of samples cannot be compared
-    precision    the share of samples that lie among real images, recall the share of real images that lie
-                 among samples (Kynkaanniemi et al. 2019: within the radius of some image's 3rd neighbour)
+It prints
+    recognised   the share of samples that the classifier takes for the class asked for
+    distance     the Frechet distance between samples and test set: the classifier's features of each are taken as a
+                 normal distribution, and the two distributions are compared
+    x real       that distance, divided by the distance of as many real images. These are training images that the
+                 classifier has not seen, equally many of each class
+    precision    the share of samples that lie among real images
+    recall       the share of real images that lie among samples. (Kynkaanniemi et al. 2019: "among" means closer to
+                 some image than its 3rd neighbour is)
 
-The features are this classifier's: the distances are comparable with each other, for one data set and number
-of samples, and with nobody's FID. The classifier of MNIST is in assets/, in half precision, since training it
-again gives on another machine, by rounding alone, distances that differ by some 10%. Those of other data sets
-are trained once and kept in --cache; so is MNIST's own with --train.
+Fewer images are farther away, whatever they show. So `distance` and `x real` compare only sets of equally many
+images. They are not FID either: the features are this classifier's, and they are for one data set only.
+
+The classifier of MNIST is in assets/, in half precision. Training it again on another machine changes distances by
+about 10%, by rounding alone. The classifiers of other data sets are trained once and kept in --cache; with --train,
+MNIST's is, too.
 """
 import sys
 from pathlib import Path
@@ -30,12 +33,11 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import checkpoint
-from support import datasets
-from support import cli
+from diffusion import UserError
+from support import checkpoint, cli, datasets
 from support.pictures import to_pil
 
-NEIGHBOUR = 3
+NEIGHBOUR = 3                           # "among these images": within the distance of an image's 3rd neighbour
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -60,7 +62,7 @@ class Classifier(nn.Module):
 
 
 def train(dataset, steps=1400, batch=128, seed=0):
-    """-> Classifier. 1,400 steps are 3.6 passes over 50,000 images, 3 minutes on two cores."""
+    """-> a trained Classifier. 1,400 steps go 3.6 times through 50,000 images: 3 minutes on two cores."""
     torch.manual_seed(seed)
     net = Classifier(dataset.shape, dataset.num_classes)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -76,35 +78,40 @@ def train(dataset, steps=1400, batch=128, seed=0):
 
 
 def frechet(f, g):
-    """|mean f - mean g|^2 + tr(F + G - 2 (F G)^1/2) of features (N, d) and (M, d) with covariances F, G."""
+    """The Frechet distance |mean f - mean g|^2 + tr(F + G - 2 (F G)^1/2) of features f (N, d) and g (M, d); F and G
+    are their covariances."""
     f, g = f.double(), g.double()
     F_, G = torch.cov(f.T), torch.cov(g.T)                                                  # (d, d)
     values, vectors = torch.linalg.eigh(F_)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # F G has the eigenvalues of F^1/2 G F^1/2, which is symmetric
+    # F G and F^1/2 G F^1/2 have the same eigenvalues, and the second is symmetric
     trace = torch.linalg.eigvalsh(root @ G @ root).clamp(min=0).sqrt().sum()
     return ((f.mean(0) - g.mean(0)).square().sum() + F_.trace() + G.trace() - 2 * trace).item()
 
 
 def share_within(points, of):
-    """The share of points (N, d) within the radius of some `of` (M, d): up to its NEIGHBOUR-th neighbour."""
-    radius = torch.cat([torch.cdist(part, of).kthvalue(NEIGHBOUR + 1, dim=1).values     # the 1st is itself
+    """The share of points (N, d) that lie within the radius of some image in `of` (M, d). The radius of an image is
+    the distance to its NEIGHBOUR-th neighbour."""
+    radius = torch.cat([torch.cdist(part, of).kthvalue(NEIGHBOUR + 1, dim=1).values         # + 1: itself is the 1st
                         for part in of.split(1000)])                                        # (M,)
     inside = [(torch.cdist(part, of) <= radius).any(1) for part in points.split(1000)]
     return torch.cat(inside).float().mean().item()
 
 
 def path_of(name, image_size, cache, anew=False):
-    """Where the classifier of a data set is, or is to be kept: the cache's own, else that in assets."""
+    """Where the classifier of a data set is, or will be: in the cache; or in assets, if only that has it."""
     kept = Path(cache) / f"{name}{f'-{image_size}' if image_size else ''}-judge.pt"
     there = ASSETS / kept.name
     return there if there.exists() and not kept.exists() and not anew else kept
 
 
 class Judge:
-    """Of one data set. `judge(images, labels)` -> the figures, a dict. accuracy: of the classifier on the
-    test set; half_distance: between two halves of the test set; fresh: the sixth of the training images that
-    the classifier has not seen."""
+    """The judge of one data set: `judge(images, labels)` -> a dict of the numbers above.
+
+    accuracy       the share of the test set that the classifier recognises
+    half_distance  the distance between two halves of the test set
+    fresh          the sixth of the training images that the classifier has not seen
+    """
 
     def __init__(self, name, data_dir=None, image_size=None, cache="results", say=print, anew=False):
         train_set = datasets.load(name, data_dir, image_size)
@@ -112,11 +119,11 @@ class Judge:
         self.fresh = train_set.subset(order[:len(order) // 6])
         test = datasets.load(name, data_dir, image_size, "test")
         if not test.num_classes or len(test.shape) != 3:
-            raise ValueError(f"the judge needs pictures with classes, and {name} has none: use shapes, "
-                             f"mnist, fashion or cifar10")
+            raise UserError(f"the judge needs pictures with classes, and {name} has none: use shapes, mnist, fashion "
+                            f"or cifar10")
         self.path = path = path_of(name, image_size, cache, anew)
         if anew or not path.exists():
-            say(f"training a classifier of {name}, once, minutes ...")
+            say(f"training a classifier of {name}: this happens once and takes minutes ...")
             net = train(train_set.subset(order[len(order) // 6:]))
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.replace(path, lambda f: torch.save(net.half().state_dict(), f))
@@ -130,7 +137,7 @@ class Judge:
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.real)))
         half = len(order) // 2
         self.half_distance = frechet(self.real[order[:half]], self.real[order[half:]])
-        self.real = self.real[order]            # so that the first n are a fair choice
+        self.real = self.real[order]            # shuffled: the first n are a fair choice
         self.floors = {}
 
     @torch.no_grad()
@@ -140,28 +147,28 @@ class Judge:
         return torch.cat(features), torch.cat(logits).argmax(1)
 
     def some_fresh(self, n, seed):
-        """The numbers of n fresh images, as many of each class."""
+        """The numbers of n fresh images, equally many of each class."""
         order = np.random.default_rng(seed).permutation(len(self.fresh))
         labels = self.fresh.labels.numpy()[order]
-        rank = np.empty(len(order), int)                        # which of its class an image is
+        rank = np.empty(len(order), int)                        # an image is its class's first, second, ..
         for y in range(self.num_classes):
             rank[labels == y] = np.arange((labels == y).sum())
         return order[np.argsort(rank, kind="stable")[:n]]
 
     def floor(self, n, draws=5):
-        """The distance of n fresh images from the test set, the mean of some draws."""
+        """How far n fresh images are from the test set: the mean of some draws."""
         if n not in self.floors:
             self.floors[n] = float(np.mean([frechet(self.look(self.fresh[self.some_fresh(n, d)]["x"])[0],
                                                     self.real) for d in range(draws)]))
         return self.floors[n]
 
     def __call__(self, images, labels=None):
-        """uint8 (N, C, H, W), the classes asked for (N,) -> {"n", "recognised", "distance", "x_real",
-        "precision", "recall"}."""
+        """uint8 (N, C, H, W) and the classes asked for (N,) -> {"n", "recognised", "distance", "x_real", "precision",
+        "recall"}."""
         n = len(images)
         features, guesses = self.look(images)
         distance = frechet(features, self.real)
-        real = self.real[:n]                    # as many, so that both have neighbours as near
+        real = self.real[:n]                    # equally many: then neighbours are equally near in both
         return {"n": n,
                 "recognised": None if labels is None else (guesses == labels).float().mean().item(),
                 "distance": distance, "x_real": distance / self.floor(n),
@@ -169,7 +176,7 @@ class Judge:
 
 
 def report(rows):
-    """rows: (name, figures) -> text."""
+    """rows: (name, what the judge said) -> text."""
     lines = [f"{'':28s} {'n':>6s} {'recognised':>11s} {'distance':>9s} {'x real':>7s} {'precision':>10s} "
              f"{'recall':>7s}"]
     for name, r in rows:
@@ -180,7 +187,7 @@ def report(rows):
 
 
 def known_cases(judge, n):
-    """Real images, and what can be wrong with pictures -> (name, images, labels)."""
+    """Real images, and pictures with each fault that we can think of -> (name, images, labels), one after another."""
     rng, n = np.random.default_rng(9), min(n, len(judge.fresh) // 2)
     every = judge.some_fresh(len(judge.fresh), seed=9)
     batch = judge.fresh[every[:n]]
@@ -199,24 +206,25 @@ def known_cases(judge, n):
 
 
 def blurred(x, sigma):
+    """uint8 (N, C, H, W) -> the same, blurred by a Gaussian of sigma pixels."""
     images = [to_pil(image) for image in x.permute(0, 2, 3, 1).numpy()]                # (H, W, C)
     soft = [np.atleast_3d(np.asarray(i.filter(ImageFilter.GaussianBlur(sigma)))) for i in images]
     return torch.from_numpy(np.stack(soft)).permute(0, 3, 1, 2)                               # (N, C, H, W)
 
 
 def read_samples(path, class_labels, num_classes, seed):
-    """.npz or a folder of PNGs -> uint8 (N, C, H, W), labels (N,) or None."""
+    """An .npz or a folder of PNGs -> uint8 (N, C, H, W), and labels (N,) or None. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         files = sorted(path.glob("*.png"))
         if not files:
-            raise ValueError(f"no .png in {path}: pass what `sample.py --save-images` wrote")
+            raise UserError(f"no .png in {path}: pass what `sample.py --save-images` wrote")
         images, labels = np.stack([np.atleast_3d(np.asarray(Image.open(f))) for f in files]), None
     elif path.suffix == ".npz" and path.exists():
         with np.load(path) as file:
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
     else:
-        raise ValueError(f"{path} is neither a folder nor an .npz: pass samples, or nothing")
+        raise UserError(f"{path} is neither a folder nor an .npz: pass samples, or nothing")
     if labels is not None:
         labels = torch.from_numpy(labels).long()
     elif class_labels:
@@ -224,29 +232,29 @@ def read_samples(path, class_labels, num_classes, seed):
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels                               # (N, C, H, W)
 
 
+@cli.told_plainly()
 def main(argv=None):
     p = cli.Parser(__doc__.splitlines()[0])
-    p.add_argument("samples", nargs="*", help="folders of PNGs or .npz files; none: known cases")
-    p.add_argument("--data", default="mnist", help="what they should look like")
+    p.add_argument("samples", nargs="*", help="folders of PNGs, or .npz files (none: cases with known answers)")
+    p.add_argument("--data", default="mnist", help="what the samples should look like")
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--image-size", help="as in train.py")
     p.add_argument("--class-labels", help="as sample.py was told: all, random, or 0,1,2")
     p.add_argument("--seed", type=cli.number(int), default=0, help="as sample.py was told")
-    p.add_argument("--num-samples", type=cli.number(int, 50), default=1000, help="of the known cases")
-    p.add_argument("--cache", default="results", help="where the classifier is kept")
-    p.add_argument("--train", action="store_true", help="a classifier anew, into --cache")
+    p.add_argument("--num-samples", type=cli.number(int, 50), default=1000, help="images in each known case")
+    p.add_argument("--cache", default="results", help="where classifiers are kept")
+    p.add_argument("--train", action="store_true", help="train a new classifier, into --cache")
     args = p.parse_args(argv)
-    with cli.told_plainly():
-        judge = Judge(args.data, args.data_dir, args.image_size, args.cache, anew=args.train)
-        cases = []
-        for path in args.samples:
-            images, labels = read_samples(path, args.class_labels, judge.num_classes, args.seed)
-            if tuple(images.shape[1:]) != judge.shape or len(images) <= NEIGHBOUR:
-                raise ValueError(f"{path} has {len(images)} images of {tuple(images.shape[1:])}, and "
-                                 f"{args.data} is {judge.shape}: pass --data and --image-size as in training")
-            cases.append((str(path), images, labels))
-    print(f"the classifier recognises {judge.accuracy:.2%} of {len(judge.real):,} test images; distance of "
-          f"half of them from the other half: {judge.half_distance:.3g}")
+    judge = Judge(args.data, args.data_dir, args.image_size, args.cache, anew=args.train)
+    cases = []
+    for path in args.samples:
+        images, labels = read_samples(path, args.class_labels, judge.num_classes, args.seed)
+        if tuple(images.shape[1:]) != judge.shape or len(images) <= NEIGHBOUR:
+            raise UserError(f"{path} has {len(images)} images of {tuple(images.shape[1:])}, and {args.data} is "
+                            f"{judge.shape}: pass --data and --image-size as in training")
+        cases.append((str(path), images, labels))
+    print(f"the classifier recognises {judge.accuracy:.2%} of {len(judge.real):,} test images; the distance between "
+          f"two halves of them is {judge.half_distance:.3g}")
     print(report((name, judge(images, labels))
                  for name, images, labels in cases or known_cases(judge, args.num_samples)))
 

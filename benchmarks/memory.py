@@ -1,9 +1,9 @@
-"""Does memory.py tell the truth? Its estimate beside the peak of a real forward and backward pass.
+"""Does support/cost.py tell the truth? Its estimate of memory, beside the peak of a real forward and backward pass.
 
-    python benchmarks/memory.py             some minutes; with a GPU that one, float32 and bf16
+    python benchmarks/memory.py             takes minutes; on a GPU if there is one, in float32 and bf16
 
-On a CPU (Linux, float32) the peak is that of the process's resident memory; on a GPU that of PyTorch's
-allocator. Each line is a process of its own. A first pass, not measured, makes the gradients and warms up.
+On a CPU (Linux, float32) the peak is that of the memory of the process, on a GPU that of PyTorch's allocator. Each
+line is a process of its own. A first pass, which is not measured, makes the gradients and warms up.
 """
 import argparse
 import os
@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))               # before this folder: the module is called memory, too
+sys.path.insert(0, str(ROOT))
 from support import cost  # noqa: E402
-from timing import peak_megabytes  # noqa: E402
 from support.checkpoint import load_paper  # noqa: E402
+from support.parallel import recompute  # noqa: E402
+from timing import peak_megabytes  # noqa: E402
 
-# paper, preset, shape, images, what else build takes
+# paper, preset, shape, number of images, what else build takes
 CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
          ("diffussm", "DiffuSSM-S", (4, 32, 32), 4, {"num_classes": 10}),
          ("mdm", "tiny", (3, 32, 32), 32, {"text": "bytes"}),
@@ -28,7 +29,7 @@ CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
 
 
 def measured(model, diffusion, batch, bf16, device):
-    """The peak of the second forward and backward pass above what was there before, in bytes."""
+    """How many bytes the second forward and backward pass needs at most, on top of what is in use before."""
     batch = {k: torch.ones(v.shape, dtype=v.dtype, device=device) for k, v in batch.items()}
     model.to(device).train()
 
@@ -42,17 +43,16 @@ def measured(model, diffusion, batch, bf16, device):
 
 
 def line(case, bf16, checkpointing, device):
+    """Measure one case and print its line of the table."""
     paper, preset, shape, size, options = CASES[case]
     build = load_paper(paper).build
     with torch.device("meta"):
         model, diffusion = build(preset, shape, **options)
-    if checkpointing and not hasattr(model, "grad_checkpointing"):
-        return
     batch = cost.blank_batch(diffusion, shape, size, **options)
     guess = cost.activations(model, diffusion, batch, bf16, checkpointing, device)
     model, diffusion = build(preset, shape, **options)
     if checkpointing:
-        model.grad_checkpointing = True
+        recompute(model)
     peak = measured(model, diffusion, batch, bf16, device)
     print(f"{preset:12s} {'x'.join(map(str, shape)):10s} {size:6d} {'bf16' if bf16 else 'fp32':>9s} "
           f"{'yes' if checkpointing else 'no':>11s} {guess / 2**20:9.1f} {peak / 2**20:9.1f} "
@@ -67,7 +67,7 @@ def main():
     if args.line:
         return line(args.line[0], *map(bool, args.line[1:]), device)
     print("preset       shape      images precision checkpoints  estimate  measured  ratio (MiB)", flush=True)
-    # so that what is freed is given back at once, and resident memory is what is alive
+    # glibc gives back at once what is freed: then the memory of the process is what is alive
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for case in range(len(CASES)):
         for bf16 in "01" if device == "cuda" else "0":

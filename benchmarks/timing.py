@@ -1,4 +1,4 @@
-"""What the benchmarks share: times of things that take turns, peaks of memory in fresh processes, tables."""
+"""What the benchmarks share: times of functions that take turns, peaks of memory in new processes, tables."""
 import re
 import statistics
 import subprocess
@@ -12,7 +12,7 @@ median = statistics.median
 
 
 def milliseconds(function, device, times=1):
-    """Of one call, the average of so many."""
+    """How long one call takes: the average of `times` calls."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -23,8 +23,8 @@ def milliseconds(function, device, times=1):
 
 
 def turns(functions, device, rounds, times=1):
-    """-> for each the milliseconds of each round, after one to warm up. They take turns, since on a noisy
-    machine only what is measured side by side can be compared: see `ratio`."""
+    """-> for each function a list: its milliseconds in each round. One more round comes first, to warm up. The
+    functions take turns: on a busy machine only times measured side by side can be compared, see `ratio`."""
     records = [[] for _ in functions]
     for i in range(rounds + 1):
         for function, record in zip(functions, records):
@@ -35,37 +35,37 @@ def turns(functions, device, rounds, times=1):
 
 
 def ratio(records, others):
-    """How many times as long the first took: median of the ratios of the rounds."""
+    """How many times as long the first function took as the second: the median over the rounds."""
     return median(a / b for a, b in zip(records, others))
 
 
 def kilobytes(key):
-    """VmRSS or VmHWM, resident memory and its peak (Linux)."""
+    """key: "VmRSS", the memory of this process, or "VmHWM", its peak (Linux)."""
     return int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def peak_megabytes(function, device):
-    """The most memory that a call needs beside what is there before. On a CPU (Linux) the process must be
-    fresh: memory that an earlier call gave back would not be counted."""
+    """How much memory a call needs at most, on top of what is in use before. On a CPU (Linux) the process must be
+    new: memory that an earlier call used and gave back would not count again."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")           # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")           # forgets the peak so far
     before = kilobytes("VmRSS")
     function()
     return (kilobytes("VmHWM") - before) * 1.024e-3
 
 
 def in_fresh_process(*arguments):
-    """What this script prints when called again with the arguments: a number; None if it failed."""
+    """Start this script again with these arguments -> the number that it prints, or None if it fails."""
     done = subprocess.run([sys.executable, sys.argv[0], *map(str, arguments)], capture_output=True, text=True)
     return float(done.stdout) if done.returncode == 0 else None
 
 
 def table(head, rows):
-    """Prints the rows, numbers to three digits, None as a dash."""
+    """Print the rows. Numbers get three digits, None becomes a dash."""
     def text(x):
         return "-" if x is None else x if isinstance(x, str) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
     rows = [list(map(text, row)) for row in [head, *rows]]
