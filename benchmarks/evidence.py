@@ -1,15 +1,15 @@
-"""The evidence of the README: studies made of runs of train.py, judged by judge.py.
+"""The evidence behind docs/results.md: studies, made of runs of train.py that judge.py looks at.
 
     python benchmarks/evidence.py                        all studies on MNIST
     python benchmarks/evidence.py minutes ode            some of them, by name
     python benchmarks/evidence.py colour --data shapes
-    python benchmarks/evidence.py --missing              whatever assets/evidence does not tell yet
-    python benchmarks/evidence.py --speed                how fast they train, while nothing else runs
+    python benchmarks/evidence.py --missing              only what assets/evidence does not have yet
+    python benchmarks/evidence.py --speed                how fast the four models train, while nothing else runs
 
-A study has arms, ways of training that differ in one thing; each is trained with every seed, on one core, as
-many at a time as --jobs says. What is done is not done again, and what was interrupted goes on. Runs lie in
---results-dir, each with its scores in a .csv beside it: delete both to do it again. The scores are gathered
-in assets/evidence/<data>-<study>.csv, of which figures.py makes the README's tables and figures.
+A study has arms: ways of training that differ in one thing. Each arm is trained with every seed, on one core; --jobs
+says how many runs go on at a time. What is done is not done again, and what was interrupted goes on. A run lies in
+--results-dir with its scores in a .csv beside it; delete both to do it again. The scores of a study are gathered in
+assets/evidence/<data>-<study>.csv. benchmarks/figures.py makes tables and figures of them.
 """
 import csv
 import io
@@ -30,35 +30,33 @@ from torch.nn import functional
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from support import checkpoint
-from support import datasets
-from support import denoise
 import judge as judges
-from support import cli, cost
-from support.pictures import to_uint8
 import sample
 import train
-from diffusion import fold, normal
+from diffusion import UserError, fold, normal
+from support import checkpoint, cli, cost, datasets, denoise
+from support.pictures import to_uint8
 
 # --- what is studied ----------------------------------------------------------------------------
 
 DIS, DIFFUSSM, MDM, CUNET = (["--model", m] for m in ("dis", "diffussm", "mdm", "cunet"))
 MINI = ["--preset", "mini"]                             # about a million parameters
 UNET = [*CUNET, "--preset", "unet-mini"]                # what cU-Net is compared with
-STEADY = ["--lr-schedule", "constant"]                  # for runs that go on after they were judged
+STEADY = ["--lr-schedule", "constant"]                  # for runs that go on after they are judged
 HALF = ["--image-size", "half"]
 
-DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=1000)              # how samples to be judged are drawn
+# How samples are drawn for the judge. Never compare distances of 1,000 samples with distances of 500.
+DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=1000)
 QUICK = DRAW | dict(steps=25, n=500)
 
 
 class Study:
-    """arms     {name: [(flags of train.py, steps), ..]}: stages, each begun inside the network of the one
-             before; the last is judged, after each of its steps. Or {name: weights}, a file in assets
-             that is judged as it is; then the seeds are of the samples alone
-    draws    how samples are drawn for that
-    noise    also the error at each of these noise-to-signal ratios
-    denoise  also test images denoised, from each of these steps"""
+    """arms     {name: [(flags of train.py, steps), ..]}: one stage after another, each begun inside the network of
+             the stage before. `steps` is a list: the last stage is judged after each of them.
+             Or {name: a file of weights in assets}, which is judged as it is; its seeds are of the samples only
+    draws    the ways to draw samples for the judge
+    noise    also the error of x_0 at each of these ratios of noise to signal
+    denoise  also test images denoised from each of these steps"""
 
     def __init__(self, what, arms, seeds=(0, 1, 2), draws=[QUICK], noise=(), denoise=()):
         self.what, self.arms, self.seeds = what, arms, seeds
@@ -68,7 +66,7 @@ class Study:
 LEVELS = 0.1, 0.3, 1, 3, 10
 FOUR = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-Net": CUNET + MINI}
 HOUR = {"DiS": 19000, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500}              # steps on MNIST
-TEN = {"DiS": 1600, "DiffuSSM": 320, "MDM": 800, "cU-Net": 800}          # ten minutes, at 32 x 32
+TEN = {"DiS": 1600, "DiffuSSM": 320, "MDM": 800, "cU-Net": 800}                     # ten minutes, 32 x 32
 STUDIES = {
     "minutes": Study("Equal time, about an hour of one core", {
         name: [(FOUR[name], [HOUR[name]])] for name in FOUR},
@@ -114,7 +112,7 @@ FIELDS = ["arm", "seed", "step", "images", "minutes", "images_per_s", "parameter
 
 
 def read_rows(path):
-    """Lines of a .csv, numbers as numbers; none if there is no file."""
+    """The lines of a .csv as dicts, with numbers as numbers. No file: no lines."""
     def value(text):
         try:
             return float(text)
@@ -136,8 +134,8 @@ def write_rows(path, rows):
 
 
 def done_in(log):
-    """-> minutes of training at its usual rate, the median of the log's, since now and then a machine has
-    other work; images."""
+    """A run's log.csv -> minutes of training, images seen. The minutes are at the median speed of the log, since now
+    and then a machine has other work."""
     rows = read_rows(log)
     images = rows[-1]["images"]
     return images / statistics.median(row["images_per_s"] for row in rows) / 60, images
@@ -145,9 +143,12 @@ def done_in(log):
 
 @torch.no_grad()
 def errors_by_noise(model, diffusion, test, ratios, n=1000):
-    """{"error_<ratio>": mean squared error of what the network believes x_0 to be}, of n test images noised
-    until sigma / alpha is the ratio: one scale, whatever a network predicts and by whatever schedule. Of mdm
-    it is the finest resolution's; the coarse ones, with noise of their own, tell it a little more."""
+    """-> {"error_<ratio>": mean squared error of the x_0 that the network believes in}.
+
+    n test images get noise until sigma / alpha is the ratio. So all networks are on one scale, whatever they predict
+    and whatever their schedule is. Of mdm it is the error of the finest resolution. The coarse ones, which have noise
+    of their own, tell it a little more.
+    """
     n = min(n, len(test))
     batch, found = test[range(n)], {}
     levels = getattr(diffusion, "levels", [diffusion])
@@ -160,7 +161,7 @@ def errors_by_noise(model, diffusion, test, ratios, n=1000):
             if hasattr(diffusion, "levels"):
                 x = [functional.adaptive_avg_pool2d(x0, s[1:]) for s in diffusion.shapes]      # [(B, *shape)]
                 e = diffusion.unpack(noise[:, :-1])
-                z = diffusion.shown([d.q_sample(*of) for d, *of in zip(levels, x, [at] * len(x), e)])
+                z = diffusion.visible([d.q_sample(*of) for d, *of in zip(levels, x, [at] * len(x), e)])
                 x_t, out = z[-1], model(z, diffusion.model_t(at), y=y)[-1]
             else:
                 x_t = diffusion.q_sample(x0, at, noise)
@@ -172,7 +173,7 @@ def errors_by_noise(model, diffusion, test, ratios, n=1000):
 
 
 def judged(judge, model, diffusion, trained, seed, how):
-    """Draw samples, as many of each class -> their figures, and the seconds they took."""
+    """Draw samples, equally many of each class -> what the judge says, and the seconds they took."""
     numbers, began = torch.arange(how["n"]), time.perf_counter()
     y = numbers % trained["num_classes"]
     images = sample.generate(model, diffusion, tuple(trained["shape"]), 10**6 * (seed + 1) + numbers,
@@ -184,7 +185,7 @@ def judged(judge, model, diffusion, trained, seed, how):
 
 
 def denoised(model, diffusion, test, T, n=100):
-    """n test images, noised to step T and taken back by DDPM -> a row for PSNR and one for SSIM."""
+    """n test images, with noise up to step T and taken back by DDPM -> a row for PSNR and one for SSIM."""
     metrics = {"psnr": denoise.psnr, "ssim": denoise.ssim}
     scores, seconds, _ = denoise.denoise(
         model, diffusion, test[range(n)]["x"] / 127.5 - 1, torch.arange(n), None, T, str(T + 1), metrics, 100,
@@ -197,7 +198,7 @@ def denoised(model, diffusion, test, T, n=100):
 
 
 def made_of(args, name, arm, judge_path):
-    """A number that changes with what decides an arm's scores: flags, presets, weights, the classifier."""
+    """A number that changes with all that decides an arm's scores: flags, presets, weights, the classifier."""
     stages = STUDIES[name].arms[arm]
     if isinstance(stages, str):
         parts = [checkpoint.sums(ASSETS / stages)]
@@ -210,7 +211,7 @@ def made_of(args, name, arm, judge_path):
 
 
 def missing(study, arm, rows):
-    """What no row tells yet: {step: [how to draw, or what to denoise]}; step None: the only weights."""
+    """What no row tells yet -> {step: [how to draw, or what to denoise]}. Step None: the weights in assets."""
     stages, todo = study.arms[arm], {}
     steps = [None] if isinstance(stages, str) else stages[-1][1]
     for step in steps:
@@ -223,7 +224,8 @@ def missing(study, arm, rows):
 
 
 def do_run(args, name, arm, seed):
-    """Train an arm's stages with one seed, judge, write down. What is written down is not done again."""
+    """Train the stages of an arm with one seed, judge, write the scores down. What is written down is not done
+    again."""
     study, path = STUDIES[name], file_of(args, name, arm, seed)
     judge_path, stages = judges.path_of(args.data, None, args.results_dir), study.arms[arm]
     made = made_of(args, name, arm, judge_path)
@@ -235,10 +237,10 @@ def do_run(args, name, arm, seed):
     test = datasets.load(args.data, args.data_dir, split="test")
 
     def note(weights, minutes, images, wanted):
-        """Judge as `wanted`: a list of ways to draw, or of steps to denoise from, one line each."""
+        """Judge these weights. wanted: a list of ways to draw, or of steps to denoise from; one line each."""
         model, diffusion, trained = checkpoint.load_run(weights)
         if trained["data"] != args.data:
-            raise ValueError(f"{weights} was trained on {trained['data']}: pass --data {trained['data']}")
+            raise UserError(f"{weights} was trained on {trained['data']}: pass --data {trained['data']}")
         config = checkpoint.load_paper(trained["model"]).CONFIGS[trained["preset"]] | trained["set"]
         about = {"arm": arm, "seed": seed, "step": trained["step"], "images": images, "minutes": minutes,
                  "parameters": sum(p.numel() for p in model.parameters()), "macs": cost.multiply_adds(
@@ -253,7 +255,7 @@ def do_run(args, name, arm, seed):
 
     if isinstance(stages, str):
         return note(ASSETS / stages, 0.0, 0, todo[None])
-    minutes, images, begin = 0.0, 0, []                     # of the stages before
+    minutes, images, begin = 0.0, 0, []                     # begin: flags that take over the stage before
     for number, (flags, steps) in enumerate(stages, start=1):
         final = number == len(stages)
         run = path.with_suffix("" if final else f".stage{number}")
@@ -270,28 +272,28 @@ def do_run(args, name, arm, seed):
 
 
 def sized(flags, dataset):
-    """The flags with numbers: "half" is half the size of the pictures."""
+    """The flags, with a number in place of "half": half the size of the pictures."""
     return [str(dataset.shape[-1] // 2) if f == "half" else f for f in flags]
 
 
 # --- all runs -------------------------------------------------------------------------------------
 
 def file_of(args, name, arm, seed):
-    """Where a run's scores are kept; the run itself lies beside."""
+    """Where a run's scores are kept. The run itself lies beside."""
     arm = "".join(c if c.isalnum() else "-" for c in arm.lower())
     return Path(args.results_dir) / f"{args.data}-{name}-{arm}-{seed}.csv"
 
 
 def rows_of(args, name, arm, seed, judge_path, gathered=False):
-    """A run's rows that still hold: its own, or those gathered before, perhaps on another machine."""
+    """The rows of a run that still hold: its own ones, or those gathered before, perhaps on another machine."""
     path = args.out / f"{args.data}-{name}.csv" if gathered else file_of(args, name, arm, seed)
     return [row for row in read_rows(path) if (row["arm"], row["seed"]) == (arm, seed)
             and row["made_of"] == made_of(args, name, arm, judge_path)]
 
 
 def gather(args, name, judge_path):
-    """The scores of a study, of whatever is done -> one file. Of runs that were not done here, what it told
-    already stays."""
+    """Write the scores of a study, as far as it is done, into one file. Scores in it of runs that were not done here
+    stay."""
     rows = []
     for arm in STUDIES[name].arms:
         for seed in STUDIES[name].seeds:
@@ -303,7 +305,7 @@ def gather(args, name, judge_path):
 
 
 def judge_itself(args):
-    """What the judge says of cases with known answers -> a file, beside the studies'. -> its weights' path"""
+    """Write what the judge says of cases with known answers, beside the studies. -> the path of its weights"""
     judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
     path, about = args.out / f"{args.data}-judge.csv", {"made_of": checkpoint.sums(judge.path)}
     if not any(about.items() <= row.items() for row in read_rows(path)):
@@ -316,8 +318,8 @@ def judge_itself(args):
 
 
 def speed(args, turns=3):
-    """Images/s of the four in training, on one core, as they take turns -> a file beside the studies'."""
-    torch.set_num_threads(1)                                # as the studies' runs have
+    """Write how many images/s the four models train, on one core and taking turns, beside the studies."""
+    torch.set_num_threads(1)                                # like the runs of the studies
     rates = {arm: [] for arm in FOUR}
     for arm, flags in [*FOUR.items()] * turns:
         with tempfile.TemporaryDirectory() as folder:
@@ -330,33 +332,32 @@ def speed(args, turns=3):
         {"arm": arm, "images_per_s": statistics.median(rate)} for arm, rate in rates.items()])
 
 
+@cli.told_plainly()
 def main(argv=None):
     p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
     p.add_argument("--data", default="mnist", help="what to train on")
     p.add_argument("--data-dir", help="as in train.py")
-    p.add_argument("--results-dir", default="results/evidence", help="runs are folders in here")
+    p.add_argument("--results-dir", default="results/evidence", help="where runs are folders")
     p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
     p.add_argument("--jobs", type=cli.number(int, 1), default=os.cpu_count(), help="runs at a time")
-    p.add_argument("--missing", action="store_true", help="only what --out does not tell yet")
-    p.add_argument("--speed", action="store_true", help="measure how fast the four of `minutes` train")
-    p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run of a study alone, here")
+    p.add_argument("--missing", action="store_true", help="only what --out does not have yet")
+    p.add_argument("--speed", action="store_true", help="measure how fast the four models of `minutes` train")
+    p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="only this run of a study, in this process")
     args = p.parse_args(argv)
     if unknown := [s for s in args.studies if s not in STUDIES]:
-        cli.fail(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
+        raise UserError(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
     if args.speed:
         return speed(args)
     if args.run:
-        with cli.told_plainly():
-            return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
+        return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
     os.makedirs(args.results_dir, exist_ok=True)
-    with cli.told_plainly():               # trains the classifier, if need be, with all cores
-        checkpoint.hold(Path(args.results_dir))             # one of these at a time
-        judge_path = judge_itself(args)
+    checkpoint.hold(Path(args.results_dir))                 # one of these at a time
+    judge_path = judge_itself(args)                         # trains the classifier, if need be, with all cores
     writing = threading.Lock()
 
     def start(name, arm, seed):
-        """One run in a process of one core, since two that share cores would wait for each other."""
+        """One run, in a process of one core: two that share cores would wait for each other."""
         log, began = file_of(args, name, arm, seed).with_suffix(".log"), time.perf_counter()
         with open(log, "a") as f:
             rc = subprocess.run(

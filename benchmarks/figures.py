@@ -1,10 +1,12 @@
-"""Tables (Markdown, printed) and figures (PNG) of the studies in assets/evidence/*.csv.
+"""Tables (Markdown) and figures (PNG) of the studies in assets/evidence/*.csv.
 
-    python benchmarks/figures.py > docs/results.md      of all that is there
-    python benchmarks/figures.py mnist-ode              of one study
+    python benchmarks/figures.py                            print all tables
+    python benchmarks/figures.py mnist-ode                  print those of one study
+    python benchmarks/figures.py --into docs/results.md     write them into the page, see `put`
 
-Figures need `pip install matplotlib`; without it only tables are printed.
+Figures lie beside the scores. They need `pip install matplotlib`; without it there are tables only.
 """
+import re
 import shlex
 import statistics
 import sys
@@ -12,8 +14,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from support import cli
 from evidence import FOUR, LEVELS, STUDIES, read_rows
+from support import checkpoint, cli
+from diffusion import UserError
 
 try:
     import matplotlib
@@ -30,7 +33,7 @@ LABELS = {"recognised": SHARE, "x_real": DISTANCE, "steps": "steps of the sample
 # --- tables ---------------------------------------------------------------------------------------
 
 def spread(values, form):
-    """Median, and the range if there is one."""
+    """The median of the values; of several also the lowest and the highest."""
     values = sorted(values)
     middle = form(statistics.median(values))
     return middle if len(values) == 1 else f"{middle} ({form(values[0])} to {form(values[-1])})"
@@ -49,7 +52,7 @@ def markdown(head, lines):
 
 
 def groups(rows, *keys):
-    """-> {values of keys: rows}, in the order in which they come."""
+    """-> {values of these keys: the rows that have them}, in the order in which they come."""
     found = {}
     for row in rows:
         found.setdefault(tuple(row.get(k) for k in keys), []).append(row)
@@ -57,7 +60,7 @@ def groups(rows, *keys):
 
 
 def cost_table(rows, speeds):
-    """What each arm costs. Of the arms in `speeds`, images/s as measured side by side."""
+    """What each arm costs. speeds: {arm: images/s}, measured side by side; other arms have their own run's."""
     lines = []
     for (arm,), of in groups(rows, "arm").items():
         last = [r for r in of if r["step"] == max(r["step"] for r in of)]
@@ -72,7 +75,9 @@ def cost_table(rows, speeds):
 
 
 def quality_table(rows):
-    lines = []
+    """What the judge says of each arm. The head of the distance names the number of real images that it was divided
+    by: distances with different numbers cannot be compared."""
+    lines, real = [], " or ".join(f"{n:,.0f}" for n in sorted({r["n"] for r in rows}))
     keys = "arm", "step", "sampler", "steps", "cfg", "n"
     for (arm, step, sampler, steps, cfg, n), of in groups(rows, *keys).items():
         lines.append([arm, f"{step:,.0f}", f"{sampler.upper()} {steps:.0f}", f"{cfg:g}", f"{n:,.0f}", len(of),
@@ -81,16 +86,18 @@ def quality_table(rows):
                       spread([r["precision"] for r in of], "{:.2f}".format),
                       spread([r["recall"] for r in of], "{:.2f}".format)])
     return markdown(["", "steps", "sampler", "guidance", "samples", "runs", "recognised",
-                     "distance, x real", "precision", "recall"], lines)
+                     f"distance / {real} real", "precision", "recall"], lines)
 
 
 def noise_table(rows):
+    """The error of x_0 of each arm at each ratio of noise to signal."""
     lines = [[arm, *(spread({r[f"error_{ratio}"] for r in of}, digits) for ratio in LEVELS)]
              for (arm,), of in groups(rows, "arm").items()]
     return markdown(["squared error of x_0 at sigma / alpha =", *LEVELS], lines)
 
 
 def denoising_table(rows):
+    """PSNR and SSIM of each arm: of the noisy pictures, of the network's first belief, at the best step."""
     lines = []
     for (metric, T, arm), of in sorted(groups(rows, "metric", "from_step", "arm").items()):
         lines.append([f"{metric.upper()} from step {T:.0f}", arm, digits(of[0]["noisy"]),
@@ -119,7 +126,7 @@ def panels(n, title):
 
 
 def dots(rows, title):
-    """A dot for each seed, a bar at the median, of arms side by side."""
+    """The arms side by side: a dot for each seed, a bar at the median."""
     figure, axes = panels(2, title)
     arms = groups(rows, "arm")
     for axis, key, label in zip(axes, ("recognised", "x_real"), (SHARE, DISTANCE)):
@@ -137,7 +144,7 @@ def dots(rows, title):
 
 
 def curves(rows, title, x, y, split=("arm",), scale="log"):
-    """Medians over seeds as lines, ranges as bands; of each y over x."""
+    """A panel for each y, over x: lines are medians over the seeds, bands go from the lowest to the highest."""
     figure, axes = panels(len(y), title)
     for axis, key in zip(axes, y):
         for which, of in groups(rows, *split).items():
@@ -166,7 +173,7 @@ def curves(rows, title, x, y, split=("arm",), scale="log"):
 
 
 def figure_of(name, study, rows):
-    """The picture that goes with a study, or None if its table says it all."""
+    """The picture of a study, or None if its table says it all."""
     if name == "hourglass":
         rows = [r | {"arm": f"{r['arm']}, {r['step']:,.0f} steps"} for r in rows]
     if name in ("samplers", "ode"):
@@ -177,7 +184,7 @@ def figure_of(name, study, rows):
 
 
 def commands(data, study, rows):
-    """What was run, an arm a line."""
+    """What was run: an arm a line."""
     lines, done = [], {r["arm"] for r in rows}
     for arm, stages in study.arms.items():
         if arm not in done:
@@ -192,86 +199,93 @@ def commands(data, study, rows):
     return "\n".join(lines)
 
 
-def judge_section(data, rows, show):
+def judge_section(rows):
     """The judge itself."""
-    show(f"\n## The judge of {data}\n\nThe classifier recognises {100 * rows[0]['recognised']:.2f}% of the "
-         f"test images. Half of them are at distance {digits(rows[0]['distance'])} from the other half; "
-         f"{rows[1]['n']:,.0f} real images that it has not seen, and what can be wrong with them:\n")
-    show(markdown(["", "recognised", "distance", "x real", "precision", "recall"], [
-        [r["arm"], percent(r["recognised"]), digits(r["distance"]), digits(r["x_real"]),
-         f"{r['precision']:.2f}", f"{r['recall']:.2f}"] for r in rows[1:]]) + "\n")
+    first, *cases = rows
+    return (f"The classifier recognises {100 * first['recognised']:.2f}% of the test images. Half of the test images "
+            f"are at distance {digits(first['distance'])} from the other half. Each case below has "
+            f"{cases[0]['n']:,.0f} images:\n\n" + markdown(
+                ["", "recognised", "distance", "distance / that of real images", "precision", "recall"],
+                [[r["arm"], percent(r["recognised"]), digits(r["distance"]), digits(r["x_real"]),
+                  f"{r['precision']:.2f}", f"{r['recall']:.2f}"] for r in cases]))
 
 
 def took(rows):
-    """Minutes of one core: training, and drawing what was judged."""
+    """-> minutes of one core: for training, and for drawing what was judged."""
     runs = groups(rows, "arm", "seed").values()
     return (sum(max(r["minutes"] for r in of) for of in runs),
             sum(r["seconds"] for r in rows if "recognised" in r) / 60)
 
 
-def section(path, show):
-    """Everything about one study. -> what `took` says of it"""
+def section(path):
+    """All about one study, as text: its commands, tables and figure. The figure is drawn beside `path`. Raises
+    UserError."""
     data, name = path.stem.split("-", 1)
     rows = read_rows(path)
-    if name == "judge":
-        judge_section(data, rows, show)
-        return 0, 0
+    if rows and name == "judge":
+        return judge_section(rows)
     if not rows or name not in STUDIES:
-        cli.fail(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
+        raise UserError(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
     study, seeds = STUDIES[name], sorted({f"{r['seed']:.0f}" for r in rows})
     drawn, noised = [r for r in rows if "recognised" in r], [r for r in rows if "metric" in r]
     trained = not any(isinstance(stages, str) for stages in study.arms.values())
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
     which += "" if trained else " of the samples, one training"
-    show(f"\n## {study.what}\n\n`python benchmarks/evidence.py {name} --data {data}`, {which}:\n\n"
-         f"{commands(data, study, rows)}\n")
+    parts = [f"`python benchmarks/evidence.py {name} --data {data}`, {which}:", commands(data, study, rows)]
     if trained:
         speeds = {r["arm"]: r["images_per_s"] for r in read_rows(path.with_name(f"{data}-speed.csv"))}
-        show(cost_table(rows, speeds if study.arms.keys() == FOUR.keys() else {}) + "\n")
-    show(quality_table(drawn) + "\n")
+        parts.append(cost_table(rows, speeds if study.arms.keys() == FOUR.keys() else {}))
+    parts.append(quality_table(drawn))
     if study.noise:
-        show(noise_table(drawn) + "\n")
+        parts.append(noise_table(drawn))
         if "MDM" in study.arms:
-            show("MDM also sees the coarse picture with noise of its own, as if the ratio were 1.22 times "
-                 "smaller.\n")
+            parts.append("MDM also sees the coarse picture with noise of its own: for it the ratio is, in effect, 1.22 "
+                         "times smaller.")
     if noised:
-        show(denoising_table(noised) + "\n")
+        parts.append(denoising_table(noised))
     if pyplot and (figure := figure_of(name, study, drawn)):
         figure.savefig(path.with_suffix(".png"), dpi=110)
         pyplot.close(figure)
     if path.with_suffix(".png").exists():
-        show(f"![{study.what}](../assets/evidence/{path.stem}.png)\n")
-    return took(rows)
+        parts.append(f"![{study.what}](../assets/evidence/{path.stem}.png)")
+    return "\n\n".join(parts)
 
 
-HEAD = """# Results
-
-Made by `python benchmarks/evidence.py`, printed by `python benchmarks/figures.py`. All runs are on one CPU
-core, in float32, with the defaults of `train.py` but for the flags named: batches of 32, AdamW at a peak of
-2e-3, cosine decay, the same for all. Presets were chosen in short trials, on the same data and by the same
-kind of judge. Minutes are at a run's median speed; of equal time and equal steps, at speeds measured side by
-side (`python benchmarks/evidence.py --speed`).
-
-Samples are judged by a small classifier (`benchmarks/judge.py`): how many it recognises as the class asked
-for; the Frechet distance in its features from the test set, as a multiple of that of as many real images (it
-is nobody's FID, and ratios of different numbers of samples cannot be compared); precision and recall. Where
-there are three seeds, tables give the median (the lowest to the highest) and figures show each."""
+def put(page, name, text):
+    """The text between the lines <!-- name --> and <!-- end --> of the page is replaced. Words outside stay."""
+    found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+    if not found.search(page):
+        raise UserError(f"the page has no place for {name}: write the lines <!-- {name} --> and <!-- end -->")
+    return found.sub(lambda place: f"{place[1]}\n{text}\n\n{place[2]}", page)
 
 
+def everything(files):
+    """-> {name: text} of all sections, and of "hours": what the runs took."""
+    found = {path.stem: section(path) for path in files}
+    training, drawing = (sum(of) / 60 for of in zip((0, 0), *(
+        took(read_rows(path)) for path in files if not path.stem.endswith("-judge"))))
+    return found | {"hours": f"Training all these runs took {training:.1f} hours of one core, drawing their samples "
+                             f"{drawing:.1f} hours."}
+
+
+@cli.told_plainly()
 def main(argv=None):
     p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-ode (default: all)")
-    p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="of the scores")
+    p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="where the scores are")
+    p.add_argument("--into", type=Path, metavar="PAGE", help="write the tables into this page instead of printing them")
     args = p.parse_args(argv)
     order = ["judge", *STUDIES]
-    files = [args.folder / f"{s}.csv" for s in args.studies] or sorted(
+    found = everything([args.folder / f"{s}.csv" for s in args.studies] or sorted(
         (f for f in args.folder.glob("*-*.csv") if f.stem.split("-")[1] in order),
-        key=lambda f: (f.stem[:5] != "mnist", order.index(f.stem.split("-")[1])))
-    if not args.studies:
-        print(HEAD)
-    minutes = [section(path, print) for path in files]
-    training, drawing = (sum(of) / 60 for of in zip((0, 0), *minutes))
-    print(f"\nAll these runs took {training:.1f} hours of one core, drawing their samples {drawing:.1f}.")
+        key=lambda f: (f.stem[:5] != "mnist", order.index(f.stem.split("-")[1]))))
+    if args.into:
+        page = args.into.read_text("utf8")
+        for name, text in found.items():
+            page = put(page, name, text)
+        checkpoint.replace(args.into, lambda f: f.write(page.encode()))
+    else:
+        print("\n\n\n".join(f"## {name}\n\n{text}" for name, text in found.items()))
     if not pyplot:
         print("no figures: pip install matplotlib", file=sys.stderr)
 

@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# Makes the numbers and pictures of the README and of docs/ again. What is done is not done again, so stop it
-# whenever you like and start it again. Not yet run as a whole; by the sum of its parts half a day on two cores.
+# Makes the numbers and pictures of README.md and docs/ again. What is done is not done again: stop it whenever you
+# like, and start it again. It was not run as a whole yet. By the sum of its parts it takes half a day on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA [EMOJI]
 #
-# DATA: a folder with the files of MNIST, or to download them to; EMOJI: a folder of captioned
-# pictures, for one picture of docs/mdm.md.
+# DATA: a folder with the files of MNIST, or the folder to download them to. EMOJI: a folder of pictures with captions,
+# for one picture of docs/mdm.md.
 set -euo pipefail
-data=$(realpath "${1:?say where the data lie, or are to be downloaded to: bash benchmarks/reproduce.sh DATA}")
+data=$(realpath "${1:?say where MNIST is, or where to download it to: bash benchmarks/reproduce.sh DATA}")
 emoji=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
 mkdir -p results/reproduced
 SECONDS=0
 
-step() {                                # name, then a command: run once, its output kept
+step() {                                # step NAME COMMAND: run the command once and keep its output
     local done=results/reproduced/$1.txt
     [ -e "$done" ] && return
     echo "== ${*:2}"
     "${@:2}" | tee "$done.part"
-    ! grep -q "^stopped " "$done.part" || exit 1            # train.py was asked to: it goes on next time
+    ! grep -q "^stopped " "$done.part" || exit 1            # somebody stopped train.py: it goes on next time
     mv "$done.part" "$done"
 }
 
-# the README's first minutes
+# the first minutes of README.md
 step shapes python train.py
 cp results/dis-shapes/samples.png assets/shapes.png
 cp results/dis-shapes/log.csv assets/shapes.csv
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
 
-# the judge, and all studies; the weights of the first are what the last two look at
+# the judge, and all studies; `samplers` and `guidance` look at the weights that `minutes` makes
 step judge python benchmarks/judge.py --data mnist --data-dir "$data" --cache results/evidence
 step speed python benchmarks/evidence.py --speed --data-dir "$data"
 step speed-colour python benchmarks/evidence.py --speed --data shapes
@@ -47,8 +47,7 @@ for model in dis diffussm mdm cunet; do
     step draw-colour-$model python sample.py --ckpt results/evidence/shapes-colour-$arm-0 --num-samples 32 \
         --out assets/$model-shapes.png
 done
-python benchmarks/figures.py > results/reproduced/results.md
-mv results/reproduced/results.md docs/results.md
+python benchmarks/figures.py --into docs/results.md         # its tables; the words around them are yours to check
 
 # words, emoji and moving shapes by MDM
 mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }
