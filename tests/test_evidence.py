@@ -1,5 +1,6 @@
-"""What judges the pictures, and what runs the studies of the README."""
+"""The judge of pictures, the studies that it looks at, and the page that tells what they found."""
 import argparse
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion import SCHEDULES, Diffusion, UserError
 from support import datasets
-from support.pictures import to_pil
 from support.checkpoint import load_paper
-from diffusion import SCHEDULES, Diffusion
+from support.pictures import to_pil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,7 +23,7 @@ import judge  # noqa: E402
 
 @pytest.fixture
 def small(monkeypatch):
-    """Drawn shapes, 1,440 to train on, 400 to test, and a classifier of twenty steps."""
+    """Drawn shapes, 1,440 for training and 400 for testing, and a classifier that is trained for twenty steps."""
     load, train = datasets.load, judge.train
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
         name, data_dir, size, split, **kw).subset(range(1440 if split == "train" else 400)))
@@ -30,18 +31,18 @@ def small(monkeypatch):
     monkeypatch.setattr(judge, "ASSETS", Path("no classifier is here"))
 
 
-# --- the figures ---
+# --- the judge ---
 
 def test_frechet_distance_of_what_is_known():
     f = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(6, 6)
     assert judge.frechet(f, f) == pytest.approx(0, abs=1e-4)
-    assert judge.frechet(f, f + 2) == pytest.approx(6 * 4, rel=1e-5)               # the means alone
+    assert judge.frechet(f, f + 2) == pytest.approx(6 * 4, rel=1e-5)               # only the means differ
     variance = torch.cov(f.double().T).trace().item()
     grown = judge.frechet(f - f.mean(0), 3 * (f - f.mean(0)))
     assert grown == pytest.approx((3 - 1)**2 * variance, rel=1e-5)
     a, b = torch.randn(400, 3).double(), torch.randn(300, 3).double() * torch.tensor([1, 2, 3])
     A, B = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(A @ B).real.sqrt().sum()        # no symmetric form: another way to it
+    root = torch.linalg.eigvals(A @ B).real.sqrt().sum()        # without the symmetric form that judge.py uses
     assert judge.frechet(a, b) == pytest.approx(
         (((a.mean(0) - b.mean(0))**2).sum() + A.trace() + B.trace() - 2 * root).item(), rel=1e-9)
 
@@ -75,7 +76,7 @@ def test_the_judge_on_cases_with_known_answers(small, tmp_path):
 
 
 def test_where_the_judge_is(tmp_path):
-    """In assets, unless the cache has one of its own or one is to be made."""
+    """In assets; in the cache, if that has one or if one is to be trained anew."""
     assert judge.path_of("mnist", None, tmp_path) == judge.ASSETS / "mnist-judge.pt"
     own = judge.path_of("mnist", None, tmp_path, anew=True)
     own.touch()
@@ -108,7 +109,7 @@ def test_the_judge_reads_folders_and_npz(small, tmp_path, capsys):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("levels", [0, 1, 2])
 def test_errors_are_at_the_noise_they_say(schedule, levels):
-    """A network that finds no noise believes x_t / alpha, which is sigma / alpha times the noise away."""
+    """A network that sees no noise believes in x_t / alpha. That is sigma / alpha times the noise away from x_0."""
     alpha_bar = SCHEDULES[schedule](1000)
     if levels:
         shapes = [(3, 16, 16), (3, 32, 32)][2 - levels:]
@@ -147,15 +148,15 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     assert len(staged) == 1 and staged[0]["images"] == 128
     capsys.readouterr()
 
-    evidence.main(["small", *common, "--run", "DiS", "0"])              # all is done: nothing is done
+    evidence.main(["small", *common, "--run", "DiS", "0"])              # all is done already: nothing happens
     assert capsys.readouterr().out == "" and evidence.read_rows(path) == rows
-    evidence.write_rows(path, [rows[0], *rows[2:]])                     # what is missing alone
+    evidence.write_rows(path, [rows[0], *rows[2:]])                     # only what is missing is done
     evidence.main(["small", *common, "--run", "DiS", "0"])
     again = evidence.read_rows(path)
     assert again[-1].items() - rows[1].items() <= {(k, again[-1][k]) for k in ("minutes", "seconds")}
 
     evidence.gather(args, "small", judge_path)                          # seed 1 was not run
-    path.rename(tmp_path / "elsewhere")                                 # and what another machine ran stays
+    path.rename(tmp_path / "elsewhere")                                 # what another machine ran stays
     evidence.gather(args, "small", judge_path)
     assert evidence.read_rows(tmp_path / "shapes-small.csv") == again
     started = []
@@ -164,7 +165,7 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evidence.main(["small", *common, "--missing"])
     assert started == [["small", "--run", "DiS", "1"]]
-    evidence.write_rows(path, [row | {"made_of": 7} for row in rows])   # of other flags, or weights
+    evidence.write_rows(path, [row | {"made_of": 7} for row in rows])   # made with other flags, or weights
     evidence.gather(args, "stages", judge_path)
     figures.main(["shapes-judge", "shapes-small", "shapes-stages", "--folder", str(tmp_path)])
     tables = capsys.readouterr().out
@@ -213,3 +214,66 @@ def test_speeds_are_of_each_in_turn(small, tmp_path, monkeypatch):
     torch.set_num_threads(threads)
     rows = evidence.read_rows(tmp_path / "shapes-speed.csv")
     assert [r["arm"] for r in rows] == ["one", "two"] and all(r["images_per_s"] > 0 for r in rows)
+
+
+# --- the page ---
+
+PAGE = ROOT / "docs/results.md"
+
+
+def scores(name):
+    return evidence.read_rows(ROOT / f"assets/evidence/{name}.csv")
+
+
+def test_the_tables_of_the_page_are_what_was_measured(tmp_path, monkeypatch, capsys):
+    """figures.py writes the page as it is: each table and each command, from the scores in assets/evidence."""
+    monkeypatch.setattr(figures, "pyplot", None)            # or it would draw the figures again
+    copy = tmp_path / "results.md"
+    text = PAGE.read_text("utf8")
+    copy.write_text(text.replace("91.8%", "99.9%").replace("8.2 hours", "0 hours"), "utf8")
+    figures.main(["--into", str(copy)])
+    assert copy.read_text("utf8") == text and "| DiS | 19,000 |" in text
+
+
+def test_words_stay_and_a_table_needs_its_place():
+    page = "before\n<!-- a-b -->\nold\n<!-- end -->\nafter\n<!-- a-c -->\n<!-- end -->\n"
+    done = figures.put(page, "a-c", "new 1\\1")
+    assert done == page[:-len("<!-- end -->\n")] + "\nnew 1\\1\n\n<!-- end -->\n"
+    assert figures.put(figures.put(done, "a-b", "x"), "a-b", "y").count("<!-- end -->") == 2
+    with pytest.raises(UserError, match="no place for a-d"):
+        figures.put(page, "a-d", "")
+
+
+def test_equal_steps_and_colour_are_what_was_measured():
+    """The short table of two studies, with words of our own around it."""
+    steps, colour, text = scores("mnist-steps"), scores("shapes-colour"), PAGE.read_text("utf8")
+    assert [r["arm"] for r in steps] == [r["arm"] for r in colour] == [*evidence.FOUR]
+    for a, b in zip(steps, colour):
+        line = [a["arm"], f"{a['recognised']:.1%}", f"{a['x_real']:.1f}", f"{a['error_1']:.3f}",
+                f"{b['images']:,.0f}", f"{b['recognised']:.1%}", f"{b['x_real']:.0f}",
+                f"{b['error_1']:.4f}"]
+        assert f"| {' | '.join(line)} |" in text, line
+
+
+def test_the_short_tables_of_guidance_and_samplers_are_what_was_measured():
+    text = PAGE.read_text("utf8").replace("**", "")
+
+    def line(head, rows, *wanted):
+        distances = [[r["x_real"] for r in rows if how.items() <= r.items()] for how in wanted]
+        return f"| {head} | {' | '.join(figures.digits(statistics.median(d)) for d in distances)} |"
+    for arm, draws in (("DiS", "median of three draws"), ("MDM", "one draw")):
+        guided, drawn = ([r for r in scores(f"mnist-{name}") if r["arm"] == arm] for name in ("guidance", "samplers"))
+        assert line(f"{arm}: distance / 500 real", guided, *({"cfg": w} for w in (1, 1.5, 2))) in text
+        assert line(f"{arm} ({draws})", drawn, *({"sampler": s, "steps": k} for s in ("ddim", "ddpm")
+                                                for k in (10, 100))) in text
+
+
+def test_distances_are_on_the_scale_that_the_page_says():
+    """1,000 real images are at distance 8.9 from the test set of MNIST, 500 at 16.6. Only `minutes` judges 1,000."""
+    text = PAGE.read_text("utf8")
+    assert "1,000 real images are at distance 8.9,\n500 real images at 16.6" in text
+    for path in (ROOT / "assets/evidence").glob("mnist-*.csv"):
+        for r in evidence.read_rows(path):
+            if "x_real" in r:
+                assert r["n"] == (1000 if path.stem in ("mnist-minutes", "mnist-judge") else 500)
+                assert r["distance"] / r["x_real"] == pytest.approx({1000: 8.9, 500: 16.6}[r["n"]], rel=3e-3)
