@@ -1,4 +1,4 @@
-"""support/cost.py: what it counts, by hand; that it is what a real pass takes; and the arithmetic of its table."""
+"""support/cost.py: counts checked by hand and against a real pass, and the arithmetic of its table."""
 import pytest
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ N, D, H = 64, 32, 256
 
 
 class Sum:
-    """A diffusion whose loss keeps nothing: what is counted is the model's."""
+    """A diffusion whose loss keeps nothing: all that is counted is the model's."""
 
     def loss(self, model, x0):
         return {"loss": model(x0).sum(1)}
@@ -47,11 +47,27 @@ def tiny(paper, size, **options):
     return model, diffusion, cost.blank_batch(diffusion, shape, size, **kind)
 
 
-# --- the count ---------------------------------------------------------------------------------------
+# --- multiply-adds -----------------------------------------------------------------------------------
+
+def test_multiply_adds_by_hand():
+    x0 = {"x0": torch.empty(1, D, device="meta")}
+    model = on_meta(block)
+    assert cost.multiply_adds(model, Sum(), x0) == 2 * D * H and model[0].weight.is_meta
+
+    class Attention(nn.Module):                             # N queries and keys, D wide, two heads
+        def forward(self, x):
+            q = x.view(1, 2, N, D // 2)
+            return nn.functional.scaled_dot_product_attention(q, q, q).flatten(1)
+    x0 = {"x0": torch.empty(1, N * D, device="meta")}
+    assert cost.multiply_adds(Attention(), Sum(), x0) == 2 * N * N * D
+    assert cost.multiply_adds(*tiny("cunet", 1, solver="dopri5")) is None       # chooses its steps by numbers
+
+
+# --- bytes -------------------------------------------------------------------------------------------
 
 def test_by_hand():
-    """The peak is in the backward of the second layer. Alive: GELU's input and output and the latter's
-    gradient, (N, H); the gradients of the layer, on their way; the losses, their mean and its gradient."""
+    """The peak is in the backward of the second layer. Alive then, in numbers: input and output of GELU and the
+    gradient of its output, (N, H) each; the layer's gradients on their way; the losses, their mean, its gradient."""
     count = cost.activations(on_meta(block), Sum(), {"x0": torch.empty(N, D, device="meta")}, False)
     assert count == 4 * (3 * N * H + (H * D + D) + N + 2)
 
@@ -61,10 +77,10 @@ def test_views_in_place_and_temporaries():
         x = torch.empty(1000)                               # 4000 bytes
         view = x.view(10, 100)[2:].mul_(2)
         assert tracker.now == tracker.peak == 4000
-        (x + 1).exp()                       # two temporaries; the first dies after the second is made
+        (x + 1).exp()                       # two temporaries: the first dies when the second is there
         assert (tracker.now, tracker.peak) == (4000, 12000)
         del x
-        assert tracker.now == 4000                          # the view holds it
+        assert tracker.now == 4000                          # the view keeps it alive
         del view
         assert tracker.now == 0
     known = torch.empty(1000)
@@ -79,7 +95,7 @@ def test_checkpointing_and_batches():
     def count(n, checkpointing=False):
         batch = {"x0": torch.empty(n, D, device="meta")}
         return cost.activations(model, Sum(), batch, False, checkpointing)
-    # six blocks keep GELU's input and output, and all but the first, whose is the batch, their own input
+    # six blocks keep the input and output of GELU; all but the first, whose input is the batch, keep theirs
     assert count(N) > 4 * N * (6 * 2 * H + 5 * D)
     assert count(N, True) < 6 * N * D * 4 + N * (4 * H + 2 * D) * 4
     assert count(64 * N) / count(32 * N) == pytest.approx(2, rel=0.02)
@@ -87,7 +103,7 @@ def test_checkpointing_and_batches():
 
 
 def test_bf16_as_on_cuda():
-    """CUDA's autocast gives the results of norms and softplus in float32, the CPU's in bf16."""
+    """Autocast gives the results of norms and softplus in float32 on CUDA, and in bf16 on the CPU."""
     model = on_meta(lambda: nn.Sequential(nn.Linear(D, H, bias=False), nn.Softplus()))
     batch = {"x0": torch.empty(N, D, device="meta")}
     cpu, cuda, fp32 = (cost.activations(model, Sum(), batch, bf16, device=device)
@@ -105,7 +121,7 @@ def test_papers(paper):
 
 @pytest.mark.parametrize("paper", ["dis", "diffussm", "mdm-16"])
 def test_real_tensors(paper):
-    """The same tracker around a pass that computes: numbers change nothing."""
+    """The same tracker around a pass that does compute: numbers change nothing."""
     model, diffusion, batch = tiny(paper, 2)
     guess = cost.activations(model, diffusion, batch, False, device="cpu")
     batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in batch.items()}
@@ -115,7 +131,7 @@ def test_real_tensors(paper):
         p.grad = torch.zeros_like(p)
     for b in model.buffers():
         b.zero_()
-    diffusion.loss(model, **batch)                          # puts its tables where it wants them
+    diffusion.loss(model, **batch)                          # makes the tables of the diffusion, once
     known = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers(), *batch.values()]
     with cost.Tracker(known, bodies=cost.operators(model)) as tracker:
         diffusion.loss(model, **batch)["loss"].mean().backward()
@@ -144,7 +160,7 @@ def test_table():
         assert row["total"] == sum(row[k] for k in parts)
     assert [row["name"] for row in cost.table(model, Sum(), batch, 1, False)] == [
         "one GPU", "one GPU, checkpointing"]
-    model.unit = Block                                      # the default units: by type
+    model.unit = Block                                      # the default: the modules of this type
     assert cost.table(model, Sum(), batch, 4, False)[2] == shard
 
 

@@ -1,4 +1,4 @@
-"""sample.py --denoise: its scores by hand, its chain with a known model, and the command line."""
+"""sample.py --denoise: its scores checked by hand, its chain with a perfect model, and the command line."""
 import csv
 import math
 import sys
@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from support import datasets
-from support import denoise
 import sample
 import train
 from diffusion import Diffusion, cosine_alpha_bar, fold, normal
+from support import datasets, denoise
 from test_train import SMALL
 
 D = Diffusion(cosine_alpha_bar(1000), "eps")
@@ -125,7 +124,7 @@ def test_noise_depends_on_seed_and_step_alone():
     assert eps.std().item() == pytest.approx(1, abs=0.05)
     other = denoise.noise_to(D, x0, seeds, 201)
     assert (other - x).std() > 0.1
-    for t in range(202):                                    # and is none the reverse chain will use
+    for t in range(202):                                    # the reverse chain uses other noise
         assert (normal(fold(seeds, t), (3, 16, 16)) - eps).abs().mean() > 0.5
 
 
