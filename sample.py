@@ -84,8 +84,8 @@ def parse(argv):
                    help="the .py file, if you trained a model of your own: a checkpoint never decides which code runs")
     g.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged, or those of the last step")
     g.add_argument("--num-samples", type=number(int, 1), metavar="N",
-                   help="how many (default: 10 for each class of up to 20; 8 for each prompt, of videos 2, of more "
-                        "than 20 prompts 1; otherwise 16)")
+                   help="how many images (default: 10 for each class, if there are at most 20; for each prompt 8, or 2 "
+                        "if they are videos, or 1 if there are more than 20 prompts; otherwise 16)")
     g.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
     g.add_argument("--text-encoder", metavar="NAME", help="the T5 that the training used, if it has moved since")
     g.add_argument("--prompt", nargs="+", metavar="TEXT",
