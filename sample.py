@@ -17,10 +17,13 @@ seed + i and on its label or prompt: it is the same, up to rounding, at any batc
 In a notebook: `from support.checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))    # our files are found under PYTHONSAFEPATH, too
 
 from diffusion import UserError
 from support import checkpoint, denoise, latents

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))    # our files are found under PYTHONSAFEPATH, too
+
 import sample
 from diffusion import UserError, fold, normal, uniform
 from support import checkpoint, cost, inputs, latents, parallel

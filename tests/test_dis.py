@@ -1,4 +1,6 @@
 """dis.py: parameter counts, the scan against its definition, directions, skips, and that it learns."""
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -6,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import tables_dis
 from diffusion import fold, normal
+from support import scan
 from support.checkpoint import load_paper
+from support.cost import blank_batch, multiply_adds
+from support.parallel import recompute
 
 dis = load_paper("dis")
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def count(preset, shape, num_classes=0, **options):
     with torch.device("meta"):
         model, _ = dis.build(preset, shape, num_classes, **options)
-    return sum(p.numel() for p in model.parameters()), model.macs()
+    return sum(p.numel() for p in model.parameters())
 
 
 def small(shape=(3, 16, 16), num_classes=5, **options):
@@ -45,26 +52,31 @@ def inputs(b, L, D, N, dtype, seed=0):
     ("M", 229_390_176, 231_414_560, 15.0), ("L", 404_026_464, 407_249_952, 26.3),
     ("H", 900_558_432, 906_966_560, 58.2)])
 def test_parameter_counts_are_the_papers(size, pixels, latents, gmacs):
-    parameters, macs = count(f"DiS-{size}/4", (3, 32, 32))
-    assert parameters == pixels and macs / 1e9 == pytest.approx(gmacs, abs=0.06)
-    assert count(f"DiS-{size}/2", (4, 32, 32), 1000)[0] == latents
+    assert count(f"DiS-{size}/4", (3, 32, 32)) == pixels
+    assert count(f"DiS-{size}/2", (4, 32, 32), 1000) == latents
+    assert tables_dis.counted(dis, f"DiS-{size}/4", (3, 32, 32)) / 1e9 == pytest.approx(gmacs, abs=0.06)
 
 
-def test_multiply_adds_agree_with_pytorchs_counter():
-    """All but the scan, which is elementwise and invisible to it."""
-    from torch.utils.flop_counter import FlopCounterMode
-    for options in ({}, dict(time="adaln")):
-        model, _ = small(**options)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, 3, 16, 16), torch.zeros(1).long())
-        counts = counter.get_flop_counts()["Global"]
-        scans = [m for m in model.modules() if isinstance(m, dis.Direction)]
-        L = model.pos_embed.shape[1]
-        scan = sum(L * 4 * m.A_log.numel() for m in scans)
-        # the scan's own matmuls and the causal convolution's cut-off padding are not in macs()
-        bmm = counts.get(torch.ops.aten.bmm, 0)
-        extra = sum(3 * m.conv.weight.numel() for m in scans)
-        assert (counter.get_total_flops() - bmm) / 2 == model.macs() - scan + extra
+@pytest.mark.parametrize("options", [{}, dict(time="adaln"), dict(num_classes=0, depth=7)], ids=str)
+def test_multiply_adds_by_hand(options):
+    """A weight is used once for each token that it sees; the scan takes 4 multiply-adds for each number of the state. The
+    causal convolution also makes conv - 1 tokens that are cut off."""
+    model, diffusion = small(**options)
+    L, patches, want = model.pos_embed.shape[1], 16, 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            tokens = L if "mixer" in name or "skip" in name else patches if name in ("patch_embed", "final") else 1
+            want += tokens * module.weight.numel()
+        if isinstance(module, dis.Direction):
+            want += (L + 3) * module.conv.weight.numel() + L * 4 * module.A_log.numel()
+    assert multiply_adds(model, diffusion, blank_batch(diffusion, model.shape, 1, model.num_classes)) == want
+
+
+def test_the_table_counts_every_block():
+    """It counts with two depths and multiplies."""
+    whole, diffusion = dis.build("tiny", (3, 16, 16))
+    batch = blank_batch(diffusion, (3, 16, 16), 1)
+    assert tables_dis.counted(dis, "tiny", (3, 16, 16)) == multiply_adds(whole, diffusion, batch)
 
 
 # --- the scan ---
@@ -73,10 +85,10 @@ def test_multiply_adds_agree_with_pytorchs_counter():
 @pytest.mark.parametrize("L, segments", [(1, 1), (2, 1), (37, 1), (256, 1), (331, 5)])
 def test_scan_equals_reference(L, segments, N, monkeypatch):
     """Outputs and all gradients, several batch blocks and chunks, the last ones ragged; and segments."""
-    monkeypatch.setitem(dis.ELEMENTS, "cpu", 2 * dis.CHUNK["cpu"][0] * N * 24)
-    monkeypatch.setitem(dis.BUSY, "cpu", 3 * 24 * segments)
+    monkeypatch.setitem(scan.ELEMENTS, "cpu", 2 * scan.CHUNK["cpu"][0] * N * 24)
+    monkeypatch.setitem(scan.BUSY, "cpu", 3 * 24 * segments)
     x = inputs(3, L, 24, N, torch.float32)
-    assert dis.segments(x[0]) == segments
+    assert scan.segments(x[0]) == segments
     y, expected = dis.selective_scan(*x), dis.selective_scan_ref(*[v.double() for v in x])
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(y, x, dy)
@@ -129,7 +141,7 @@ def test_scan_memory_is_a_few_inputs():
 def test_scan_of_views(segments, monkeypatch):
     """As in the mixer: u transposed, B and C slices of one projection, y flipped. opcheck also compares what
     torch.compile believes of the operators with what they do."""
-    monkeypatch.setattr(dis, "segments", lambda u: segments)
+    monkeypatch.setattr(scan, "segments", lambda u: segments)
     u, delta, A, B, C, D = (v.detach() for v in inputs(2, 40, 4, 3, torch.float32))
     dense = [v.clone().requires_grad_() for v in (u, delta, A, B, C, D)]
     views = [*(v.mT.contiguous().mT for v in (u, delta, A)), *torch.cat([B, C], -1).split([3, 3], -1), D]
@@ -138,7 +150,7 @@ def test_scan_of_views(segments, monkeypatch):
     y, want = (dis.selective_scan(*x).flip(1) for x in (views, dense))
     pairs = zip(torch.autograd.grad(y.square().sum(), views), torch.autograd.grad(want.square().sum(), dense))
     assert torch.equal(y, want) and all(torch.equal(a, b) for a, b in pairs)
-    torch.library.opcheck(dis.scan, views, test_utils=("test_schema", "test_autograd_registration",
+    torch.library.opcheck(scan.scan, views, test_utils=("test_schema", "test_autograd_registration",
                                                        "test_faketensor"))
 
 
@@ -167,6 +179,16 @@ def test_bfloat16_inputs():
     assert y.dtype == torch.float32 and torch.equal(y, want)
     for v, got, g in zip(low, torch.autograd.grad(y.sum(), low), torch.autograd.grad(want.sum(), same)):
         assert got.dtype == v.dtype and torch.equal(got, g.to(v.dtype))
+
+
+def test_flops_that_the_counter_is_told():
+    """Two for each multiply-add, of which a number of the state takes 4 forward and 12 backward."""
+    x = inputs(3, 10, 5, 4, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = dis.selective_scan(*x)
+        assert counter.get_total_flops() == 2 * 4 * 3 * 10 * 5 * 4
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * (4 + 12) * 3 * 10 * 5 * 4
 
 
 def test_compiles_into_one_graph():
@@ -201,7 +223,7 @@ def test_scan_of_mamba_ssm(monkeypatch):
     interface = types.SimpleNamespace(selective_scan_fn=theirs)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
     x = inputs(2, 20, 4, 3, torch.float32)
-    torch.testing.assert_close(dis.mamba_ssm_scan(*x), dis.selective_scan(*x))
+    torch.testing.assert_close(scan.mamba_ssm_scan(*x), dis.selective_scan(*x))
     assert seen == [(2, 4, 20)]
     model, _ = dis.build("tiny", (1, 8, 8), scan="mamba_ssm")
     model(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())              # on a CPU ours
@@ -209,6 +231,61 @@ def test_scan_of_mamba_ssm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="pip install mamba-ssm"):
         dis.build("tiny", (1, 8, 8), scan="mamba_ssm")
+
+
+# --- dis.py without support/ ---
+
+FEW_STEPS = """
+import torch
+def few_steps(build):
+    torch.manual_seed(0)
+    model, diffusion = build("tiny", (1, 8, 8), 3, width=32, depth=4, time="token", variance="learned")
+    torch.nn.init.normal_(model.final.weight, std=0.05)
+    x0, t, noise = torch.randn(4, 1, 8, 8), torch.arange(4) * 300, torch.randn(4, 1, 8, 8)
+    optimizer, y, found = torch.optim.SGD(model.parameters(), lr=0.1), torch.arange(4) - 1, []
+    for step in range(5):
+        loss = diffusion.loss(model, x0, t, noise, y=y)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            found += [model(x0, t, y).detach(), *(p.grad.clone() for p in model.parameters())]
+        optimizer.step()
+        found.append(loss.detach())
+    return found
+"""
+ALONE = FEW_STEPS + """
+import sys
+from dis import build, selective_scan, selective_scan_ref
+torch.save(few_steps(build), "found.pt")
+x = [torch.rand(1, 2, 3), torch.rand(1, 2, 3), -torch.rand(3, 2), torch.rand(1, 2, 2), torch.rand(1, 2, 2), torch.rand(3)]
+assert torch.equal(selective_scan(*x), selective_scan_ref(*x))
+assert [m for m in sys.modules if m.startswith("support.")] == ["support.namesake"]
+"""
+
+
+def test_without_support_it_is_the_same_network(tmp_path):
+    """dis.py, diffusion.py and support/namesake.py in an empty folder: outputs, gradients and losses are equal up to
+    rounding, though the scan is the definition."""
+    for name in ("dis.py", "diffusion.py", "support/namesake.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scope = {}
+    exec(FEW_STEPS, scope)
+    for got, want in zip(torch.load(tmp_path / "found.pt"), scope["few_steps"](dis.build), strict=True):
+        assert (got - want).abs().max() <= 1e-5 * max(want.abs().max(), 1e-3)
+
+
+def test_two_files_and_ten_lines_are_enough(tmp_path):
+    """The loop of docs/dis.md, where dis.py has another name: then nothing of support/ is needed."""
+    loop = re.search(r"```python\n(.*?)```", (ROOT / "docs/dis.md").read_text(), re.S)[1]
+    shutil.copy(ROOT / "dis.py", tmp_path / "my_dis.py")
+    shutil.copy(ROOT / "diffusion.py", tmp_path)
+    (tmp_path / "loop.py").write_text(loop.replace("from dis import", "from my_dis import").replace("range(100)", "range(5)"))
+    done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "tensor" in done.stdout, done.stderr
 
 
 # --- the mixer ---
@@ -275,7 +352,7 @@ def test_gradient_reaches_every_parameter(options):
 
 
 def test_options_change_the_model():
-    concat, add, none = (count("tiny", (3, 32, 32), skip=s)[0] for s in ("concat", "add", "none"))
+    concat, add, none = (count("tiny", (3, 32, 32), skip=s) for s in ("concat", "add", "none"))
     assert concat - add == 3 * (2 * 128 * 128 + 128) and add == none
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     outs = [small(skip=s)[0](x, t) for s in ("add", "none")]
@@ -331,7 +408,8 @@ def test_checkpointing_and_drop_path():
     grads = []
     for on in (False, True):
         model, _ = small()
-        model.grad_checkpointing = on
+        if on:
+            recompute(model)
         model(x, t).square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))

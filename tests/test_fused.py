@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import checkpoint
+from support import scan
+from support.checkpoint import load_paper
 
 pytest.importorskip("triton", minversion="3.3", reason="triton is not installed (PyTorch for CUDA brings it)")
-dis = checkpoint.load_paper("dis")
-ENGINE, CHUNKED = dis.engine, (dis.chunked, dis.chunked_backward)
+dis = load_paper("dis")
+ENGINE, CHUNKED = scan.engine, (scan.chunked, scan.chunked_backward)
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 CLOSE = 1e-6 if DEVICE == "cpu" else 2e-5               # a GPU's 2^x has 22 bits
 
@@ -18,14 +19,14 @@ CLOSE = 1e-6 if DEVICE == "cpu" else 2e-5               # a GPU's 2^x has 22 bit
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The fused kernels also on a CPU; several chunks and blocks of channels in tiny arrays."""
-    monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
-    monkeypatch.setattr(dis, "BD", 4)
-    monkeypatch.setattr(dis, "CHUNK", {"cuda": (4, 4)})
+    monkeypatch.setattr(scan, "engine", lambda device, dtype: (scan.fused, scan.fused_backward))
+    monkeypatch.setattr(scan, "BLOCK", 4)
+    monkeypatch.setattr(scan, "CHUNK", {"cuda": (4, 4)})
 
 
 @pytest.fixture
 def cut_into(monkeypatch):
-    return lambda S: monkeypatch.setattr(dis, "segments", lambda u: S)
+    return lambda S: monkeypatch.setattr(scan, "segments", lambda u: S)
 
 
 def inputs(b, L, D, N, seed=0):
@@ -66,9 +67,9 @@ def test_equals_the_definition(b, L, D, N, segments, cut_into):
 
 def test_the_sizes_of_a_gpu(monkeypatch):
     monkeypatch.undo()
-    assert (dis.CHUNK["cuda"], dis.BD) == ((8, 8), 64)
-    monkeypatch.setattr(dis, "CHUNK", {"cuda": (8, 8)})
-    monkeypatch.setattr(dis, "engine", lambda device, dtype: (dis.fused, dis.fused_backward))
+    assert (scan.CHUNK["cuda"], scan.BLOCK) == ((8, 8), 64)
+    monkeypatch.setattr(scan, "CHUNK", {"cuda": (8, 8)})
+    monkeypatch.setattr(scan, "engine", lambda device, dtype: (scan.fused, scan.fused_backward))
     x = inputs(1, 19, 70, 3)
     assert worst(grads(x), exact(x)) < CLOSE
 
@@ -125,18 +126,18 @@ def test_views():
 
 def test_used_on_cuda_if_it_gives_the_same(monkeypatch):
     """Where it gives other numbers, or will not compile, a warning says so and the chunked one works."""
-    monkeypatch.setattr(dis, "BD", 64)
+    monkeypatch.setattr(scan, "BLOCK", 64)
     engine, gpu = ENGINE.__wrapped__, SimpleNamespace(type="cuda")
-    monkeypatch.setattr(dis, "compare", lambda device, compare=dis.compare: compare(torch.device(DEVICE)))
-    assert engine(gpu, torch.float32) == (dis.fused, dis.fused_backward)
+    monkeypatch.setattr(scan, "compare", lambda device, compare=scan.compare: compare(torch.device(DEVICE)))
+    assert engine(gpu, torch.float32) == (scan.fused, scan.fused_backward)
     asked = []
-    monkeypatch.setattr(dis, "engine", lambda device, dtype: asked.append(engine(gpu, dtype)) or asked[-1])
+    monkeypatch.setattr(scan, "engine", lambda device, dtype: asked.append(engine(gpu, dtype)) or asked[-1])
     with torch.autocast(DEVICE, torch.bfloat16):            # which must not reach the comparison
         grads(inputs(1, 2, 3, 1))
-    assert asked == 2 * [(dis.fused, dis.fused_backward)]
+    assert asked == 2 * [(scan.fused, scan.fused_backward)]
     assert engine(gpu, torch.float64) == engine(torch.device("cpu"), torch.float32) == CHUNKED
-    right = dis.fused
+    right = scan.fused
     for fault in (lambda *x: (right(*x), x[-1].mul_(1.01)), lambda *x: 1 / 0):
-        monkeypatch.setattr(dis, "fused", fault)
+        monkeypatch.setattr(scan, "fused", fault)
         with pytest.warns(UserWarning, match="using the slower one"):
             assert engine(gpu, torch.float32) == CHUNKED

@@ -1,15 +1,13 @@
-"""train.py and sample.py as a user runs them: exact resume, processes, seeds, stopping, launching."""
+"""train.py and sample.py as a user runs them: exact resume, processes, seeds, stopping."""
 import csv
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -390,66 +388,3 @@ def test_weights_to_share(tmp_path, capsys):
                 "5"])
     assert "resumed     at step 3, with a new optimizer" in capsys.readouterr().out
     assert checkpoint.read(tmp_path / "more/latest.pt")["step"] == 5
-
-
-# --- launching: a file called dis.py must get in nobody's way ---
-
-USERS_SCRIPT = """
-from dis import DiS, dis as disassemble
-import torch, inspect
-assert DiS.__name__ == "DiS" and inspect.isfunction(disassemble)
-print(sum(p.numel() for p in DiS((1, 8, 8), width=32, depth=2).parameters()))
-"""
-SPAWN = """
-import torch
-from support import datasets as data
-from torch.utils.data import DataLoader
-if __name__ == "__main__":
-    loader = DataLoader(data.load("shapes", image_size=16), batch_size=None, sampler=[[0, 1], [2]],
-                        num_workers=1, multiprocessing_context="spawn")
-    print([len(b["x"]) for b in loader])
-"""
-STEPS = [*SMALL, "--max-steps", "2"]
-
-
-LAUNCHES = {
-    "train": (["python", "train.py", *STEPS], "trained     2 of 2"),
-    "dis": (["python", "dis.py"], "900,558,432"),
-    "import torch": (["python", "-c", "import torch; print(torch.ones(2).sum())"], "tensor(2.)"),
-    "import DiS": (["python", "-c", USERS_SCRIPT], "\n"),
-    "python -m pytest": (["python", "-m", "pytest", "--collect-only", "-q", "tests"], "test_scan"),
-    "pytest": (["pytest", "--collect-only", "-q", "tests/test_dis.py"], "test_scan"),
-    "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of"),
-    "script beside it": (["python", "users_script.py"], "\n"),
-    "spawned worker": (["python", "spawn.py"], "[2, 1]"),
-    "python -m dis": (["python", "-m", "dis", "users_script.py"], "LOAD_"),
-    "smoke": (["python", "train.py", "--smoke", *SMALL], "all worked")}
-
-
-def launch(folder, command):
-    """From a copy of the repository's root."""
-    for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
-        (folder / file.name).write_bytes(file.read_bytes())
-    shutil.copytree(ROOT / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "tests").mkdir()
-    (folder / "tests" / "test_dis.py").write_bytes((ROOT / "tests" / "test_dis.py").read_bytes())
-    (folder / "users_script.py").write_text(USERS_SCRIPT)
-    (folder / "spawn.py").write_text(SPAWN)
-    return shell(Path(sys.executable).parent / command[0], *command[1:], cwd=folder,
-                 env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """All at once, two at a time: most of a launch is `import torch`, on one core."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(launch, tmp_path_factory.mktemp("launch"), command)
-               for name, (command, _) in LAUNCHES.items()}
-
-
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_launch_matrix(launched, name):
-    """`python -m torch.distributed.run` has tests of its own."""
-    done = launched[name].result()
-    assert done.returncode == 0, done.stderr
-    assert LAUNCHES[name][1] in done.stdout + done.stderr
