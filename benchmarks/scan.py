@@ -1,11 +1,11 @@
-"""The selective scan of dis.py: time and memory beside the definition and beside others' scans.
+"""The selective scan (support/scan.py): its time and memory, beside the definition's and other people's.
 
-    python benchmarks/scan.py                       on two CPU cores 3 minutes
-    python benchmarks/scan.py --sizes 16x256x768    B x L x D
+    python benchmarks/scan.py                       3 minutes on two CPU cores
+    python benchmarks/scan.py --sizes 16x256x768    b x L x e: rows, tokens, channels
 
-Others are timed where they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA).
-float32. Forms take turns in one process, so ratios hold on a noisy machine and milliseconds do not. Memory is
-the peak beside the inputs, forward and backward, each in a process of its own.
+Other scans are timed if they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA). All is
+float32. The forms take turns in one process. So their ratios hold on a noisy machine, while milliseconds do not. Memory
+is the peak beside the inputs, forward and backward; on a CPU it is measured in a process for each form.
 """
 import argparse
 import math
@@ -18,23 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns  # noqa: E402
 
+from support import scan  # noqa: E402
 from support.checkpoint import load_paper  # noqa: E402
 
 dis = load_paper("dis")
 
 
-def inputs(b, L, D, N, device, dtype=torch.float32):
+def inputs(b, L, e, N, device, dtype=torch.float32):
     """As at the start of a training: delta log-uniform in [0.001, 0.1], A about -1 .. -N."""
     torch.manual_seed(0)
-    delta = torch.empty(b, L, D).uniform_(math.log(1e-3), math.log(0.1)).exp()
-    A = -torch.arange(1., N + 1).repeat(D, 1) * (0.1 * torch.randn(D, N)).exp()
-    x = torch.randn(b, L, D), delta, A, torch.randn(b, L, N), torch.randn(b, L, N), torch.randn(D)
+    delta = torch.empty(b, L, e).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    A = -torch.arange(1., N + 1).repeat(e, 1) * (0.1 * torch.randn(e, N)).exp()
+    x = torch.randn(b, L, e), delta, A, torch.randn(b, L, N), torch.randn(b, L, N), torch.randn(e)
     return [v.to(device, dtype).requires_grad_() for v in x]
 
 
 def plain(*x):
-    """Without the fused kernels: see `both`."""
-    return dis.selective_scan(*x)
+    """Ours without the fused kernels: `both` sees to that."""
+    return scan.selective_scan(*x)
 
 
 def forms(device):
@@ -42,39 +43,39 @@ def forms(device):
     found = {"definition": dis.selective_scan_ref}
     if device.type == "cuda":
         found["chunked, PyTorch"] = plain
-    found["ours"] = dis.selective_scan
+    found["ours"] = scan.selective_scan
     try:
         from mambapy.pscan import pscan
 
         def mambapy(u, delta, A, B, C, D):
-            h = pscan((delta[..., None] * A).exp(), (delta * u)[..., None] * B[:, :, None])     # (b, L, D, N)
+            h = pscan((delta[..., None] * A).exp(), (delta * u)[..., None] * B[:, :, None])     # (b, L, e, N)
             return (h @ C[..., None])[..., 0] + D * u
         found["mambapy pscan"] = mambapy
     except ImportError:
         pass
     try:
-        dis.mamba_ssm_scan(*inputs(1, 2, 4, 2, device))
-        found["mamba_ssm"] = dis.mamba_ssm_scan
+        scan.mamba_ssm_scan(*inputs(1, 2, 4, 2, device))
+        found["mamba_ssm"] = scan.mamba_ssm_scan
     except (ImportError, RuntimeError, NotImplementedError):      # it is for CUDA only
         pass
     return found
 
 
 def both(function, x):
-    """Forward and, if there is something to differentiate, backward."""
-    engine = (lambda device, dtype: (dis.chunked, dis.chunked_backward)) if function is plain else dis.engine
-    with mock.patch.object(dis, "engine", engine):
+    """Forward, and backward if there is something to differentiate."""
+    engine = (lambda device, dtype: (scan.chunked, scan.chunked_backward)) if function is plain else scan.engine
+    with mock.patch.object(scan, "engine", engine):
         y = function(*x)
         return y, *(torch.autograd.grad(y, x, torch.ones_like(y)) if y.requires_grad else ())
 
 
 def error(got, want):
-    """The largest of y and the six gradients, relative to the largest entry."""
+    """The largest error of y and the six gradients, relative to the largest entry."""
     return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want))
 
 
 def compare(size, args, device):
-    """A table of all forms at one size; ratios are to ours."""
+    """Prints a table of all forms at one size. Ratios are to ours."""
     found, x = forms(device), inputs(*size, args.state, device)
     names, times = list(found), 10 if device.type == "cuda" else 1
     often = names[1:]               # the definition once, warmed up: it may take half a minute
@@ -92,7 +93,7 @@ def compare(size, args, device):
         sizes = ["--sizes", "x".join(map(str, size)), "--state", args.state]
         memory = [in_fresh_process("--memory-of", name, *sizes) for name in names]
     ours = names.index("ours")
-    print(f"(B, L, D) = {size}, N = {args.state}")
+    print(f"(b, L, e) = {size}, N = {args.state}")
     table(["", "forward ms", "ratio", "with backward ms", "ratio", "memory MB", "ratio", "error"],
           [[name, median(f), ratio(f, forward[ours]), median(t), ratio(t, train[ours]), m,
             m and m / memory[ours], f"{e:.0e}"]
@@ -101,13 +102,13 @@ def compare(size, args, device):
 
 
 def growth(args, device):
-    """How the time of ours, forward and backward, grows with each of L, D, B and N alone."""
-    start = dict(B=4, L=512, D=256, N=16)
+    """How the time of ours, forward and backward, grows with each of b, L, e and N alone."""
+    start = dict(b=4, L=512, e=256, N=16)
     rows = []
     for name in start:
         sizes = [{**start, name: start[name] * 2**i} for i in range(4)]
         xs = [inputs(*s.values(), device) for s in sizes]
-        times = turns([lambda x=x: both(dis.selective_scan, x) for x in xs], device, args.rounds)
+        times = turns([lambda x=x: both(scan.selective_scan, x) for x in xs], device, args.rounds)
         rows.append([name, *(f"{s[name]}: {median(t):.1f} ms" for s, t in zip(sizes, times)),
                      f"{ratio(times[-1], times[0]):.1f}x"])
     print("growth of ours, with backward; all else " + ", ".join(f"{k} = {v}" for k, v in start.items()))
@@ -115,23 +116,23 @@ def growth(args, device):
 
 
 def bound(size, N, device, took):
-    """On a GPU: what the bytes moved and the exps computed would take by themselves, at the rates that a copy
-    and a loop of exps reach here and now."""
-    (b, L, D), T, blocks = size, dis.CHUNK["cuda"][0], -(-size[2] // dis.BD)
+    """On a GPU: the time that the moved bytes would take alone, and that of the computed exps. Their rates are measured
+    here and now, by a copy and by a loop of exps."""
+    (b, L, e), T, blocks = size, scan.CHUNK["cuda"][0], -(-size[2] // scan.BLOCK)
     x = torch.empty(2**28, device=device)
     copy, loop = turns([x.clone, exp_loop(device)], device, 5, 10)
     copied, exps = 8e3 * x.numel() / median(copy), 64e3 * 2**22 / median(loop)              # per second
     # forward: u, delta in, y out; backward: u twice, delta, dy in, du, ddelta out; the states of every chunk
     # out, and in twice; B, C and the parts of dB, dC
-    numbers = b * L * (9 * D + 3 * N * D / T + 4 * N * blocks + 4 * N)
-    count = 2 * b * L * D * N
+    numbers = b * L * (9 * e + 3 * N * e / T + 4 * N * blocks + 4 * N)
+    count = 2 * b * L * e * N
     move, compute = 4e3 * numbers / copied, 1e3 * count / exps
     print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s take {move:.3f} ms, {count / 1e6:.0f}M "
           f"exps at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f}, {took / max(move, compute):.1f} "
           f"times the larger\n")
 
 
-triton, tl = dis.triton, getattr(dis, "tl", None)
+triton, tl = scan.triton, getattr(scan, "tl", None)
 if triton is not None:
     @triton.jit
     def exp_kernel(p, BLOCK: tl.constexpr):
@@ -166,7 +167,7 @@ def main():
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads\n")
     for size in sizes:
         took = compare(size, args, device)
-        if dis.engine(device, torch.float32)[0] is dis.fused:
+        if scan.engine(device, torch.float32)[0] is scan.fused:
             bound(size, args.state, device, took)
     growth(args, device)
 

@@ -25,6 +25,7 @@ from timing import median, ratio, table, turns  # noqa: E402
 
 from support import checkpoint  # noqa: E402
 from support import inputs  # noqa: E402
+from support import scan  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
@@ -33,6 +34,12 @@ from diffusion import Diffusion  # noqa: E402
 CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_backward"],
          "mdm": [], "cunet": []}
 SHAPE = {"dis": (4, 32, 32), "diffussm": (4, 32, 32), "mdm": (3, 64, 64), "cunet": (3, 64, 64)}
+
+
+def core(model):
+    """The places for `Clock.watch` where these functions lie: in the paper's file or in that of its fast form."""
+    files = [checkpoint.load_paper(model), *(sys.modules.get(f"support.{name}") for name in ("scan", "longconv"))]
+    return [("core", file, f) for f in CORES[model] for file in files if hasattr(file, f)]
 
 
 class Clock:
@@ -83,8 +90,7 @@ def training(model, flags, device, steps=60, warm=6):
         marks.append((clock.now(), dict(clock.parts)))
     places = [("data", train, "make_batch"), *(("noise", train, f) for f in ("normal", "uniform", "fold")),
               ("network", Diffusion, "loss"), ("network", torch.Tensor, "backward"),
-              *(("core", paper, f) for f in CORES[model]),
-              ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
+              *core(model), ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
               ("optimizer", torch.optim.AdamW, "zero_grad"), ("logging", checkpoint, "write_line"),
               ("logging", train.tqdm, "update")]
     if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own
@@ -109,7 +115,7 @@ def sampling(model, device, steps=5, images=64):
     net, diffusion = paper.build("tiny", (1, 28, 28) if model != "mdm" else (1, 32, 32), 10)
     net.to(device).eval()
     shape, labels = net.shape, torch.arange(images) % 10
-    places = [("network", type(net), "forward"), *(("core", paper, f) for f in CORES[model]),
+    places = [("network", type(net), "forward"), *core(model),
               ("noise", sys.modules["diffusion"], "normal")]
 
     def draw():
@@ -166,14 +172,14 @@ def growth(models, device, rounds):
 
 def throughput(names, device, batch):
     """Images per second in training and peak memory, without and with what makes it fast."""
-    dis, rows = checkpoint.load_paper("dis"), []
+    rows = []
     for name in names:
         model, preset = name.split(":")
         for fused in (False, True) if model == "dis" and device.type == "cuda" else (False,):
             for compiled in (False, True):
-                chunked = dis.chunked, dis.chunked_backward
-                engine = dis.engine if fused else lambda device, dtype: chunked
-                with mock.patch.object(dis, "engine", engine):
+                chunked = scan.chunked, scan.chunked_backward
+                engine = scan.engine if fused else lambda device, dtype: chunked
+                with mock.patch.object(scan, "engine", engine):
                     step = step_of(model, preset, SHAPE[model], batch, device, device.type == "cuda",
                                    compiled, classes=1000 * (model != "cunet"))
                     step()
