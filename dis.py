@@ -3,10 +3,10 @@
 Zhengcong Fei, Mingyuan Fan, Changqian Yu, Junshi Huang. arXiv 2402.05608 (v3, March 2024).
 
 The idea. Everything is a token: the image patches, the diffusion step, the class. A transformer mixes L tokens by
-attention, at a cost of L^2. DiS reads them with a recurrence, Mamba's selective scan, at a cost linear in L: once from
-the left, once from the right. As in U-ViT, long skip connections join the first block to the last, the second to the
-last but one, and so on. There is no attention and no MLP. A block is one norm and one mixer; in the second half it also
-has the linear layer that merges its long skip.
+attention, at a cost of L^2. DiS reads them with a recurrence, Mamba's selective scan, once from the left and once
+from the right, at a cost linear in L. As in U-ViT, long skips join the first block to the last, the second to the
+last but one, and so on. There is no attention and no MLP. A block is one norm and one mixer; in the second half
+there is also the linear layer that merges the long skip.
 
 Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of an image, and the letters below.
 
@@ -28,23 +28,27 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 | `h`            | h_t      | (b, e, N)     | the state; it starts at 0                                             |
 | `residual`     | r        | (b, L, d)     | the running sum, in float32                                           |
 | `hidden`       | m        | (b, L, d)     | what a mixer has made and the next block will add                     |
-| `x_t`, `t`     | x_t, t   | (b, c, H, W)  | the noisy image and its diffusion step (b,); at tokens, t counts them |
+| `x_t`          | x_t      | (b, c, H, W)  | the noisy image, or latent                                            |
+| `t`            | t        | (b,)          | its diffusion step; under u, delta, B, C, h, y: the number of a token |
 | `cond`         |          | (b, d)        | the embedded step, plus the embedded class if there is one            |
 
-Departures from the paper or from the authors' code. docs/dis.md has them in full, and where the paper's parts are here.
-We could read the paper's abstract, summaries of it and the code, so there are no section numbers of the paper.
+Departures from the paper or from the authors' code. docs/dis.md has them in full, and a map from paper to code. We
+could read the paper's abstract, summaries of it, and the code. So there are no section numbers of the paper.
 
  1. B is discretised by Euler, delta B, as in the code. Both papers print the zero-order hold.
  2. A long skip carries what the shallow block's mixer made, as in the code. The paper says "hidden states".
  3. With classes, step and class also modulate the last norm, as in the code. In the paper they are only tokens.
  4. Both directions start with delta between 0.001 and 0.1. The code's backward one starts near 0.69.
  5. The last linear layer starts at zero, as in ADM and DiT. The code's starts at random.
- 6. Stochastic depth is off, since the paper does not mention it. The code trains with `drop_path=0.1`.
+ 6. Stochastic depth is off: the paper, as far as we read it, has none. The code trains with `drop_path=0.1`.
  7. Multiply-adds are counted with the mixers. The GFLOPs of the paper leave them out.
  8. Guidance acts on every channel (diffusion.py). The code's acts on three of four latent channels.
  9. skip="add" and time="adaln" are ablations of the paper. The code lacks them, so their details are ours.
 10. `pos_init` and `label_std` are ours. Their defaults are the code's values.
 11. Two norms stand before the last layer, as in the code. The paper, as far as we read it, has one.
+
+In a notebook Python's own `dis` is loaded already. There write
+`from support.checkpoint import load_paper; DiS = load_paper("dis").DiS`.
 """
 if __spec__ and __spec__.name == "dis":     # somebody asked for Python's own `dis`, as `import torch` does
     from support.namesake import *          # noqa: F403 (Python's own takes the place of this file)
@@ -111,8 +115,8 @@ class DiS(nn.Module):
                  state: int = 16,           # N
                  conv: int = 4,             # taps of the causal convolution
                  skip: Literal["concat", "add", "none"] = "concat",     # long skips; "add" and "none" are ablations
-                 time: Literal["token", "adaln"] = "token",             # the step and the class are tokens, or scale and
-                                                                        # shift every block's norm (an ablation)
+                 time: Literal["token", "adaln"] = "token",             # the step and the class are tokens, or they
+                                                                        # scale and shift all norms (an ablation)
                  pos_init: Literal["zero", "sincos"] = "zero",          # how the learned positions start
                  label_std: float = 0.02,   # how large the class vectors start
                  scan: Literal["auto", "mamba_ssm"] = "auto",           # "mamba_ssm": that package's, on a GPU
@@ -131,14 +135,14 @@ class DiS(nn.Module):
         self.time, self.pos_init, self.label_std, self.drop_path = time, pos_init, label_std, drop_path
         self.unit = Block               # what activation checkpointing recomputes, and FSDP2 gathers, at a time
         self.out_channels = 2 * channels if learn_sigma else channels
-        patches = H * W // patch**2                                                             # J
-        tokens = patches + (1 + (num_classes > 0)) * (time == "token")                          # L
+        J = H * W // patch**2
+        L = J + (1 + (num_classes > 0)) * (time == "token")
 
         self.patch_embed = nn.Linear(patch**2 * channels, width)
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
         # one row more than classes: "no class", for guidance
         self.label_embed = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, L, width))
         half = depth // 2
         mixer = dict(expand=expand, state=state, conv=conv, scan=scan)
         # Block i drops what block i - 1 made. The first has nothing to drop, and `forward` drops the last one's.
@@ -188,8 +192,8 @@ class DiS(nn.Module):
 
     # authors: models_dis.py, _init_weights (but for departures 4, 5 and 10)
     def init_weights(self):
-        """Linear layers keep PyTorch's weights, uniform in +-1/sqrt(fan_in). Their biases become 0, but for those of
-        dt_proj, which `Direction.init_dt` has set, and of patch_embed, which is a convolution in the authors' code."""
+        """Linear layers keep PyTorch's weights, uniform in +-1/sqrt(fan_in). Their biases become 0, except in dt_proj,
+        where `Direction.init_dt` has set them, and in patch_embed, which is a convolution in the authors' code."""
         for name, module in self.named_modules():
             if (isinstance(module, nn.Linear) and module.bias is not None
                     and "dt_proj" not in name and name != "patch_embed"):
@@ -224,8 +228,8 @@ def timestep_embedding(t, width):
 
 # authors: models_dis.py, Block
 class Block(nn.Module):
-    """Add, norm, mix: Mamba's order. Two streams run through the blocks. `residual` r is the running sum. `hidden` m is
-    what the mixer before has made, and this block adds it:
+    """Add, norm, mix: Mamba's order. Two streams run through the blocks. `residual` r is the running sum. `hidden` m
+    is what the mixer before has made, and this block adds it:
 
         m' = W [m; m_shallow] + b        in the deep half; elsewhere m' = m       (long skip, departure 2)
         r  = r + m'                      in the first block r = m'
@@ -269,9 +273,9 @@ def add(residual, hidden, drop_path=0.0):
 
 # authors: mamba_ssm/modules/mamba_simple.py in Vision Mamba's fork, Mamba with bimamba_type="v2"
 class BiMamba(nn.Module):
-    """(b, L, d) -> (b, L, d). Both directions share the projections in and out and the gate z. Their outputs are summed.
-    Step and class tokens come first for one direction and last for the other. (The authors gate each direction before
-    the sum. That is the same, since the gate is the same.)"""
+    """(b, L, d) -> (b, L, d). Both directions share the projections in and out and the gate z. Their outputs
+    are summed. Step and class tokens come first for one direction and last for the other. (The authors gate
+    each direction before the sum. That is the same, since the gate is the same.)"""
 
     def __init__(self, width, expand=2, state=16, conv=4, scan="auto"):
         super().__init__()
@@ -302,8 +306,8 @@ class Direction(nn.Module):
         self.init_dt()
 
     def init_dt(self, low=1e-3, high=0.1):
-        """Sets the bias such that delta = softplus(bias) is log-uniform in [low, high] (Mamba's code). The slowest states
-        then remember 1 / high to 1 / low tokens."""
+        """Sets the bias such that delta = softplus(bias) is log-uniform in [low, high] (Mamba's code). The
+        slowest states then remember 1 / high to 1 / low tokens."""
         delta = torch.empty(self.D.shape).uniform_(math.log(low), math.log(high)).exp()         # (e,)
         with torch.no_grad():
             self.dt_proj.bias.copy_(delta.expm1().log())                           # the inverse of softplus
@@ -313,11 +317,11 @@ class Direction(nn.Module):
         L = x.shape[1]
         u = self.conv(rearrange(x, "b l e -> b e l"))[..., :L]                     # cut, hence causal (b, e, L)
         u = rearrange(F.silu(u), "b e l -> b l e")                                 # (b, L, e)
-        low_rank, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)      # (b, L, R), 2 x (b, L, N)
-        # delta is float32 from here on. Under autocast dt_proj would round its output, which is near -7 for the long
-        # memories, to multiples of 1/32, and so change delta by up to 1.6%.
+        low, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)   # (b, L, R), 2 x (b, L, N)
+        # delta is float32 from here on. Under autocast dt_proj would round its output, which is near -7 for the
+        # long memories, to multiples of 1/32, and so change delta by up to 1.6%.
         with torch.autocast(x.device.type, enabled=False):
-            delta = F.softplus(self.dt_proj(low_rank.to(self.dt_proj.weight.dtype)))            # (b, L, e)
+            delta = F.softplus(self.dt_proj(low.to(self.dt_proj.weight.dtype)))    # (b, L, e)
         return self.selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)      # (b, L, e)
 
 
@@ -329,10 +333,10 @@ SIZES = {"S": dict(width=368, depth=24), "B": dict(width=768, depth=24), "M": di
 PAPER = dict(schedule="linear", predict="eps", variance="learned")
 CONFIGS = {f"DiS-{name}/{patch}": dict(**size, patch=patch, **PAPER)
            for name, size in SIZES.items() for patch in (2, 4)}
-# For minutes on two CPU cores: a 4 x 4 grid of large patches, half of E and N, adaptive norms, and x0 prediction, since
+# For minutes on two CPU cores: a 4 x 4 grid of large patches, half of E and N, adaptive norms. It predicts x0, since
 # 128 channels cannot carry the noise of a whole patch (docs/dis.md).
-CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="adaln", pos_init="sincos", label_std=1.0,
-                       schedule="cosine", predict="x0", variance="small")
+CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="adaln", pos_init="sincos",
+                       label_std=1.0, schedule="cosine", predict="x0", variance="small")
 # 1.4 million parameters, to be compared with the other papers' "mini"
 CONFIGS["mini"] = {**CONFIGS["tiny"], "width": 160}
 

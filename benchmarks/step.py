@@ -90,7 +90,8 @@ def training(model, flags, device, steps=60, warm=6):
         marks.append((clock.now(), dict(clock.parts)))
     places = [("data", train, "make_batch"), *(("noise", train, f) for f in ("normal", "uniform", "fold")),
               ("network", Diffusion, "loss"), ("network", torch.Tensor, "backward"),
-              *core(model), ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
+              *core(model),
+              ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
               ("optimizer", torch.optim.AdamW, "zero_grad"), ("logging", checkpoint, "write_line"),
               ("logging", train.tqdm, "update")]
     if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own

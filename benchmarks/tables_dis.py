@@ -43,9 +43,9 @@ def dis():
         preset = f"DiS-{size}/2"
         print(f"{preset} {parameters(paper, preset, latents, 1000):13,d}"
               f" {counted(paper, preset, latents, 1000) / 1e9:14.2f}G")
-    print("\nWhy are the paper's GFLOPs a fraction of the multiply-adds? They were counted by hooks on layers, times two\n"
-          "for multiply and add. Mamba's mixers call a kernel that hooks do not see. What is left is the column 'outside\n"
-          "the mixers': mostly the linear layers of the long skips. With everything counted, DiS-H/2 costs about twice\n"
-          "DiT-XL/2, not a fraction of it.\n"
-          "* From memory of the paper's table. The authors' counting script, written anew, gives the same numbers. Only\n"
-          "  the paper's 28.4 (S) and 6.57 (L) are 28.457 and 6.579 cut off, not rounded.")
+    print("\nWhy are the paper's GFLOPs a fraction of the multiply-adds? They were counted by hooks on layers, times\n"
+          "two for multiply and add. Mamba's mixers call a kernel that hooks do not see. What is left is the column\n"
+          "'outside the mixers': mostly the linear layers of the long skips. With everything counted, DiS-H/2 costs\n"
+          "about twice DiT-XL/2, not a fraction of it.\n"
+          "* From memory of the paper's table. The authors' counting script, written anew, gives the same numbers.\n"
+          "  Only the paper's 28.4 (S) and 6.57 (L) are 28.457 and 6.579 cut off, not rounded.")

@@ -1,12 +1,15 @@
 """Lets a file called dis.py live beside Python's own module `dis`.
 
-`import torch` imports `inspect`, which imports `dis`. With this project's folder first on sys.path, as in `python train.py`, Python
-finds our dis.py instead. Our file notices it by its name and imports this one, which puts Python's own module into its place.
+`import torch` imports `inspect`, which imports `dis`. With this project's folder first on sys.path, as in
+`python train.py`, Python finds our dis.py instead. Our file notices it by its name and imports this one, which
+puts Python's own module into its place.
 
-The import system then still runs the rest of dis.py, and torch is only half imported by then. So this file also gives out stand-ins
-for the names that dis.py uses at module level. The price: outside of functions dis.py may use no other names, and compute nothing.
+The import system then still runs the rest of dis.py, and torch is only half imported by then. So this file also
+gives out stand-ins for the names that dis.py uses at module level. The price: outside of functions dis.py may
+use no other names, and compute nothing.
 
-`from dis import DiS` works all the same: Python's module hands out the names in NAMES, and loads our file when it is first asked.
+`from dis import DiS` works all the same: Python's module hands out the names in NAMES, and loads our file when
+it is first asked.
 """
 import importlib.util
 import os
@@ -39,13 +42,13 @@ def load(name, path):
 
 
 def ours(name):
-    """Python asks for this when its `dis` lacks an attribute. (support/checkpoint.py uses the same key in sys.modules.)"""
+    """Called when Python's `dis` lacks an attribute. support/checkpoint.py uses the same key "dis_paper"."""
     if name not in NAMES:
         raise AttributeError(f"module 'dis' has no attribute {name!r}")
     return getattr(sys.modules.get("dis_paper") or load("dis_paper", OURS), name)
 
 
 load("dis", PYTHONS).__getattr__ = ours
-if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == "dis":      # `python -m dis`: disassemble
+if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == "dis":      # python -m dis
     runpy.run_path(PYTHONS, run_name="__main__")
     sys.exit()

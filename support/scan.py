@@ -5,19 +5,26 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t            the state, one for each row, channel and n
     y_t = C_t h_t + D u_t                                     what is read from it
 
-The definition keeps all states for backward. They are a (b, L, e, N) tensor, N times as large as the input. The scans here
-keep one state in T, and make the others again in backward. There are three, and tests hold each to the definition:
+The definition keeps all states for backward. They are a (b, L, e, N) tensor, N times as large as the input. The
+scans here keep one state in T, and make the others again in backward. Tests hold each of the three to the definition:
 
     chunked    PyTorch, on any device. A sequence is cut into chunks, and work is done one chunk at a time.
     segments   For few long sequences, by either of the other two. Each sequence is cut into segments, and these are
                scanned side by side, as if they were rows of the batch.
     fused      Triton, on CUDA. `chunked` as one kernel: a decay never leaves its register.
 
-Letters. Shapes: b rows, L tokens, e channels (in dis.py those of a mixer), N states of a channel, T tokens of a chunk,
-S segments of a sequence, K tokens of a segment. Mamba's: A (e, N), B and C (b, L, N), D (e,), delta and u (b, L, e); `At`
-is A transposed. The rest: t is the number of a token, n that of a state, s that of a segment; x_t = delta_t u_t is what enters,
-a_t = exp(delta_t A) the decay, h_t the state after token t, g_t = dLoss/dh_t; dX is dLoss/dX. In arrays of states N stands
-before e: the inner loops then run over e contiguous numbers.
+Letters.
+
+    b, L, e, N    rows of the batch, tokens, channels (in dis.py those of a mixer), states of a channel
+    T             tokens of a chunk
+    S, K          segments of a sequence, tokens of a segment
+    A, B, C, D    Mamba's: (e, N), (b, L, N), (b, L, N), (e,). `At` is A transposed
+    t, n, s       the number of a token, of a state, of a segment
+    x_t, a_t      what enters, delta_t u_t; the decay, exp(delta_t A)
+    h_t, g_t      the state after token t; its gradient, dLoss/dh_t
+    dX            dLoss/dX, for every X
+
+In arrays of states N stands before e: (b, L, N, e). Inner loops then run over e numbers that lie side by side.
 """
 import functools
 import importlib.util
@@ -33,7 +40,7 @@ from diffusion import UserError
 try:
     import triton
     import triton.language as tl
-    triton = triton if hasattr(tl, "tuple") else None   # the kernels use tuples: Triton 3.3, which comes with PyTorch 2.7
+    triton = triton if hasattr(tl, "tuple") else None   # the kernels use tuples: Triton 3.3, as in PyTorch 2.7
 except ImportError:                                     # only PyTorch for CUDA brings it
     triton = None
 
@@ -42,19 +49,19 @@ def selective_scan(u, delta, A, B, C, D):
     """The same function as dis.py's `selective_scan_ref`, fast. It uses the memory of a few (b, L, e) arrays.
 
     u, delta (b, L, e); A (e, N); B, C (b, L, N); D (e,) -> y (b, L, e). Raises UserError if the shapes do not fit.
-    Inputs may be bfloat16. y is float32 (or float64), and so is all work in between: bfloat16 keeps 8 significant
-    bits, and the rounding errors of hundreds of decays would add up."""
+    Inputs may be bfloat16. y is float32 (or float64), and so is all work in between: bfloat16 keeps 8
+    significant bits, and the rounding errors of hundreds of decays would add up."""
     return scan(u, delta, A, B, C, D)[0]
 
 
 # --- chunked: PyTorch, on any device -----------------------------------------------------------------
 #
-# Work is done a *block* at a time: one chunk of some rows. `starts` keeps the state at every chunk boundary, the end
-# included: (b, chunks + 1, N, e). Backward begins there and makes the states inside a chunk again.
+# Work is done a *block* at a time: one chunk of some rows. `starts` keeps the state at every chunk boundary,
+# the end included: (b, chunks + 1, N, e). Backward begins there and makes the states inside a chunk again.
 
 CHUNK = {"cpu": (16, 64), "cuda": (8, 8)}       # T: at least, at most
-# How many numbers a block's work array (b, T, N, e) may have. A CPU wants the 4 MB that stay in its cache. A GPU wants
-# large arrays, since it launches each operation by itself. Speed depends little on either.
+# How many numbers a block's work array (b, T, N, e) may have. A CPU wants the 4 MB that stay in its cache. A
+# GPU wants large arrays, since it launches each operation by itself. Speed depends little on either.
 ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -114,9 +121,9 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
 
         g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
 
-    carry (b, N, e), updated in place: the gradient that flows into this stretch from its right neighbour, that is
-    exp(delta_{t+1} A) g_{t+1} of the last token t (0 at the end of a sequence); on return, the one that flows out to
-    the left."""
+    carry (b, N, e), updated in place: the gradient that flows into this stretch from its right neighbour, that
+    is exp(delta_{t+1} A) g_{t+1} of the last token t (0 at the end of a sequence); on return, the one that
+    flows out to the left."""
     dy, u, delta, B, C = (v.to(starts.dtype) for v in (dy, u, delta, B, C))
     At, work = A.T.contiguous(), work_arrays(3, u, A)
     dA, dD = torch.zeros_like(At), torch.zeros_like(D)                        # (N, e), (e,)
@@ -131,7 +138,7 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
         for t in reversed(range(1, g.shape[1])):
             g[:, t - 1].addcmul_(a[:, t], g[:, t])                            # (b, N, e)
         torch.mul(a[:, 0], g[:, 0], out=carry[rows])
-        # The products below are (1, e) @ (e, N), a row times a matrix. A matrix times a column takes seven times as long.
+        # A row times a matrix, (1, e) @ (e, N): a matrix times a column takes seven times as long.
         dC[at] = (dy[at][:, :, None, :] @ hs.mT)[:, :, 0]                     # (b, T, N)
         dB[at] = (x[:, :, None, :] @ g.mT)[:, :, 0]                           # (b, T, N)
         dx = (B[at][:, :, None, :] @ g)[:, :, 0]                              # (b, T, e)
@@ -148,10 +155,10 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
 
 # --- segments: few long sequences ---------------------------------------------------------------------
 #
-# Tokens wait for each other, so a few long sequences (one image, say) keep neither a GPU nor the cores of a CPU busy.
-# Each sequence is then cut into S segments, and these are read side by side, as if they were rows of the batch, twice.
-# Pass 1 reads every segment as if the state before it were 0, and ends in the state end_s. The scan is linear in the state
-# before it. So the state that really enters segment s is (`entering`)
+# Tokens wait for each other, so a few long sequences (one image, say) keep neither a GPU nor the cores of a CPU
+# busy. Each sequence is then cut into S segments, and these are read side by side, as if they were rows of the
+# batch, twice. Pass 1 reads every segment as if the state before it were 0, and ends in the state end_s. The
+# scan is linear in the state before it. So the state that really enters segment s is (`entering`)
 #
 #     h_s = end_{s-1} + (product of the decays in segment s-1) h_{s-1},      h_0 = 0
 #
@@ -168,15 +175,15 @@ def segments(u):
 
 
 def cut(x, S):
-    """(b, L, .) -> (b S, K, .), where K is L / S rounded up. The zeros that fill the last segment are harmless: a token
-    with delta = u = dy = 0 changes no state and no sum."""
+    """(b, L, .) -> (b S, K, .), where K is L / S rounded up. The zeros that fill the last segment are harmless:
+    a token with delta = u = dy = 0 changes no state and no sum."""
     b, L, width = x.shape
     x = F.pad(x, (0, 0, 0, -L % S)) if S > 1 else x
     return x.contiguous().view(b * S, -1, width)
 
 
 def entering(ends, delta, A, S):
-    """ends (b S, N, e): the end_s of pass 1; delta (b S, K, e) -> h_s, the state that enters each segment, (b S, N, e)."""
+    """ends (b S, N, e): the end_s of pass 1; delta (b S, K, e) -> h_s (b S, N, e), what enters each segment."""
     ends = ends.unflatten(0, (-1, S))                                                   # (b, S, N, e)
     decay = (delta.sum(1)[:, None] * A.T).exp().view_as(ends)                           # (b, S, N, e)
     h = torch.zeros_like(ends)
@@ -226,9 +233,9 @@ def scan_backward(dy, u, delta, A, B, C, D, starts):
 
 @functools.lru_cache(maxsize=None)
 def engine(device, dtype):
-    """-> the two functions that do the work there, forward and backward. On CUDA (not ROCm), in float32 and with Triton
-    these are the fused ones, if they compile for this GPU and agree with the chunked ones; if not, a warning says so
-    once. Everywhere else they are the chunked ones."""
+    """-> the two functions that do the work there, forward and backward. On CUDA (not ROCm), in float32 and
+    with Triton these are the fused ones, if they compile for this GPU and agree with the chunked ones; if not,
+    a warning says so once. Everywhere else they are the chunked ones."""
     if device.type == "cuda" and dtype == torch.float32 and triton is not None and not torch.version.hip:
         try:
             compare(device)
@@ -251,9 +258,9 @@ def compare(device):
         raise ValueError("it gives other numbers")
 
 
-# To autograd, torch.compile and PyTorch's counters the scan is one operator, not thousands of small ones. Each function
-# below tells one of them what it needs. The operators' namespace is this file's name: a renamed copy must not register
-# the same names.
+# To autograd, torch.compile and PyTorch's counters the scan is one operator, not thousands of small ones. Each
+# function below tells one of them what it needs. The operators' namespace is this file's name: a renamed copy
+# must not register the same names.
 NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__)
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D"
 scan = torch.library.custom_op(f"{NAMESPACE}::scan", scan_forward, mutates_args=(),
@@ -289,7 +296,8 @@ def differentiate(ctx, dy, _):
 scan.register_autograd(differentiate, setup_context=keep)
 
 
-# For the FLOP counter, which hands over shapes. A multiply-add is two FLOPs. A second pass over segments is not counted.
+# For the FLOP counter, which hands over shapes. A multiply-add is two FLOPs. A second pass over segments is not
+# counted.
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).scan)
 def flops(u, delta, A, *_, **__):
@@ -305,20 +313,20 @@ def flops_backward(dy, u, delta, A, *_, **__):
 
 # --- fused: the same, as Triton kernels for CUDA -----------------------------------------------------
 #
-# A program is one warp (32 threads). It owns one row and BLOCK = 64 channels, two for each thread, and walks through the
-# sequence a chunk of T = 8 tokens at a time. Names in the plural are lists of T vectors (BLOCK,), which are 2 T registers
-# of each thread. The N states of a chunk are treated one after the other. So u and delta are read once for all of them,
-# and a decay exp(delta_t A) never leaves its register. Between chunks the states wait in memory, in `starts`, and there
-# backward finds them.
+# A program is one warp (32 threads). It owns one row and BLOCK = 64 channels, two for each thread, and walks
+# through the sequence a chunk of T = 8 tokens at a time. Names in the plural are lists of T vectors (BLOCK,),
+# which are 2 T registers of each thread. The N states of a chunk are treated one after the other. So u and
+# delta are read once for all of them, and a decay exp(delta_t A) never leaves its register. Between chunks the
+# states wait in memory, in `starts`, and there backward finds them.
 #
-# Why these sizes. BLOCK: a thread sums over the states of its own channels (y_t = C_t h_t) without asking others. But dB_t
-# and dC_t are sums over channels, which need 5 exchanges between threads each, for 64 channels as for 32. T: `starts` is
-# N / T = 2 times as large as u, and backward holds 7 lists, 112 registers of the 168 that it may use. With 168 registers
-# a multiprocessor has room for 12 warps, 3 for each of its four schedulers: two compute while one waits for memory.
-# (The compiler asks for about 200 and then spills some, outside the loop over n.) Compiled for compute capability 9.0,
-# a state and chunk takes 155 instructions forward, where 16 exps occupy their unit for 128 cycles, and about 475
-# backward, where a third are for sums over channels. So the number of instructions sets the pace.
-
+# Why these sizes. BLOCK: a thread sums over the states of its own channels (y_t = C_t h_t) without asking
+# others. But dB_t and dC_t are sums over channels, which need 5 exchanges between threads each, for 64 channels
+# as for 32. T: `starts` is N / T = 2 times as large as u, and backward holds 7 lists, 112 registers of the 168
+# that it may use. With 168 registers a multiprocessor has room for 12 warps, 3 for each of its four schedulers:
+# two compute while one waits for memory. (The compiler asks for about 200 and then spills some, outside the
+# loop over n.) Compiled for compute capability 9.0, a state and chunk takes 155 instructions forward, where 16
+# exps occupy their unit for 128 cycles, and about 475 backward, where a third are for sums over channels. So
+# the number of instructions sets the pace.
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)           # the hardware has 2^x
 
@@ -410,7 +418,7 @@ if triton is not None:
                 dxs, ddeltas = sumx, sumd
                 tl.store(carry + at, g, mask=own < channels)
                 tl.store(dA + at, sumA, mask=own < channels)
-            us = _tokens(u, row, channels, own, rest, T)    # read again, rather than held in 16 registers all the while
+            us = _tokens(u, row, channels, own, rest, T)    # again, rather than held in 16 registers all the while
             for j in tl.static_range(T):
                 at, inside = (row + j) * channels + own, own < tl.where(j < rest, channels, 0)
                 tl.store(du + at, deltas[j] * dxs[j] + D_own * dys[j], mask=inside)
@@ -432,8 +440,8 @@ def fused(u, delta, A, B, C, D, starts, y):
 
 
 def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
-    """`chunked_backward`. dA, dB, dC and dD are sums over rows or channels: each program writes its share, and PyTorch adds
-    the shares up."""
+    """`chunked_backward`. dA, dB, dC and dD are sums over rows or channels: each program writes its share, and
+    PyTorch adds the shares up."""
     (b, L, channels), N = u.shape, A.shape[1]
     chunks, grid = starts.shape[1] - 1, (b, -(-channels // BLOCK))
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
@@ -461,11 +469,11 @@ def theirs_on_gpus(u, *rest):
 
 
 def choose_scan(name):
-    """The option `scan` of dis.py: "auto" -> `selective_scan`; "mamba_ssm" -> that package's kernel where u is on a GPU.
-    Raises UserError if there is a GPU but not the package."""
+    """The option `scan` of dis.py: "auto" -> `selective_scan`; "mamba_ssm" -> that package's kernel where u is
+    on a GPU. Raises UserError if there is a GPU but not the package."""
     if name == "auto":
         return selective_scan
     if torch.cuda.is_available() and not importlib.util.find_spec("mamba_ssm"):
-        raise UserError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install mamba-ssm, or drop "
-                        "it, since the built-in scan is fused on GPUs, too")
+        raise UserError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install mamba-ssm, or "
+                        "drop scan=mamba_ssm, since the built-in scan is fused on GPUs, too")
     return theirs_on_gpus

@@ -59,8 +59,8 @@ def test_parameter_counts_are_the_papers(size, pixels, latents, gmacs):
 
 @pytest.mark.parametrize("options", [{}, dict(time="adaln"), dict(num_classes=0, depth=7)], ids=str)
 def test_multiply_adds_by_hand(options):
-    """A weight is used once for each token that it sees; the scan takes 4 multiply-adds for each number of the state. The
-    causal convolution also makes conv - 1 tokens that are cut off."""
+    """A weight is used once for each token that it sees. The scan takes 4 multiply-adds for each number of the
+    state. The causal convolution also makes conv - 1 tokens that are cut off."""
     model, diffusion = small(**options)
     L, patches, want = model.pos_embed.shape[1], 16, 0
     for name, module in model.named_modules():
@@ -257,7 +257,8 @@ ALONE = FEW_STEPS + """
 import sys
 from dis import build, selective_scan, selective_scan_ref
 torch.save(few_steps(build), "found.pt")
-x = [torch.rand(1, 2, 3), torch.rand(1, 2, 3), -torch.rand(3, 2), torch.rand(1, 2, 2), torch.rand(1, 2, 2), torch.rand(3)]
+shapes = (1, 2, 3), (1, 2, 3), (3, 2), (1, 2, 2), (1, 2, 2), (3,)
+x = [torch.rand(shape) for shape in shapes]
 assert torch.equal(selective_scan(*x), selective_scan_ref(*x))
 assert [m for m in sys.modules if m.startswith("support.")] == ["support.namesake"]
 """
@@ -283,7 +284,8 @@ def test_two_files_and_ten_lines_are_enough(tmp_path):
     loop = re.search(r"```python\n(.*?)```", (ROOT / "docs/dis.md").read_text(), re.S)[1]
     shutil.copy(ROOT / "dis.py", tmp_path / "my_dis.py")
     shutil.copy(ROOT / "diffusion.py", tmp_path)
-    (tmp_path / "loop.py").write_text(loop.replace("from dis import", "from my_dis import").replace("range(100)", "range(5)"))
+    loop = loop.replace("from dis import", "from my_dis import").replace("range(100)", "range(5)")
+    (tmp_path / "loop.py").write_text(loop)
     done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "tensor" in done.stdout, done.stderr
 

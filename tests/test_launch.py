@@ -1,4 +1,4 @@
-"""Every way to start a program here works, although `import torch` needs Python's own `dis` and our file has that name."""
+"""Every way to start a program works, although `import torch` needs Python's own `dis` and our file has its name."""
 import os
 import shutil
 import subprocess
@@ -39,8 +39,8 @@ STEPS = [*TRAIN, "--max-steps", "2"]
 SAMPLE = ["--ckpt", "CKPT", "--num-samples", "1", "--steps", "1", "--device", "cpu", "--out", "RESULTS/a.png"]
 SAFE = {"PYTHONSAFEPATH": "1"}                  # from Python 3.11 on; earlier ones ignore it. `python -I` includes it.
 
-# name: command, what it must say, settings of the environment. ROOT is a copy of the repository; all start in it, but for
-# those "elsewhere", which start in an empty folder.
+# name: command, what it must say, settings of the environment. ROOT is a copy of the repository, where all start but
+# those "elsewhere": they start in an empty folder.
 LAUNCHES = {
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of", {}),
     "smoke": (["python", "train.py", "--smoke", *TRAIN], "all worked", {}),
