@@ -455,17 +455,12 @@ def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
 
 # --- somebody else's kernel --------------------------------------------------------------------------
 
-@torch.compiler.disable
 def mamba_ssm_scan(u, delta, A, B, C, D):
     """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Theirs has tokens last."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (v.to(dtype).mT.contiguous() for v in (u, delta, B, C))            # (b, ., L)
     return selective_scan_fn(u, delta, A, B, C, D).mT                                   # (b, L, e)
-
-
-def theirs_on_gpus(u, *rest):
-    return (mamba_ssm_scan if u.is_cuda else selective_scan)(u, *rest)
 
 
 def choose_scan(name):
@@ -476,4 +471,5 @@ def choose_scan(name):
     if torch.cuda.is_available() and not importlib.util.find_spec("mamba_ssm"):
         raise UserError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install mamba-ssm, or "
                         "drop scan=mamba_ssm, since the built-in scan is fused on GPUs, too")
-    return theirs_on_gpus
+    theirs = torch.compiler.disable(mamba_ssm_scan)     # here: as a decorator it would import the compiler at every start
+    return lambda u, *rest: (theirs if u.is_cuda else selective_scan)(u, *rest)
