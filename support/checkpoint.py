@@ -1,16 +1,16 @@
-"""A run on the disk: written so that a kill, a full disk or a flipped bit at any moment loses nothing, read
+"""A run on the disk. It is written so that a kill, a full disk or a flipped bit at any moment loses nothing. It is read
 so that nothing in it can run.
 
-    results/<name>/latest.pt                 the newest checkpoint, another name of the newest of these:
     results/<name>/checkpoints/0000500.pt    {version, model, ema, opt, step, images, args}
+    results/<name>/latest.pt                 the newest checkpoint, a second name of that file
     results/<name>/log.csv, args.json, samples/
 
-A checkpoint holds whole tensors under the model's own names, whatever the number of processes, DDP or shards,
-precision or torch.compile: a run can go on in any of these ways from a checkpoint made in another.
+A checkpoint holds whole tensors under the model's own names. Neither the number of processes, nor DDP or shards, nor
+precision or torch.compile changes that: a run made in one of these ways can continue in any other.
 
     python -m support.checkpoint results/dis-mnist dis-mnist.pt      to share: an eighth of the size
 """
-import csv
+import contextlib
 import importlib.util
 import json
 import os
@@ -32,23 +32,23 @@ from support.cli import Parser, run, told_plainly
 
 try:
     import fcntl
-except ImportError:                         # Windows
+except ImportError:                             # Windows
     fcntl = None
 
-VERSION = 1     # of the checkpoint's layout
-FREE_TO_CHANGE = {                           # between a run and its continuation
+VERSION = 1                                     # of the layout above
+FREE_TO_CHANGE = {                              # flags that may differ between a run and its continuation
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "shard", "data_dir",
     "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae",
-    "image_size", "frames"}                  # the shape is compared
-MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}   # in any checkpoint
+    "image_size", "frames"}                     # (the shape is compared in their place)
+MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}     # with any checkpoint
 
 
-# --- reading ------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 def check(path):
-    """Raises zipfile.BadZipFile if a byte is not as it was written: torch.load does not look at the
-    checksums. Takes a second per gigabyte."""
+    """Raises zipfile.BadZipFile if a byte is not as it was written. torch.load does not compare the checksums. Takes a
+    second for each gigabyte."""
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():
             raise zipfile.BadZipFile
@@ -61,44 +61,43 @@ def sums(path):
 
 
 def read(path, checked=False):
-    """-> the checkpoint's dict, tensors on the CPU, mapped from the file until they are used. Never runs code
-    in it: weights_only=True admits tensors, numbers, strings, lists and dicts. checked: its checksums were
-    compared already. Raises ValueError."""
+    """A file -> the checkpoint's dict. Its tensors are on the CPU, and mapped from the file until they are used.
+    Nothing in the file can run: weights_only=True admits only tensors, numbers, strings, lists and dicts. checked: its
+    checksums were compared before. Raises UserError."""
     try:
-        if (zipped := zipfile.is_zipfile(path)) and not checked:    # what torch.save writes
+        if (zipped := zipfile.is_zipfile(path)) and not checked:        # torch.save writes zip files
             check(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # the errors below say it better
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
-    except pickle.UnpicklingError:  # before the next: told apart from damage
-        raise UserError(f"{path} contains more than numbers and text (perhaps code), or is not a "
-                         f"checkpoint: use one that train.py wrote") from None
+    except pickle.UnpicklingError:                      # stands first, so that it does not count as damage
+        raise UserError(f"{path} contains more than numbers and text (perhaps code), or is not a checkpoint: use one "
+                        f"that train.py wrote") from None
     except PermissionError:
         raise
-    except Exception:               # damage makes the unpickler stumble in all kinds of ways
-        raise UserError(f"{path} is damaged or cut short: use an earlier file of its "
-                         f"checkpoints folder") from None
+    except Exception:                                   # damage makes the unpickler stumble in many ways
+        raise UserError(f"{path} is damaged or cut short: use an earlier file of its checkpoints folder") from None
     if not isinstance(checkpoint, dict) or not {"version", "model", "ema", "args"} <= set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project: use one that train.py wrote")
     if checkpoint["version"] != VERSION:
-        raise UserError(f"{path} has layout version {checkpoint['version']}, this code reads "
-                         f"{VERSION}: use the code that wrote it")
+        raise UserError(f"{path} has layout version {checkpoint['version']}, this code reads {VERSION}: use the code "
+                        f"that wrote it")
     return checkpoint
 
 
 def in_folder(path):
-    """A run's folder -> its latest.pt; a file as it is."""
+    """A run's folder -> its latest.pt; a file stays as it is."""
     path = Path(path)
     return path / "latest.pt" if path.is_dir() else path
 
 
 def newest_run(results="results"):
+    """The folder of runs -> the latest.pt that was written last. Raises UserError if there is none."""
     runs = sorted(Path(results).glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise UserError(f"no {results}/*/latest.pt here: run `python train.py` first, or pass "
-                         f"--ckpt PATH")
+        raise UserError(f"no {results}/*/latest.pt here: run `python train.py` first, or pass --ckpt PATH")
     return runs[-1]
 
 
@@ -108,8 +107,8 @@ def numbered(folder):
 
 
 def newest_good(folder, say=print):
-    """-> path and contents of the newest checkpoint of a run that is whole, or two Nones if there is none at
-    all. Raises ValueError if all are damaged."""
+    """A run's folder -> path and contents of its newest undamaged checkpoint; two Nones if it has no checkpoint. Raises
+    UserError if all are damaged."""
     problems = []
     for path in [folder / "latest.pt"] * (folder / "latest.pt").exists() + numbered(folder)[::-1]:
         try:
@@ -118,7 +117,7 @@ def newest_good(folder, say=print):
             problems.append(str(e))
             continue
         if problems:
-            say(f"damaged     {folder / 'latest.pt'}: going on from {path}")
+            say(f"damaged     {folder / 'latest.pt'}: continuing from {path}")
         return path, checkpoint
     if problems:
         raise UserError(problems[0])
@@ -126,24 +125,24 @@ def newest_good(folder, say=print):
 
 
 def share(path, out):
-    """Writes the averaged weights of a checkpoint in half precision, without the optimizer and without what
-    only the machine of the training knows: enough to draw, and to begin other runs. -> bytes"""
+    """Write the averaged weights of a checkpoint to `out`, in half precision -> its size in bytes. The optimizer is
+    left out, and what only the machine of the training knows. This is enough to draw, and to begin other runs."""
     saved = read(path)
     half = {k: v.half() if v.is_floating_point() else v for k, v in saved["ema"].items()}
     args = {**saved["args"], "data_dir": None, "results_dir": "results", "name": None, "device": "auto",
             "resume": "auto", "init_inner": None}
-    slim = {**saved, "model": half, "ema": half, "opt": None, "args": args}   # written once
+    slim = {**saved, "model": half, "ema": half, "opt": None, "args": args}         # the file has `half` only once
     replace(Path(out), lambda f: torch.save(slim, f))
     return Path(out).stat().st_size
 
 
-# --- models ---------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 def load_paper(name):
-    """"dis" -> the module of dis.py beside this file; a path to a .py file -> that file.
+    """"dis" -> the module of dis.py, beside train.py; a path to a .py file -> the module of that file.
 
-    Loaded by path under the name "<file>_paper", because `import dis` means Python's own module.
-    Raises ValueError if there is no such file or it lacks `CONFIGS` or `build`.
+    It is loaded by its path and gets the name "<file>_paper", because `import dis` may mean Python's own module. Raises
+    UserError if there is no such file, or if the file lacks `CONFIGS` or `build`.
     """
     here = Path(__file__).resolve().parents[1]
     path = Path(name) if name.endswith(".py") else here / f"{name}.py"
@@ -151,8 +150,8 @@ def load_paper(name):
                     if re.search(r"^CONFIGS = ", p.read_text("utf8", "replace"), re.M))
     if not path.is_file() or not name.endswith(".py") and name not in papers or (
             path.parent == here and path.stem not in papers):
-        raise UserError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file "
-                         f"with CONFIGS and build()")
+        raise UserError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file with CONFIGS and "
+                        f"build()")
     key = f"{path.stem}_paper"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
@@ -169,39 +168,76 @@ def load_paper(name):
 
 
 def load_run(path, weights="ema", device="cpu", model=None):
-    """A checkpoint or a run's folder -> (model in eval mode, diffusion, args of the training, "step" too).
+    """A checkpoint or a run's folder -> (model in eval mode, diffusion, the arguments of the training and its "step").
 
-    model: for a run of a model of your own its .py file: a checkpoint's word is not enough to run a file.
-    Raises ValueError.
+    weights: "ema", the average, or "model", the last ones. model: the .py file, if the run is of a model of your own:
+    what a checkpoint says is not enough to run a file. Raises UserError.
     """
     checkpoint = read(in_folder(path))
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
     if args["model"].endswith(".py") and not model:
-        raise UserError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model "
-                         f"{args['model']}")
+        raise UserError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model {args['model']}")
     net, diffusion = load_paper(model or args["model"]).build(
         args["preset"], tuple(args["shape"]), args["num_classes"],
         **({"text": args["text"]} if args.get("text") else {}), **args["set"])
-    try:
-        net.load_state_dict(checkpoint[weights])
-    except RuntimeError:
-        raise UserError(f"the weights in {path} do not fit {args['model']} {args['preset']} as it "
-                         f"is now: use the code that trained them") from None
+    load_weights(net, checkpoint, weights, path)
     return net.to(device).eval(), diffusion, args
 
 
+def load_weights(model, checkpoint, weights, path):
+    """Put the "model" or "ema" of a checkpoint, read from `path`, into a model. Raises UserError."""
+    try:
+        model.load_state_dict(checkpoint[weights])
+    except RuntimeError:
+        raise UserError(f"the weights in {path} do not fit {checkpoint['args']['model']} "
+                        f"{checkpoint['args']['preset']} as it is now: use the code that trained them, or --name NEW "
+                        f"for a new run") from None
+
+
+# --- where a run begins -------------------------------------------------------------------------------------
+
+def folder_of(args):
+    """The run's folder: --results-dir and --name, or by default <model>-<data>."""
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.latents or args.data).name}")
+    return Path(args.results_dir) / (args.name or name)
+
+
 def differences(args, saved, keys):
-    """What is not as in the checkpoint, as "--lr 0.001 (was 0.002)"."""
+    """How the arguments differ from a checkpoint's, such as ["--lr 0.001 (was 0.002)"]. keys: those to compare."""
     flags = {"text": "--cond: text", "shape": "--image-size: shape", "num_examples": "--data: examples",
              "space": "--latents: from"}
     return [f"{flags.get(k, '--' + k.replace('_', '-'))} {vars(args)[k]} (was {saved[k]})" for k in vars(args)
             if k in keys and k in saved and vars(args)[k] != saved[k]]
 
 
-def origin(args, folder, restarted, say=print):
-    """Where training begins -> the path of a checkpoint, or None: with fresh weights. Raises ValueError where
-    the command line and the files do not agree. restarted: by torchrun, after a failure of this very run."""
+def resume(args, folder, team):
+    """-> (the checkpoint where training begins, its path), or (None, None) to begin with fresh weights. Makes the run's
+    folder. The first process looks, and all processes read what it found. Raises UserError if the command line and the
+    files do not agree."""
+    if args.init_inner and args.resume not in ("auto", "none"):
+        raise UserError("--resume PATH and --init-inner both begin from weights: drop one")
+
+    def look():
+        path = origin(args, folder, team.say)
+        make_folder(folder)
+        return path
+    path = team.first(look)
+    if path is None:
+        return None, None
+    checkpoint = read(path, checked=True)
+    if folder in path.parents:                  # the run keeps the record of what it began from at first
+        args.init_inner = checkpoint["args"].get("init_inner")
+        if args.resume == "auto" and checkpoint["args"]["resume"] != "none":
+            args.resume = checkpoint["args"]["resume"]
+    else:
+        args.init_inner = None
+    return checkpoint, path
+
+
+def origin(args, folder, say):
+    """The path of the checkpoint where training begins, or None. Raises UserError."""
     hold(folder)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun, after this very run failed
     if args.resume == "none" and folder.exists() and not restarted:
         let_go()
         n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
@@ -216,48 +252,49 @@ def origin(args, folder, restarted, say=print):
         return None
     saved = checkpoint["args"]
     if Path(args.data).is_dir() and Path(saved["data"]).name == Path(args.data).name:
-        keys = keys - {"data"}              # it may have moved; how many there are is compared
+        keys = keys - {"data"}                  # the folder may have moved; the number of examples is compared
     for flag, given in (("resume", {"auto", "none", saved["resume"]}),
                         ("init_inner", {None, saved.get("init_inner")})):
         if own and getattr(args, flag) not in given:
             flag, value = flag.replace("_", "-"), getattr(args, flag)
-            raise UserError(f"{folder} already holds a run that did not begin from {value}: pass another "
-                             f"--name, or drop --{flag}")
+            raise UserError(f"{folder} already holds a run that did not begin from {value}: pass another --name, or "
+                            f"drop --{flag}")
     changed = differences(args, saved, keys)
     if changed:
-        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags; or begin a "
-                         f"new run with --name NEW, or with --name NEW --resume {path} from these weights")
+        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags; or begin a new run with "
+                        f"--name NEW, or with --name NEW --resume {path} from these weights")
     if args.max_steps < checkpoint["step"]:
-        raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or "
-                         f"--name NEW for a run of its own")
+        raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or --name NEW "
+                        f"for a new run")
     if own and saved.get("bf16", args.bf16) != args.bf16:
-        say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run is not, bit for "
-            f"bit, the one that would have gone on")
+        say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run will differ, by "
+            f"rounding, from one that does not change")
     return path
 
 
-def begin_inside(model, args):
-    """Progressive training: the averaged weights of args.init_inner into the inner network of the model."""
+def begin_inside(args, *models):
+    """Progressive training: put the averaged weights of args.init_inner into the inner network of each model."""
     path = in_folder(args.init_inner)
     checkpoint = read(path)
-    if not hasattr(model, "load_inner"):
+    if not hasattr(models[0], "load_inner"):
         raise UserError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
     changed = differences(args, checkpoint["args"], {"model", "text", "text_encoder"})
     changed += [f"--set {k}={v}" for k, v in checkpoint["args"]["set"].items()
                 if k in ("predict", "schedule", "T") and args.set.get(k) != v]
     if changed:
         raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
-    model.load_inner(checkpoint["ema"])
+    for model in models:
+        model.load_inner(checkpoint["ema"])
 
 
-# --- one process at a time ------------------------------------------------------------------------
+# --- one process at a time ----------------------------------------------------------------------------------
 
-HELD = {}                                   # folder: its file descriptor
+HELD = {}                                       # folder: its file descriptor
 
 
 def hold(folder):
-    """Raises ValueError if another process trains in this folder, perhaps one that outlived its torchrun. No
-    file is made for it, and a process that is killed lets go."""
+    """Lock a run's folder. Raises UserError if another process trains in it, perhaps one that outlived its torchrun.
+    The lock needs no file, and a process that is killed loses it."""
     if not fcntl or folder in HELD or not folder.is_dir():
         return
     HELD[folder] = os.open(folder, os.O_RDONLY)
@@ -266,36 +303,37 @@ def hold(folder):
     except BlockingIOError:
         let_go()
         raise UserError(f"another process is training in {folder}: stop it, or pass --name NEW") from None
-    except OSError:                         # not every file system can
+    except OSError:                             # some file systems have no locks
         pass
 
 
 def let_go():
+    """Unlock."""
     while HELD:
         os.close(HELD.popitem()[1])
 
 
-# --- writing --------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 def replace(path, write):
-    """write(file) what is to stand at `path`. A kill at any moment leaves the old file or the new one, whole;
-    an OSError leaves the old one, and nothing beside it."""
+    """Call write(file) to make the file `path`. A kill at any moment leaves the old file or the new one, never a part.
+    An OSError leaves the old one, and nothing beside it."""
     path = Path(path)
     part = path.with_name(f"{path.name}.tmp")
     try:
         with open(part, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())            # the name must not reach the disk before the bytes
+            os.fsync(f.fileno())                # the name must not reach the disk before the bytes
         os.replace(part, path)
-    except RuntimeError as e:               # how torch.save tells of a full disk
+    except RuntimeError as e:                   # what torch.save raises on a full disk
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]})") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def prepare(folder):
-    """Make the run's folder, and sweep out what an earlier process left half written when it was killed."""
+def make_folder(folder):
+    """Make the run's folder. Remove what an earlier process had written half when it was killed. Raises UserError."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
     hold(folder)
@@ -305,70 +343,49 @@ def prepare(folder):
         part.unlink()
 
 
-def save(checkpoint, folder, keep):
-    """Write checkpoints/<step>.pt and point latest.pt at it. Earlier ones are deleted, but for the newest
-    `keep`, when the new one has been read back and found whole."""
-    path = folder / "checkpoints" / f"{checkpoint['step']:07d}.pt"
+def save(folder, args, step, state):
+    """Write checkpoints/<step>.pt and let latest.pt mean it. state: {"model", "ema", "opt"}. When the new file has
+    been read back and is good, older ones are deleted, except for the newest args.keep_ckpts. Raises OSError, with the
+    fix."""
+    path = folder / "checkpoints" / f"{step:07d}.pt"
+    whole = {"version": VERSION, **state, "step": step, "images": step * args.global_batch_size, "args": vars(args)}
     try:
-        replace(path, lambda f: torch.save(checkpoint, f))
+        replace(path, lambda f: torch.save(whole, f))
         check(path)
         latest, part = folder / "latest.pt", folder / "latest.pt.tmp"
         part.unlink(missing_ok=True)
         try:
-            os.link(path, part)             # a second name for the same bytes
+            os.link(path, part)                 # a second name for the same bytes
             os.replace(part, latest)
-        except OSError:                     # not every file system can
+        except OSError:                         # some file systems have no second names
             with open(path, "rb") as f:
                 replace(latest, lambda copy: shutil.copyfileobj(f, copy))
     except (OSError, zipfile.BadZipFile) as e:
-        raise OSError(f"step {checkpoint['step']} could not be saved ({e}): make room and run the same "
-                      f"command again, it goes on from what was saved before") from None
-    for old in numbered(folder)[:-keep]:
+        raise OSError(f"step {step} could not be saved ({e}): make room and run the same command again, which "
+                      f"continues from the last checkpoint") from None
+    for old in numbered(folder)[:-args.keep_ckpts]:
         old.unlink()
 
 
 def describe(folder, args, argv, processes):
-    """args.json: what was asked for, and of which code."""
-    try:
+    """Write args.json: all arguments, the command, and the version of the code."""
+    git = ""
+    with contextlib.suppress(OSError):          # there may be no git here
         git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
                              capture_output=True, text=True).stdout.strip()
-    except OSError:
-        git = ""                            # no git here
     about = {**vars(args), "command": shlex.join(["train.py", *argv]), "git": git,
              "torch": torch.__version__, "processes": processes}
     replace(folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
 
 
-def write_line(log, values):
-    """To log.csv. Raises OSError with what to do."""
-    try:
-        log.write(",".join(map(str, values)) + "\r\n")
-        log.flush()
-    except OSError as e:
-        raise OSError(f"cannot write {log.name} ({e.strerror}): make room and run the same command again, it "
-                      f"goes on from what was saved before") from None
-
-
-def open_log(path, fields, step):
-    """log.csv, without the lines after `step`: those steps will be taken again."""
-    rows = []
-    if path.exists() and step:
-        with open(path, newline="") as f:   # the last line may be half a line
-            rows = [r for r in csv.reader(f)
-                    if len(r) == len(fields) and r[0].isdigit() and int(r[0]) <= step]
-    text = "".join(",".join(row) + "\r\n" for row in [fields, *rows])
-    replace(path, lambda f: f.write(text.encode()))
-    return open(path, "a", newline="")
-
-
+@told_plainly()
 def main(argv=None):
-    p = Parser("The averaged weights of a run in half precision, to share.")
+    p = Parser("Write the averaged weights of a run in half precision, to share them.")
     p.add_argument("run", help="a run's folder, or one of its checkpoints")
     p.add_argument("out", help="the file to write")
     args = p.parse_args(argv)
-    with told_plainly():
-        print(f"{share(in_folder(args.run), args.out) / 1e6:.1f} MB -> {args.out}: "
-              f"python sample.py --ckpt {args.out}")
+    size = share(in_folder(args.run), args.out)
+    print(f"{size / 1e6:.1f} MB -> {args.out}: python sample.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the commands share: how errors are told, and how flags are read.
+"""What the commands share: how errors are told, how flags are read, and which images are asked for.
 
-What a user can put right is a `UserError` (diffusion.py). It is caught once, by `run`.
+A `UserError` (diffusion.py) is something that the user can put right. It is caught in one place, `told_plainly`, around
+the `main` of each command.
 """
 import argparse
 import ast
@@ -18,13 +19,21 @@ import torch
 
 from diffusion import UserError, fold
 
-QUIET = os.environ.get("RANK", "0") != "0"              # one of torchrun's processes shows progress
+QUIET = os.environ.get("RANK", "0") != "0"      # only the first of torchrun's processes shows progress
 
-# --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------
+# What gloo and NCCL say when they no longer hear from a process.
+LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
+
+
+# --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------------------
 
 def fail(message, every_process=False):
-    """Under torchrun what all processes find wrong is said once: the first one speaks and leaves, torchrun
-    ends the others. One that is still there after a while has found something of its own."""
+    """Print the message as one sentence and leave with exit code 2.
+
+    Most errors are the same in all of torchrun's processes. Then only the first process speaks. It leaves, and torchrun
+    ends the others. A process that is still there after ten seconds has met an error of its own, so it speaks, too.
+    every_process: this error belongs to one process alone, which speaks at once.
+    """
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not every_process:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -34,12 +43,20 @@ def fail(message, every_process=False):
     raise SystemExit(2)
 
 
-# what gloo and NCCL say when they no longer hear from a process
-LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
+@contextlib.contextmanager
+def told_plainly():
+    """`@told_plainly()` above a `main`: a UserError, or an OSError of a file, becomes one sentence. A lost connection
+    is an OSError in Python but no file, and `run` knows more about it."""
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except (UserError, OSError) as e:
+        fail(e)
 
 
 def run(main):
-    """What the scripts start with."""
+    """Start a command: what the scripts call when Python runs them. Tells the errors that `main` does not."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         main()
@@ -47,35 +64,44 @@ def run(main):
     except SystemExit as e:
         code = e.code
     except KeyboardInterrupt:
-        code = 130                                      # the shell's for Ctrl-C
+        code = 130                              # the code that shells use for Ctrl-C
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: train with --grad-accum 2, --grad-checkpointing, --shard or "
-              "a smaller --global-batch-size, sample with a smaller --batch-size", file=sys.stderr)
+              "a smaller --global-batch-size; draw with a smaller --batch-size", file=sys.stderr)
         code = 2
     except Exception as e:
-        goes_on, gone = "The same command goes on from what was saved.", ""
         if several and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
-            gone = f"process {os.environ['RANK']} lost another one: above or in its machine's log stands why"
+            reason = f"process {os.environ['RANK']} lost another process, whose own message says why"
         elif isinstance(e, ConnectionError) or "DataLoader worker" in str(e):
-            gone = "a process that reads data is gone, perhaps for want of memory: try fewer --num-workers"
-        elif not several:
+            reason = "a process that reads data has ended, perhaps for lack of memory: try fewer --num-workers"
+        elif several:
+            reason = None
+        else:
             raise
-        traceback.print_exc() if not gone else print(f"error: {gone}. {goes_on} ({e})", file=sys.stderr)
+        if reason:
+            print(f"error: {reason}. The same command continues from the last checkpoint. ({e})", file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = 1
-    finally:            # at exit Python waits for workers that it asks to end, by a signal they ignore
+    finally:
+        # At its exit Python sends the workers a signal and waits for them. They ignore that signal, so end them here.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch complains that they were killed
         for worker in multiprocessing.active_children():
             worker.kill()
-    if several:         # leave at once: the interpreter would free models and connections in any order (seen
-        sys.stdout.flush()                              # to hang and to abort), and nothing is left to do
+    if several:
+        # Nothing is left to do, so leave at once. The interpreter would free models and connections in any order; it
+        # was seen to hang, and to abort.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)
     raise SystemExit(code)
 
 
+# --- flags ----------------------------------------------------------------------------------------------------
+
 class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help, and says what is wrong in one line instead of a page of usage."""
+    """Shows defaults in --help, and tells an error in one line instead of a page of usage."""
 
     def __init__(self, description, **options):
         super().__init__(description=description, allow_abbrev=False, **options,
@@ -86,7 +112,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=0, high=2**62, below=None):
-    """For a flag's type=: the int or float that was written, if it is from low to high, or below `below`."""
+    """For a flag's type=: reads an int or a float from `low` to `high`. below: a limit in place of `high`, itself not
+    allowed."""
     def parse(text):
         try:
             value = kind(text)
@@ -101,7 +128,7 @@ def number(kind, low=0, high=2**62, below=None):
 
 
 def option(text):
-    """For a flag's type=: KEY=VALUE -> (key, value), a Python literal or else a word."""
+    """For a flag's type=: reads KEY=VALUE -> (key, value). The value is a Python literal, or else a word."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE, for example patch=8")
@@ -111,19 +138,11 @@ def option(text):
         return key, value
 
 
-@contextlib.contextmanager
-def told_plainly():
-    """Around the few calls that take the user's values: what these refuse is not a crash."""
-    try:
-        yield
-    except (UserError, OSError) as e:
-        fail(e)
-
-
-# --- what to draw
+# --- which images ---------------------------------------------------------------------------------------------
 
 def choose_labels(spec, num_classes, seeds):
-    """"all" | "random" | "0,1,2" -> (B,) long labels, or None for an unconditional model."""
+    """The flag --class-labels, "all" | "random" | "0,1,2", -> a class for each seed, (B,) long; None if the model has
+    no classes. Raises UserError."""
     if not num_classes:
         if spec not in ("all", "random"):
             raise UserError("this model was trained without classes: drop --class-labels")
@@ -133,26 +152,26 @@ def choose_labels(spec, num_classes, seeds):
     try:
         labels = list(range(num_classes)) if spec == "all" else [int(s) for s in spec.split(",")]
     except ValueError:
-        raise UserError(f"--class-labels {spec!r} not understood: write all, random, or numbers "
-                         f"such as 0,1,2") from None
+        raise UserError(f"--class-labels {spec!r} not understood: write all, random, or numbers such as "
+                        f"0,1,2") from None
     if not all(0 <= label < num_classes for label in labels):
-        raise UserError(f"--class-labels {spec} is out of range: this model's classes are 0 to "
-                         f"{num_classes - 1}")
+        raise UserError(f"--class-labels {spec} is out of range: this model's classes are 0 to {num_classes - 1}")
     return torch.tensor([labels[i % len(labels)] for i in range(len(seeds))])
 
 
 def read_prompts(prompts):
-    """["a moon", "@file"] -> ["a moon", a prompt for each line of the file ...]."""
+    """The flag --prompt, ["a moon", "@file"], -> a list of prompts; @file stands for one prompt a line of that file.
+    Raises UserError."""
     found = []
     for prompt in prompts or []:
         if not prompt.startswith("@"):
             found.append(prompt)
             continue
-        try:                                            # -sig: editors write a BOM
+        try:                                    # -sig: some editors begin a file with a byte order mark
             lines = Path(prompt[1:]).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read {prompt[1:]!r} ({e}): write a prompt a line, in UTF-8") from None
+            raise UserError(f"cannot read {prompt[1:]!r} ({e}): write one prompt a line, in UTF-8") from None
         found += [line for line in lines if line.strip()]
     if prompts and not found:
-        raise UserError(f"no prompts in {' '.join(prompts)}: write a prompt a line")
+        raise UserError(f"no prompts in {' '.join(prompts)}: write one prompt a line")
     return found

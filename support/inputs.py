@@ -1,4 +1,4 @@
-"""What train.py asks of its data."""
+"""What train.py asks of its data: the data set that the flags name, its captions as tensors, and batches of it."""
 import inspect
 import signal
 
@@ -10,17 +10,19 @@ from support.cli import fail
 from support.datasets import hold_out, load, permutation
 from support.text import text_encoder
 
-# --- for train.py ---------------------------------------------------------------------------------
 
 def for_training(args, paper, device):
-    """The command line and the paper's module -> the Dataset, and what turns captions into tensors, or None
-    if the class, or nothing, is the condition. Writes into args what a checkpoint must tell of the data:
-    shape, num_classes, class_names, num_examples, text, prompts, space. Raises ValueError."""
+    """The command line and the paper's module -> the Dataset, and a function that turns captions into tensors, or None
+    if the model is told a class or nothing. Raises UserError.
+
+    Writes into args what a checkpoint must say of the data: shape, num_classes, class_names, num_examples, text,
+    prompts, space.
+    """
     if args.latents:
         for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir", "data"):
             if getattr(args, flag) not in (None, False, [], "shapes"):
-                raise UserError(f"--{flag.replace('_', '-')} is for images and --latents are none: drop it, "
-                                f"and if you need it pass it to `python -m support.prepare encode`")
+                raise UserError(f"--{flag.replace('_', '-')} is for images and --latents are none: drop it; it may be "
+                                f"a flag for `python -m support.prepare encode`")
         dataset = latents.load(args.latents)
     else:
         if args.vae:
@@ -29,37 +31,35 @@ def for_training(args, paper, device):
                        frames=args.frames)
     if args.hold_out:
         dataset = hold_out(dataset, args.hold_out)
-    K = dataset.num_classes if args.num_classes < 0 else args.num_classes
-    if K not in (0, dataset.num_classes):
-        raise UserError(f"--num-classes {K}, but {dataset.name} has {dataset.num_classes}: drop the flag")
+    classes = dataset.num_classes if args.num_classes < 0 else args.num_classes
+    if classes not in (0, dataset.num_classes):
+        raise UserError(f"--num-classes {classes}, but {dataset.name} has {dataset.num_classes}: drop the flag")
     encode = choose_text(args, dataset, "text" in inspect.signature(paper.build).parameters, device)
-    K = 0 if encode else K
-    if args.hold_out and K and len(set(dataset.labels.tolist())) < K:
-        raise UserError("without the words held out a class has no examples: hold out less, or add "
-                        "--cond text")
+    classes = 0 if encode else classes
+    if args.hold_out and classes and len(set(dataset.labels.tolist())) < classes:
+        raise UserError("without the words held out a class has no examples: hold out less, or add --cond text")
     if args.hflip and encode and args.data == "moving":
-        raise UserError("--hflip would move what goes left to the right: drop it")
-    args.shape, args.num_classes, args.num_examples = list(dataset.shape), K, len(dataset)
-    args.class_names, args.space = list(dataset.class_names) if K else [], dataset.latents
+        raise UserError("--hflip would make what moves left move right, against its caption: drop it")
+    args.shape, args.num_classes, args.num_examples = list(dataset.shape), classes, len(dataset)
+    args.class_names, args.space = list(dataset.class_names) if classes else [], dataset.latents
     args.text, args.prompts = encode.dim if encode else 0, some_captions(dataset, args.seed) if encode else []
     stored = ", stored" * bool(dataset.texts)
+    dataset.condition = (f"{classes} classes" if classes else
+                         f"captions ({args.text_encoder}{stored})" if encode else "no classes")
     if encode and args.text == "bytes":
-        dataset.texts = encode              # so that workers do it, into memory that a GPU fetches from
-    dataset.condition = (f"{K} classes" if K else f"captions ({args.text_encoder}{stored})" if encode
-                         else "no classes")
+        dataset.texts = encode                  # then workers spell, into memory that a GPU can fetch from
     return dataset, encode
 
 
 def choose_text(args, dataset, reads, device):
-    """The text encoder, or None. reads: the model takes text."""
+    """The text encoder, or None. reads: does the model read text? Raises UserError."""
     if args.cond == "class" and not dataset.num_classes or args.cond == "text" and not dataset.has_captions:
-        raise UserError(f"{dataset.name} has no {'captions' if args.cond == 'text' else 'classes'}: "
-                        f"drop --cond {args.cond}")
+        raise UserError(f"{dataset.name} has no {'captions' if args.cond == 'text' else 'classes'}: drop --cond "
+                        f"{args.cond}")
     if args.cond == "text" and not reads:
         raise UserError(f"{args.model} reads no text: pass --model mdm, or drop --cond text")
     if args.cond != "auto" and args.num_classes >= 0:
-        raise UserError(f"--cond {args.cond} and --num-classes {args.num_classes} do not go together: drop "
-                        f"one")
+        raise UserError(f"--cond {args.cond} and --num-classes {args.num_classes} do not go together: drop one")
     auto = reads and dataset.has_captions and not dataset.num_classes and args.num_classes < 0
     if args.cond == "text" or args.cond == "auto" and auto:
         return dataset.texts or text_encoder(args.text_encoder, device)
@@ -75,19 +75,22 @@ def some_captions(dataset, seed, n=8):
 
 
 def batches(dataset, order, workers, pinned):
-    """The batches of `order`, read by so many processes beside this one, into memory that a GPU can fetch
-    from if `pinned`. An image that cannot be read is told plainly."""
+    """The batches of `order`. workers: the number of other processes that read them; 0: this process reads. pinned: put
+    them into memory that a GPU can fetch from. Tells which image cannot be read."""
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pinned,
                         worker_init_fn=leave_signals_to_the_main_process)
     try:
         yield from loader
-    except UserError as e:                  # a worker's message begins with its traceback
+    except ConnectionError:
+        raise
+    except (UserError, OSError) as e:           # the message of a worker is its traceback; the last line counts
         fail(str(e).splitlines()[-1].removeprefix("diffusion.UserError: "), every_process=True)
 
 
 def leave_signals_to_the_main_process(worker):
-    """At module level, since spawned workers import it. What a scheduler sends reaches workers as well, and a
-    worker that dies of it would take the last step's batch along. Nor do workers hold the run's folder."""
+    """What each worker does first. A scheduler sends its signals to workers, too, and one that ended would take the
+    last step's batch with it. Nor may workers keep the run's folder locked. This function is at module level, because
+    spawned workers import it."""
     checkpoint.let_go()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,13 +1,13 @@
 """One process or many: what train.py and sample.py need to know of the machine they run on.
 
-torchrun starts a process per GPU and tells each its number, in RANK, LOCAL_RANK and WORLD_SIZE. All run the
-same script; they fail together, stop together, and split a model's work in one of two ways:
+torchrun starts one process for each GPU and tells it its number in RANK, LOCAL_RANK and WORLD_SIZE. All processes run
+the same script. They fail together, stop together, and split the work in one of two ways:
 
-    DDP     (DistributedDataParallel) each has all weights; gradients are averaged while backward runs
-    shards  (FSDP2, `fully_shard`; ZeRO-3) each keeps 1/world of weights, gradients, EMA, optimizer;
-            the weights of one block at a time are gathered, used and dropped. More traffic, less memory
+    DDP      DistributedDataParallel: each process has all weights. Gradients are averaged while backward runs.
+    shards   FSDP2, `fully_shard`; ZeRO-3: each process keeps 1/world of weights, gradients, average and optimizer. The
+             weights of one block at a time are gathered, used and dropped. This sends more data and needs less memory.
 
-On CPUs they talk through gloo, on GPUs through NCCL.
+The processes talk through gloo on CPUs and through NCCL on GPUs.
 """
 import contextlib
 import datetime
@@ -25,10 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from diffusion import UserError
 from support.cli import fail
 
-# --- devices ------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 
 def pick_device(name):
-    """"auto" -> CUDA, else Apple's MPS, else CPU. Of torchrun's processes each gets its own GPU."""
+    """The flag --device -> a torch.device. "auto" is CUDA, else Apple's MPS, else the CPU. Each of torchrun's processes
+    gets a GPU of its own. Raises UserError."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     found = {"cuda": torch.cuda.is_available(),
              "mps": torch.backends.mps.is_available() and not several, "cpu": True}
@@ -37,12 +38,11 @@ def pick_device(name):
     kind, _, index = name.partition(":")
     if not found.get(kind) or index and not (kind == "cuda" and index.isdigit()
                                              and int(index) < torch.cuda.device_count()):
-        raise UserError(f"device {name!r} is not available here: choose "
-                         f"{' or '.join(d for d in found if found[d])}")
+        raise UserError(f"device {name!r} is not available here: choose {' or '.join(d for d in found if found[d])}")
     if kind == "cuda" and several:
         index = os.environ["LOCAL_RANK"]
         if int(index) >= torch.cuda.device_count():
-            fail(f"process {index} has no GPU, this machine has {torch.cuda.device_count()}: pass "
+            fail(f"process {index} has no GPU, because this machine has {torch.cuda.device_count()}: pass "
                  f"torchrun --nproc_per_node={torch.cuda.device_count()}", every_process=True)
     device = torch.device(f"{kind}:{index}" if index else kind)
     if kind == "cuda" and index:
@@ -51,43 +51,49 @@ def pick_device(name):
 
 
 def set_precision(name, device):
-    """auto, fp32 or bf16 -> is there to be bf16 autocast? On CUDA also decides on TF32: float32 matrix
-    products with 10 bits of mantissa."""
+    """The flag --precision: "auto" | "fp32" | "bf16" -> use bf16 autocast? On CUDA this also turns TF32 on or off:
+    float32 matrix products with a mantissa of 10 bits."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
-        if name == "auto":                  # emulated bf16, on older GPUs, would be slower
+        torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = name != "fp32"        # convolutions have their own switch
+        if name == "auto":                      # older GPUs only emulate bf16, which is slower than float32
             return torch.cuda.is_bf16_supported(including_emulation=False)
     return name == "bf16"
 
 
 def memory_mb(device):
-    """Peak so far: of the GPU where there is one, else of the process."""
+    """The peak so far in MiB: of the GPU if there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:                     # Windows
+    except ImportError:                         # Windows
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)      # bytes there, KB elsewhere
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)        # macOS counts bytes, others KiB
 
 
-# --- the processes of a run -----------------------------------------------------------------------
+# --- the processes of a run ---------------------------------------------------------------------------------
 
 class Team:
-    """All processes of this run: rank of world. Without torchrun one, which says yes to itself."""
+    """All processes of this run; this one is number `rank` of `world`. The first, rank 0, prints and writes files for
+    all. Without torchrun there is one process, and it agrees with itself."""
 
     def __init__(self, device):
         self.device = device
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world == 1:
-            return
-        # small agreements go over gloo, on GPUs too: to look at a number from NCCL is to wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=30))
+        if self.world > 1:
+            # Small agreements go through gloo, on GPUs too: to read a number from NCCL is to wait for the GPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(minutes=30))
+
+    def say(self, text):
+        """Print, once for all processes."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def any(self, yes):
-        """Does anybody say yes? All hear the same answer, at the same place in their work."""
+        """Does any process say yes? All get the same answer, at the same place in their work."""
         if self.world == 1:
             return bool(yes)
         votes = torch.tensor(int(yes))
@@ -95,68 +101,85 @@ class Team:
         return votes.item() > 0
 
     def sum(self, x):
-        """A tensor, on its device, added up over all processes, in place."""
+        """Add up a tensor over all processes, in place, on its device."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
 
-    def first(self, f):
-        """What f() gives the first process, for all; the ValueError or OSError that it meets, for all."""
-        told = [None, None]
+    def first(self, f, *args):
+        """The first process calls f(*args). All get what it returns. If it raises a UserError or an OSError, all raise
+        a UserError with that message."""
+        answer, error = None, None
         if self.rank == 0:
             try:
-                told[0] = f()
+                answer = f(*args)
             except (UserError, OSError) as e:
-                told[1] = str(e)
+                error = str(e)
         if self.world > 1:
+            told = [answer, error]
             dist.broadcast_object_list(told, device="cpu")
-        if told[1] is not None:
-            raise UserError(told[1])
-        return told[0]
+            answer, error = told
+        if error is not None:
+            raise UserError(error)
+        return answer
 
-    def spread(self, model, *averages, compiled, shard):
-        """-> the module to train with: the model, compiled if asked for, inside DDP; or with the model and
-        its averages cut into shards in place, each module of type `model.unit` gathered by itself."""
-        if self.world > 1 and shard:
+    def spread(self, model, average, compiled, shard):
+        """Put a model and the average of its weights on the device -> the module to train with: the model, compiled if
+        asked for, and inside DDP if there are several processes. shard: cut both into shards, in place."""
+        if shard:
             from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard  # here: it takes half a second to import
-            # about views changed in place: no model does that to what a block returns
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for network in (model, *averages):
-                for p in network.parameters():
-                    p.data = p.data.contiguous()            # shards are rows: no channels_last
-                for module in list(network.modules()):
-                    if isinstance(module, getattr(network, "unit", ())):
-                        fully_shard(module, mesh=mesh)
-                # what is in no unit stays whole from the model's forward to its backward; averages have none
-                fully_shard(network, mesh=mesh, reshard_after_forward=network is not model)
+        for network in (model, average):
+            cut(network, mesh) if shard else network.to(self.device)
         net = torch.compile(model) if compiled else model
         if self.world == 1 or shard:
             return net
         return torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True)               # else there would be a second copy of the gradients
+            gradient_as_bucket_view=True)       # or there would be a second copy of the gradients
 
     def leave(self):
         if self.world > 1:
-            self.any(False)             # all are here: nobody waits for one that left
+            self.any(False)                     # wait here for all, so that nobody waits for one that has left
             dist.destroy_process_group()
 
 
+def cut(network, mesh):
+    """Cut a network on the CPU into shards, in place. Each module of type `network.unit` moves to the GPU, is cut and
+    later gathered by itself: no GPU ever holds the whole network."""
+    from torch.distributed.fsdp import fully_shard      # imported here, because it takes half a second
+    # PyTorch warns of views that are changed in place: no model does that to what a block returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    for p in network.parameters():
+        p.data = p.data.contiguous()                    # a shard is some rows, so no channels_last
+    for module in list(network.modules()):
+        if isinstance(module, getattr(network, "unit", ())):
+            fully_shard(module, mesh=mesh)
+    # What is in no unit stays gathered from forward to backward; the average has no backward.
+    trains = any(p.requires_grad for p in network.parameters())
+    fully_shard(network, mesh=mesh, reshard_after_forward=not trains)
+
+
 def recompute(model):
-    """Activation checkpointing: from forward to backward each module of type `model.unit` keeps its inputs alone, and
-    in backward it runs once more. Takes a third more time."""
+    """Activation checkpointing: between forward and backward, each module of type `model.unit` keeps only its inputs.
+    In backward it runs a second time. That takes a third more time. Raises UserError if the model has no `unit`."""
+    if not hasattr(model, "unit"):
+        raise UserError("this model does not say which of its modules to run a second time (unit): drop "
+                        "--grad-checkpointing")
     for module in model.modules():
         if isinstance(module, model.unit):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def accumulate(net, last):
-    """A context for the backward of one of several micro-batches: only the last exchanges gradients. Shards
-    exchange every time: to wait, each GPU would have to keep all gradients whole."""
+    """A context for the backward of one of several micro-batches: only that of the last exchanges gradients. Shards
+    exchange them every time. To wait, each GPU would have to keep all gradients."""
     return contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync()
 
+
+# --- shards in checkpoints ----------------------------------------------------------------------------------
+# PyTorch's get_optimizer_state_dict and set_optimizer_state_dict do the same. They are not used here because they take
+# half a second to import, and because the second fails if some parameter has had no gradient yet.
 
 def full(x):
     """A tensor, put together if it lies in shards: then all processes must call this."""
@@ -164,33 +187,35 @@ def full(x):
 
 
 def whole(state):
-    """Nested dicts and lists of tensors -> the same on the CPU, shards put together. All processes must
-    call it; the first one keeps the result, for the others it is empty."""
+    """Nested dicts and lists of tensors -> the same on the CPU, with shards put together. All processes must call this.
+    The first process gets the tensors, the others get None in their place."""
     if isinstance(state, dict):
         return {k: whole(v) for k, v in state.items()}
     if isinstance(state, (list, tuple)):
         return [whole(v) for v in state]
     if not isinstance(state, torch.Tensor):
         return state
-    one = full(state)
-    return one.cpu() if int(os.environ.get("RANK", 0)) == 0 else None
+    tensor = full(state)
+    return tensor.cpu() if int(os.environ.get("RANK", 0)) == 0 else None
 
 
 def load_optimizer(optimizer, state):
-    """The state as `whole` gave it, cut as the optimizer's parameters are."""
+    """Load the state that `whole` made of an optimizer's; cut it where the parameters are cut. Rates and decays stay
+    those of the command line."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():
         if hasattr(params[i], "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
             moments.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements)
                             for k, v in moments.items() if v.ndim})
-    # rates and decays are the command line's, not the file's
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+# --- signals ------------------------------------------------------------------------------------------------
+
 class Interruption:
-    """Ctrl-C or a preempting SIGTERM: finish the step, save, leave. A second Ctrl-C kills; a second
-    SIGTERM does not, since under a scheduler and torchrun a process may well get two."""
+    """Ctrl-C, or the SIGTERM of a scheduler: finish the step, save, leave. `asked` tells that one came. A second Ctrl-C
+    ends the process at once. A second SIGTERM does not: a scheduler and torchrun may well send one each."""
 
     def __init__(self):
         self.asked, self.handlers = False, {}
@@ -203,5 +228,6 @@ class Interruption:
             signal.signal(number, self.handlers[number])
 
     def over(self):
+        """Signals mean again what they meant before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
