@@ -289,10 +289,9 @@ def main(argv=None):
 
         # Once in a while, all processes: save. Each may hold a part of the weights; the first one writes.
         if step % args.ckpt_every == 0 or at_end:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}
-            state = parallel.whole(state)
             log.bar.clear()
-            team.first(checkpoint.save, folder, args, step, state)
+            team.first(checkpoint.save, folder, args, step, parallel.whole(
+                {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}))
 
         # Once in a while: draw a small grid with the averaged weights, always from the same noise. The first process
         # draws, and the others wait at their next step. With shards all run the model, since each holds a part of it.

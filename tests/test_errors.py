@@ -1,5 +1,5 @@
-"""Everything a user can get wrong: one sentence with the fix, exit code 2, no traceback, and no file of
-theirs touched."""
+"""Everything a user can get wrong gives one sentence with the fix, exit code 2 and no traceback, and leaves all files as
+they are."""
 import gzip
 import hashlib
 import os
@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from support import datasets, prepare
 import sample
 import train
+from diffusion import UserError
+from support import cli, datasets, prepare
 
 SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
@@ -37,7 +38,7 @@ class Code:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with one good run and many bad files; every test runs in it and must leave it as is."""
+    """A folder with one good run and many bad files. Every test runs in it and must leave it as it is."""
     root = tmp_path_factory.mktemp("world")
     os.chdir(root)
     train.main([*SMALL, "--results-dir", "results", "--name", "run"])
@@ -294,3 +295,28 @@ def test_bad_world_size_gets_one_sentence(world, monkeypatch, capsys, env, fix):
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     is_told(TRAIN, new(), fix, capsys)
+
+
+def test_a_bug_in_your_own_model_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    """There a UserError is for the user; any other error is a bug, a plain ValueError too."""
+    monkeypatch.chdir(tmp_path)
+    for error, expected in (("diffusion.UserError", SystemExit), ("ValueError", ValueError)):
+        Path(f"{error}.py").write_text(f"""
+import diffusion
+CONFIGS = {{"tiny": {{}}}}
+def build(preset, shape, num_classes=0, **options):
+    raise {error}("an odd size: try 32")
+""")
+        with pytest.raises(expected):
+            train.main([*new("--model", f"{error}.py"), "--set"])
+    assert capsys.readouterr().err == "error: an odd size: try 32\n"
+
+
+@pytest.mark.parametrize("error, told", [(UserError("x"), True), (FileNotFoundError("x"), True),
+                                         (ValueError("x"), False), (ConnectionResetError("x"), False)])
+def test_which_errors_are_told_in_a_sentence(error, told):
+    @cli.told_plainly()
+    def main():
+        raise error
+    with pytest.raises(SystemExit if told else type(error)):
+        main()

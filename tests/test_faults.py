@@ -1,5 +1,5 @@
-"""What can go wrong in training, made to go wrong: bits, disks, processes, clocks. Nothing is lost, nothing
-runs that should not, and one sentence says what to do. SIGKILL at random moments: benchmarks/kill.py."""
+"""What can go wrong in training is made to go wrong: bits, disks, processes, clocks. Nothing is lost, nothing runs that
+should not, and one sentence says what to do. benchmarks/kill.py sends SIGKILL at random moments."""
 import os
 import random
 import shutil
@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from support import checkpoint
-from support import cli, parallel
 import train
+from support import checkpoint, cli, parallel
 from test_train import SMALL, losses, run, same
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +66,8 @@ def test_every_truncation_is_found(good, tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(good, tmp_path, capsys):
-    """latest.pt and the file it names are one: both are cut. The one before goes on, to the same bits."""
+    """latest.pt and the file it names are the same file: both are cut. The run continues from the one before, to the
+    same bits."""
     folder = copy_of(good, tmp_path)
     for path in (folder / "latest.pt", folder / "checkpoints" / "0000008.pt"):
         path.unlink(missing_ok=True)
@@ -123,17 +123,17 @@ def mounts():
 
 @pytest.mark.skipif(not mounts(), reason="may not mount a small file system here")
 def test_full_disk_ends_all_processes_and_more_room_continues(tmp_path):
-    """Two processes on a disk that holds one checkpoint and a half; then on a larger one."""
+    """Two processes on a disk that holds one checkpoint and a half; then one process on a larger disk."""
     whole = run(tmp_path / "whole", "--max-steps", 6, "--ckpt-every", 2, "--log-every", 1)
     size = (tmp_path / "whole" / "run" / "latest.pt").stat().st_size
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = " ".join(map(str, [*TORCHRUN, "train.py", *SMALL, "--results-dir", disk, "--name", "run",
-                                 "--max-steps", 6, "--ckpt-every", 2, "--log-every", 1]))
+    command = " ".join(map(str, ["train.py", *SMALL, "--results-dir", disk, "--name", "run", "--max-steps", 6,
+                                 "--ckpt-every", 2, "--log-every", 1]))
     script = f"""mount -t tmpfs -o size={int(1.5 * size)} none {disk}
-        {command}; echo "code $?"; find {disk} -type f
+        {" ".join(TORCHRUN)} {command}; echo "code $?"; find {disk} -type f
         mount -o remount,size=50m {disk}
-        {command} && cp -r {disk}/run {tmp_path}/copy"""
+        {sys.executable} {command} && cp -r {disk}/run {tmp_path}/copy"""
     done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True,
                           env=ENV, timeout=200)
     first, second = done.stdout.split("code ")
@@ -172,12 +172,12 @@ def started(tmp_path, command, *flags, **options):
     return process
 
 
-def test_preemption_saves_and_exits_0(tmp_path):
-    """SIGTERM to the whole group, data workers included, as schedulers send it. The folder is held."""
+def test_preemption_saves_and_exits_0(tmp_path, capsys):
+    """SIGTERM to the whole group, data workers included, as schedulers send it. Until then the folder is locked."""
     process = started(tmp_path, [sys.executable, "train.py"], "--num-workers", 2, start_new_session=True)
-    again = subprocess.run([sys.executable, "train.py", *SMALL, "--results-dir", tmp_path, "--name", "run"],
-                           cwd=ROOT, capture_output=True, text=True, env=ENV)
-    assert again.returncode == 2 and "another process is training in" in again.stderr
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path)
+    assert stopped.value.code == 2 and "another process is training in" in capsys.readouterr().err
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "The same command continues" in out and "Traceback" not in err
@@ -185,7 +185,7 @@ def test_preemption_saves_and_exits_0(tmp_path):
 
 
 def test_an_error_in_training_does_not_leave_workers_to_wait_for(tmp_path):
-    """A damaged picture, met by a worker; workers ignore SIGTERM, by which the interpreter would end them."""
+    """A worker meets a damaged picture. Workers ignore SIGTERM, with which the interpreter would end them."""
     for i in range(4):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
@@ -219,7 +219,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
     began = time.monotonic()
     out, err = process.communicate(timeout=100)
     assert process.returncode != 0 and time.monotonic() - began < 60
-    assert "process 0 lost another one" in err and "The same command goes on" in err
+    assert "process 0 lost another process" in err and "The same command continues" in err
     saved = checkpoint.read(tmp_path / "run" / "latest.pt")["step"]
     assert saved >= 3
     assert run(tmp_path, "--max-steps", saved + 1, "--ckpt-every", 1, "--log-every", 1)["step"] == saved + 1
@@ -243,7 +243,7 @@ def offline():
 
 @pytest.mark.skipif(not offline(), reason="may not hide the network here")
 def test_a_host_without_network(tmp_path):
-    """The default needs none; a download that cannot be is one sentence."""
+    """The default data need none. A download that fails is told in one sentence."""
     cases = ((["--data", "mnist", "--data-dir", tmp_path], 2, "error: cannot download"),
              (["--max-steps", "1"], 0, ""))
     processes = [subprocess.Popen(["unshare", "-rn", sys.executable, "train.py", *SMALL, "--results-dir",

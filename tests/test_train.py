@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support import checkpoint
-from support import latents
-from support import cost
+import ranks
 import sample
 import train
+from support import checkpoint, cost, latents
 from support.pictures import grid_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,20 +57,19 @@ def losses(folder):
 # --- resume ---
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    """SIGKILL in mid-run; then weights, EMA, optimizer and log are those of the run never killed."""
-    whole = run(tmp_path / "whole", "--max-steps", 60, "--ckpt-every", 10, "--log-every", 5)
-    flags = [*SMALL, "--results-dir", tmp_path / "cut", "--name", "run", "--max-steps", 60,
-             "--ckpt-every", 10, "--log-every", 5]
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """SIGKILL in mid-run; then weights, average, optimizer and log are those of a run that was left alone."""
+    flags = ["--max-steps", 60, "--ckpt-every", 10, "--log-every", 5]
+    whole = run(tmp_path / "whole", *flags)
+    [process] = ranks.start(tmp_path / "said", 1, "train.py", *SMALL, "--results-dir", tmp_path / "cut", "--name",
+                            "run", *flags)
     latest = tmp_path / "cut" / "run" / "checkpoints" / "0000020.pt"
-    while not latest.exists() and process.poll() is None:
+    while not latest.exists() and process.is_alive():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     killed = torch.load(tmp_path / "cut" / "run" / "latest.pt", weights_only=True)["step"]
     assert 10 <= killed < 60                        # 10: killed in the middle of saving 20
-    resumed = run(tmp_path / "cut", "--max-steps", 60, "--ckpt-every", 10, "--log-every", 5)
+    resumed = run(tmp_path / "cut", *flags)
     for part in ("model", "ema", "opt", "step", "images"):
         assert same(whole[part], resumed[part]), part
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -134,8 +132,8 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
 # --- processes, accumulation, batches ---
 
 def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path):
-    """One run handed on from one process, accumulating, to 4 with shards, and back to one: its losses and all
-    that it saves are those of one process. Every model and pair of ways: benchmarks/processes.py."""
+    """A run goes from one process, with accumulation, to 4 with shards, and back to one. Its losses and all that it
+    saves are those of one process. benchmarks/processes.py tries every model and every pair of ways."""
     flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant"]
     whole = run(tmp_path / "whole", *flags, "--max-steps", 20)
     ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,)]
@@ -144,10 +142,8 @@ def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(
         if processes == 1:
             run(tmp_path / "relay", *now)
             continue
-        done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={processes}", "train.py", *SMALL, "--results-dir", tmp_path / "relay",
+        ranks.launch(tmp_path / "said", processes, "train.py", *SMALL, "--results-dir", tmp_path / "relay",
                      "--name", "run", *now)
-        assert done.returncode == 0, done.stderr
     relay = torch.load(tmp_path / "relay" / "run" / "latest.pt", weights_only=True)
     for step, loss in losses(tmp_path / "whole").items():
         assert losses(tmp_path / "relay")[step] == pytest.approx(loss, abs=1e-5), step
@@ -170,14 +166,12 @@ def test_same_seed_same_image_at_any_batch_size(tmp_path):
         torch.testing.assert_close(other, images[0], atol=1e-4, rtol=0)
 
 
-def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_path):
+def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
     run(tmp_path, "--max-steps", 2)
     flags = ["--ckpt", tmp_path / "run", "--num-fid-samples", 7, "--steps", 2, "--batch-size", 2]
-    here = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
-                 ROOT / "sample.py", *flags, "--save-images", "three", **here)
-    assert done.returncode == 0, done.stderr
-    assert "evaluator.py VIRTUAL_imagenet16_labeled.npz samples_7x16x16x3.npz" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    said = ranks.launch(tmp_path / "said", 3, "sample.py", *flags, "--save-images", tmp_path / "three")
+    assert "evaluator.py VIRTUAL_imagenet16_labeled.npz samples_7x16x16x3.npz" in said
     npz = tmp_path / "samples_7x16x16x3.npz"
     three = npz.read_bytes()
     images = np.load(npz)["arr_0"]
@@ -186,17 +180,17 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     assert [p.name for p in names] == [f"00000{i}.png" for i in range(7)]
     assert np.array_equal(images[4], np.asarray(Image.open(names[4])))
 
-    names[3].unlink()                                            # goes on where it stopped
+    names[3].unlink()                                            # continues where it stopped
     (tmp_path / "three" / ".99.000003.png").write_bytes(b"killed")
     kept = names[2].stat().st_mtime_ns
     npz.unlink()
-    done = shell(sys.executable, ROOT / "sample.py", *flags, "--save-images", "three", **here)
-    assert done.returncode == 0 and npz.read_bytes() == three, done.stderr
+    sample.main([*map(str, flags), "--save-images", str(tmp_path / "three")])
+    assert npz.read_bytes() == three
     assert names[2].stat().st_mtime_ns == kept and not list((tmp_path / "three").glob(".*"))
 
 
 class Looks(TorchDispatchMode):
-    """Counts what on a GPU would wait for it: a number fetched, a shape that depends on numbers."""
+    """Counts the operations that on a GPU would wait for it: to fetch a number, or a shape that depends on numbers."""
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -210,7 +204,7 @@ class Looks(TorchDispatchMode):
     ("mdm", ["--cond", "text", "--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"]),
     ("cunet", ["--set", "nf=4"])])
 def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, model, options):
-    """One look a step is at the seed, on the CPU."""
+    """The one look in each step is at the seed, which is on the CPU."""
     counts = []
     real = torch.Tensor.tolist                              # does not tell the dispatcher
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (x.sum().item(), real(x))[1])
@@ -249,10 +243,10 @@ def test_compiled_sampling_is_one_graph_that_no_step_waits_in(tmp_path, monkeypa
 
 
 def test_overfit_one_batch(tmp_path):
-    run(tmp_path, "--overfit-one-batch", "--max-steps", 250, "--log-every", 10, "--lr", "5e-3",
+    run(tmp_path, "--overfit-one-batch", "--max-steps", 80, "--log-every", 10, "--lr", "5e-3",
         "--global-batch-size", 4, "--image-size", "8")
     curve = losses(tmp_path)
-    assert curve[10] > 0.3 and curve[250] < 0.05
+    assert curve[10] > 0.3 and curve[80] < 0.05
 
 
 # --- what is written ---
@@ -341,8 +335,8 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
 
 
 def test_the_recipes_start(tmp_path, monkeypatch, capsys):
-    """Each as typed, with --dry-run 8 in torchrun's place, on data of the right kind. The memory they need is
-    counted in test_memory.py, for smaller ones: here it would take minutes."""
+    """Each as typed, with --dry-run 8 in place of torchrun, on data of the right kind. Their memory is not counted here,
+    since that would take minutes: test_cost.py does so for smaller ones."""
     text = (ROOT / "docs/scaling.md").read_text().split("**The papers' recipes**")[1].split("```")[1]
     commands = [shlex.split(c) for c in re.findall(r"train\.py (.*)", text.replace("\\\n", " "))]
     assert {c[c.index("--preset") + 1] for c in commands} == {"DiS-H/2", "DiffuSSM-XL", "paper-256", "cunet"}
@@ -372,8 +366,8 @@ def test_the_recipes_start(tmp_path, monkeypatch, capsys):
 # --- weights to share ---
 
 def test_weights_to_share(tmp_path, capsys):
-    """A run's average in half precision draws nearly the same pictures, tells nothing of the machine, and can
-    begin another run."""
+    """The averaged weights in half precision draw nearly the same pictures, say nothing of the machine, and can begin
+    another run."""
     run(tmp_path, "--max-steps", "3", "--data-dir", str(tmp_path))
     whole, slim = tmp_path / "run" / "latest.pt", tmp_path / "slim.pt"
     checkpoint.main([str(tmp_path / "run"), str(slim)])
