@@ -1,9 +1,9 @@
-"""Does training survive SIGKILL at any moment? Kill it, start it again, compare with a run left alone.
+"""Does training survive SIGKILL at any moment? Kill it, start it again, and compare it with a run that was left alone.
 
-    python benchmarks/kill.py                   100 kills, shared among the models, which run one per core
-    python benchmarks/kill.py --processes 2     under torchrun: one of the processes is killed, or all
+    python benchmarks/kill.py                   100 kills, shared among the models; one model runs on each core
+    python benchmarks/kill.py --processes 2     with torchrun: one of the processes is killed, or all
 
-Half of the kills fall into or just after a save, the others anywhere around the first steps. POSIX only.
+Half of the kills come during a save or just after it, the others at any moment around the first steps. POSIX only.
 """
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ MODELS = {      # options that make a step take 20 to 80 ms on one core; steps b
     "cunet": ("nf=4 solver=euler", 2)}
 FINAL = re.compile(r"args\.json|log\.csv|(latest|checkpoints/\d+)\.pt")     # other files are temporary
 LINE = "{:9s}{:4d} kills, {:3d} during a save, {:4d} starts, {:5d} steps, {:5.0f} s: equal bit for bit"
-stopped = []                                    # holds something after Ctrl-C, or when a model failed
+stopped = []                                    # not empty after Ctrl-C, or when a model has failed
 
 
 def files(folder):
@@ -32,8 +32,8 @@ def files(folder):
 
 
 def start(command, folder, processes, rng=None, after=1 << 62, delay=0.0):
-    """Killed `delay` seconds after its `after`-th new temporary file (0: its start). -> reached its end?,
-    left a temporary file?, the seconds of the start (0) and of each new temporary file."""
+    """Start a run and kill it `delay` seconds after its `after`-th new temporary file (0: after its start). -> did it
+    reach its end?, did it leave a temporary file?, the seconds of the start (0) and of each new temporary file."""
     begun, seen, moments, said, heard, sign = time.time(), files(folder), [0.0], b"", None, 0
     command = [*command, "--results-dir", os.path.dirname(folder), "--name", os.path.basename(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
@@ -47,7 +47,7 @@ def start(command, folder, processes, rng=None, after=1 << 62, delay=0.0):
         if len(ranks) < processes and not hopeless:             # until torchrun has started them all
             ranks = [int(pid) for pid in subprocess.getoutput(f"pgrep -P {process.pid}").split()]
         elif hopeless or heard is None and len(moments) > after and now > moments[after] + delay:
-            heard = said                                        # torchrun complains of what comes now
+            heard = said                                        # from now on torchrun complains
             for pid in [process.pid, *ranks] if hopeless or rng.random() < 0.5 else [rng.choice(ranks)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
@@ -73,7 +73,7 @@ def compare(a, b):
 def torture(model, args, out):
     rng, n, (options, every) = random.Random(f"{args.seed} {model}"), args.processes, MODELS[model]
     begun, kills = time.time(), -(-args.kills // len(args.models))
-    steps = 20 + 4 * every * kills              # as a rule a life is shorter than four checkpoints
+    steps = 20 + 4 * every * kills              # most lives are shorter than four checkpoints
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node={n}".split() * (n > 1)
     command = [sys.executable, *launcher, os.path.abspath(f"{__file__}/../../train.py"),
                *f"--model {model} --data shapes --image-size 16 --global-batch-size 4 --device cpu".split(),
@@ -89,7 +89,7 @@ def torture(model, args, out):
             aim = (rng.randint(1, 5) if left % 2 else 1, delay) if delay > 0 else (0, ready + delay)
             ended, leftover, moments = start(command, folder, n, rng, *aim * (left > 0))
             torn, lives, left, ready = torn + leftover, lives + 1, left - (not ended), [*moments, ready][1]
-            with contextlib.suppress(Exception):        # none yet; of a damaged one train.py complains
+            with contextlib.suppress(Exception):        # there may be none yet; train.py tells if it is damaged
                 step = torch.load(f"{folder}/latest.pt", weights_only=True)["step"]
             assert step >= last, f"{folder}: start {lives} went back from step {last} to {step}"
         compare(f"{out}/whole", folder)
@@ -110,7 +110,7 @@ def main():
         try:
             rows = [job.result() for job in as_completed(jobs)]
         except (KeyboardInterrupt, AssertionError) as e:
-            sys.exit(str(e) or 130)             # the shell's code for Ctrl-C
+            sys.exit(str(e) or 130)             # the code that shells use for Ctrl-C
         finally:
             stopped.append(True)
     print(LINE.format("all", *map(sum, zip(*rows)), time.time() - begun))

@@ -1,11 +1,11 @@
-"""One run, done by 1, 2 and 4 processes, with and without accumulation and shards: are the losses equal, does
-a checkpoint of any way go on in any other?
+"""One run is done by 1, 2 and 4 processes, with and without accumulation and shards. Are the losses equal? Does a run
+that was made in one of these ways continue in any other?
 
     python benchmarks/processes.py                          gloo on CPUs, minutes
-    python benchmarks/processes.py --device cuda            NCCL, as many GPUs as processes
+    python benchmarks/processes.py --device cuda            NCCL, with as many GPUs as processes
 
-Prints the largest difference of a loss from that of one process, over 20 steps; and for all pairs of ways,
-over 4 steps that the second takes from a checkpoint of the first. Exits with 1 above 1e-5 (on CPUs).
+Prints the largest difference between the losses of 20 steps and those of one process. Then, for all pairs of ways, the
+second takes 4 steps from a checkpoint of the first. On CPUs the exit code is 1 if a difference is above 1e-5.
 """
 import argparse
 import csv
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WAYS = {"1": (1,), "1, accumulated": (1, "--grad-accum", "4"), "2": (2,),
         "2, accumulated": (2, "--grad-accum", "2"), "2, shards": (2, "--shard"), "4": (4,),
         "4, shards": (4, "--shard"), "4, shards, accumulated": (4, "--shard", "--grad-accum", "2")}
-MODELS = {      # small, but with every kind of module
+MODELS = {      # small, with every kind of module
     "dis": ["--set", "width=32", "depth=2", "state=4"],
     "diffussm": ["--set", "width=16", "depth=2"],
     "mdm": ["--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"],
@@ -48,7 +48,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     p.add_argument("--device", default="cpu")
-    p.add_argument("--pairs", nargs="*", default=["dis"], help="models of which all pairs are tried")
+    p.add_argument("--pairs", nargs="*", default=["dis"], help="models for which all pairs are tried")
     args = p.parse_args()
     worst = 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,12 +1,12 @@
-"""Where the time of a training step goes, and of sampling; and how it grows with tokens, width and batch.
+"""Where the time of a training step goes, and that of sampling; and how it grows with tokens, width and batch.
 
     python benchmarks/step.py                                   all four papers, some minutes on a CPU
-    python benchmarks/step.py --models dis -- --data mnist --data-dir DIR       for train.py after the --
+    python benchmarks/step.py --models dis -- --data mnist --data-dir DIR       flags after -- are for train.py
     python benchmarks/step.py --throughput dis:DiS-S/2 diffussm:DiffuSSM-S      32x32x4 latents, on a GPU
 
-The steps are those of train.py itself: its functions are wrapped by a clock, and what none of them took is
-Python's. A part's time is without that of parts inside it. On a GPU the clock waits for every part, so the
-sum is more than a step takes when nobody looks.
+The steps are those of train.py itself, with a clock around its functions. "Python" is the time that none of them took.
+The time of a part leaves out the parts inside it. On a GPU the clock waits for every part, so the sum is more than a
+step takes without a clock.
 """
 import argparse
 import contextlib
@@ -23,27 +23,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from timing import median, ratio, table, turns  # noqa: E402
 
-from support import checkpoint  # noqa: E402
-from support import inputs  # noqa: E402
-from support import scan  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
+from support import checkpoint, inputs, log  # noqa: E402
 
-# What a paper is about, by the names of the functions that do it: forward, backward.
+# The functions that do what a paper is about, forward and backward. They stand in its file or in support.
 CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_backward"],
          "mdm": [], "cunet": []}
 SHAPE = {"dis": (4, 32, 32), "diffussm": (4, 32, 32), "mdm": (3, 64, 64), "cunet": (3, 64, 64)}
 
 
 def core(model):
-    """The places for `Clock.watch` where these functions lie: in the paper's file or in that of its fast form."""
-    files = [checkpoint.load_paper(model), *(sys.modules.get(f"support.{name}") for name in ("scan", "longconv"))]
-    return [("core", file, f) for f in CORES[model] for file in files if hasattr(file, f)]
+    """-> (part, module, name of a function there) for a Clock."""
+    files = [checkpoint.load_paper(model), *map(sys.modules.get, ("support.scan", "support.longconv"))]
+    return [("core", file, name) for file in files for name in CORES[model] if hasattr(file, name)]
 
 
 class Clock:
-    """parts: seconds by name. A part's own, without parts inside it."""
+    """parts: seconds by name, for each part without the parts inside it."""
 
     def __init__(self, device):
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -68,7 +66,7 @@ class Clock:
 
     @contextlib.contextmanager
     def watch(self, *places):
-        """places: (part, where, name of the function there)."""
+        """A context in which functions are clocked. places: (part, module or class, name of a function there)."""
         with contextlib.ExitStack() as stack:
             for part, where, name in places:
                 stack.enter_context(mock.patch.object(where, name, self.of(part, getattr(where, name))))
@@ -76,7 +74,7 @@ class Clock:
 
 
 def training(model, flags, device, steps=60, warm=6):
-    """-> milliseconds by part of one step of train.py, and all of it."""
+    """-> the milliseconds of one step of train.py by part, and their sum."""
     paper, clock, marks = checkpoint.load_paper(model), Clock(device), []
 
     def batches(*args, batches=inputs.batches, **options):
@@ -89,11 +87,10 @@ def training(model, flags, device, steps=60, warm=6):
         clock.of("EMA", update)(*args)
         marks.append((clock.now(), dict(clock.parts)))
     places = [("data", train, "make_batch"), *(("noise", train, f) for f in ("normal", "uniform", "fold")),
-              ("network", Diffusion, "loss"), ("network", torch.Tensor, "backward"),
-              *core(model),
+              ("network", Diffusion, "loss"), ("network", torch.Tensor, "backward"), *core(model),
               ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
-              ("optimizer", torch.optim.AdamW, "zero_grad"), ("logging", checkpoint, "write_line"),
-              ("logging", train.tqdm, "update")]
+              ("optimizer", torch.optim.AdamW, "zero_grad"), ("logging", log.Log, "loss"),
+              ("logging", log.Log, "step"), ("logging", log.Log, "write")]
     if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own
         places.append(("network", type(paper.build("tiny", (1, 32, 32))[1]), "loss"))
     with tempfile.TemporaryDirectory() as folder, clock.watch(*places), \
@@ -110,14 +107,13 @@ def training(model, flags, device, steps=60, warm=6):
 
 
 def sampling(model, device, steps=5, images=64):
-    """-> milliseconds by part of one step of DDIM with guidance."""
-    paper, clock = checkpoint.load_paper(model), Clock(device)
+    """-> the milliseconds of one step of DDIM with guidance by part, and their sum."""
+    clock = Clock(device)
     torch.manual_seed(0)
-    net, diffusion = paper.build("tiny", (1, 28, 28) if model != "mdm" else (1, 32, 32), 10)
+    net, diffusion = checkpoint.load_paper(model).build("tiny", (1, 28, 28) if model != "mdm" else (1, 32, 32), 10)
     net.to(device).eval()
     shape, labels = net.shape, torch.arange(images) % 10
-    places = [("network", type(net), "forward"), *core(model),
-              ("noise", sys.modules["diffusion"], "normal")]
+    places = [("network", type(net), "forward"), *core(model), ("noise", sys.modules["diffusion"], "normal")]
 
     def draw():
         return sample.generate(net, diffusion, shape, torch.arange(images), {"y": labels}, images, device,
@@ -137,7 +133,7 @@ def shares(title, names, found):
 
 
 def step_of(model, preset, shape, batch, device, bf16=False, compiled=False, classes=0, **options):
-    """-> a function that does one step of training, without data and logging."""
+    """-> a function that makes one training step, without data and logging."""
     torch.manual_seed(0)
     net, diffusion = checkpoint.load_paper(model).build(preset, shape, classes, **options)
     net.to(device).train()
@@ -157,7 +153,7 @@ def step_of(model, preset, shape, batch, device, bf16=False, compiled=False, cla
 
 
 def growth(models, device, rounds):
-    """Four times the tokens (twice the side), twice the width, twice the batch: how much more time."""
+    """How much more time do four times the tokens (twice the side), twice the width and twice the batch take?"""
     options = {"dis": lambda D: dict(patch=1, depth=2, width=64 * D),
                "diffussm": lambda D: dict(width=64 * D),
                "mdm": lambda D: dict(channels=(32 * D, 64 * D), outer=()), "cunet": lambda D: dict(nf=8 * D)}
@@ -172,8 +168,9 @@ def growth(models, device, rounds):
 
 
 def throughput(names, device, batch):
-    """Images per second in training and peak memory, without and with what makes it fast."""
-    rows = []
+    """Images per second in training and peak memory, with and without what makes it fast."""
+    dis, rows = checkpoint.load_paper("dis"), []
+    scan = sys.modules.get("support.scan", dis)
     for name in names:
         model, preset = name.split(":")
         for fused in (False, True) if model == "dis" and device.type == "cuda" else (False,):
@@ -199,21 +196,21 @@ def throughput(names, device, batch):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--models", nargs="*", default=list(CORES), choices=list(CORES))
-    p.add_argument("--steps", type=int, default=60, help="of training; the first six do not count")
+    p.add_argument("--steps", type=int, default=60, help="training steps; the first six do not count")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rounds", type=int, default=5, help="of the growth")
-    p.add_argument("--throughput", nargs="+", metavar="PAPER:PRESET", help="only that, of these")
-    p.add_argument("--batch", type=int, default=64, help="of --throughput")
+    p.add_argument("--rounds", type=int, default=5, help="how often each time of the growth is measured")
+    p.add_argument("--throughput", nargs="+", metavar="PAPER:PRESET", help="measure only the throughput of these")
+    p.add_argument("--batch", type=int, default=64, help="images, for --throughput")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = p.parse_args(sys.argv[1:end]), sys.argv[end + 1:]
     device = torch.device(args.device)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads\n")
     if args.throughput:
         return throughput(args.throughput, device, args.batch)
-    shares(f"training, a step of train.py {' '.join(flags)}; core: the scan of dis, the S4D of diffussm",
+    shares(f"training: a step of train.py {' '.join(flags)}; core: the scan of dis, the S4D of diffussm",
            ["core", "network", "optimizer", "data", "noise", "EMA", "logging", "Python"],
            {m: training(m, flags, device, args.steps) for m in args.models})
-    shares("sampling, a step of DDIM for 64 digits with guidance",
+    shares("sampling: a step of DDIM for 64 digits with guidance",
            ["core", "network", "noise", "sampler"], {m: sampling(m, device) for m in args.models})
     growth(args.models, device, args.rounds)
 
