@@ -5,9 +5,8 @@ import signal
 from torch.utils.data import DataLoader
 
 from diffusion import UserError
-from support import checkpoint, latents
+from support import checkpoint, datasets, latents
 from support.cli import fail
-from support.datasets import hold_out, load, permutation
 from support.text import text_encoder
 
 
@@ -27,10 +26,10 @@ def for_training(args, paper, device):
     else:
         if args.vae:
             raise UserError("--vae decodes latents: add --latents DIR, or drop it")
-        dataset = load(args.data, args.data_dir, args.image_size, text_encoder=args.text_encoder,
-                       frames=args.frames)
+        dataset = datasets.load(args.data, args.data_dir, args.image_size, text_encoder=args.text_encoder,
+                                frames=args.frames)
     if args.hold_out:
-        dataset = hold_out(dataset, args.hold_out)
+        dataset = datasets.hold_out(dataset, args.hold_out)
     classes = dataset.num_classes if args.num_classes < 0 else args.num_classes
     if classes not in (0, dataset.num_classes):
         raise UserError(f"--num-classes {classes}, but {dataset.name} has {dataset.num_classes}: drop the flag")
@@ -70,7 +69,7 @@ def choose_text(args, dataset, reads, device):
 
 def some_captions(dataset, seed, n=8):
     """The first n different captions in a random order, for the grids of samples."""
-    order = permutation(seed, 0, len(dataset))[:1000]
+    order = datasets.permutation(seed, 0, len(dataset))[:1000]
     return list(dict.fromkeys(dataset.captions[i] for i in order if dataset.captions[i]))[:n] or [""]
 
 

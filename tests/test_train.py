@@ -337,7 +337,7 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
 def test_the_recipes_start(tmp_path, monkeypatch, capsys):
     """Each as typed, with --dry-run 8 in place of torchrun, on data of the right kind. Their memory is not counted here,
     since that would take minutes: test_cost.py does so for smaller ones."""
-    text = (ROOT / "docs/scaling.md").read_text().split("**The papers' recipes**")[1].split("```")[1]
+    text = (ROOT / "docs/scaling.md").read_text().split("## The papers' recipes")[1].split("```")[1]
     commands = [shlex.split(c) for c in re.findall(r"train\.py (.*)", text.replace("\\\n", " "))]
     assert {c[c.index("--preset") + 1] for c in commands} == {"DiS-H/2", "DiffuSSM-XL", "paper-256", "cunet"}
     monkeypatch.chdir(tmp_path)
