@@ -1,7 +1,6 @@
 """train.py and sample.py as a user runs them: exact resume, processes, seeds, stopping."""
 import csv
 import json
-import os
 import re
 import shlex
 import signal
