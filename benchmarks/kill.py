@@ -20,7 +20,7 @@ import torch
 
 MODELS = {      # options that make a step take 20 to 80 ms on one core; steps between checkpoints
     "dis": ("width=32 depth=2 state=4", 1), "diffussm": ("width=16 depth=2", 2),
-    "mdm": ("side=8 channels=[16,32] embedding=32 heads=2 words=16 layers=1", 1),
+    "mdm": ("side=8 channels=[16,32] embedding=32 heads=2 text_width=16 layers=1", 1),
     "cunet": ("nf=4 solver=euler", 2)}
 FINAL = re.compile(r"args\.json|log\.csv|(latest|checkpoints/\d+)\.pt")     # other files are temporary
 LINE = "{:9s}{:4d} kills, {:3d} during a save, {:4d} starts, {:5d} steps, {:5.0f} s: equal bit for bit"

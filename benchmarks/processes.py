@@ -24,7 +24,7 @@ WAYS = {"1": (1,), "1, accumulated": (1, "--grad-accum", "4"), "2": (2,),
 MODELS = {      # small, with every kind of module
     "dis": ["--set", "width=32", "depth=2", "state=4"],
     "diffussm": ["--set", "width=16", "depth=2"],
-    "mdm": ["--set", "side=8", "channels=(8,8)", "words=8", "embedding=8", "heads=2"],
+    "mdm": ["--set", "side=8", "channels=(8,8)", "text_width=8", "embedding=8", "heads=2"],
     "cunet": ["--set", "nf=4"]}
 
 

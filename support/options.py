@@ -4,10 +4,12 @@ What an option may be is its type in the signature of the network that takes it:
 
     int                     a whole number, at least 1
     float                   a number, at least 0
-    Annotated[int, 0]       the same with another limit: at least 0
+    Annotated[int, 0]       another limit: at least 0. Annotated[float, 0, 10]: from 0 to 10
     bool                    True or False
     Literal["a", "b"]       one of these
     int | None              either
+    list[int]               a list or tuple of such values
+    a TypedDict             a dict with exactly its keys
 
 An option without a type, or of any other, is not checked here. The papers share the options of the diffusion: their
 types are in `DIFFUSION`.
@@ -51,15 +53,14 @@ def checked(paper, presets, preset, options, network, diffusion=DIFFUSION):
     return settings
 
 
-def rule(kind, low=None):
+def rule(kind, low=None, high=math.inf):
     """A type -> a function that tells if a value is of it, and what such a value is, in words."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if kind is int:                                         # True is an int to Python, not to us
-        low = 1 if low is None else low
-        return lambda v: type(v) is int and v >= low, f"a whole number, at least {low}"
-    if kind is float:                                       # nan is not at least anything
-        low = 0 if low is None else low
-        return lambda v: type(v) in (int, float) and low <= v < math.inf, f"a number, at least {low}"
+    if kind in (int, float):                                # True is an int to Python, not to us; nan fits no limit
+        low = (1 if kind is int else 0) if low is None else low
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        return (lambda v: type(v) in (int, kind) and low <= v <= high and v != math.inf,
+                f"a {'whole ' * (kind is int)}number, {limits}")
     if kind is bool:
         return lambda v: type(v) is bool, "True or False"
     if kind is type(None):
@@ -68,6 +69,14 @@ def rule(kind, low=None):
         return rule(*inside)
     if origin is Literal:                                   # 1 is not True, nor 1.0
         return lambda v: any(type(v) is type(x) and v == x for x in inside), " or ".join(map(str, inside))
+    if origin is list:
+        fits, words = rule(*inside)
+        return lambda v: isinstance(v, (list, tuple)) and all(map(fits, v)), f"a list of which each is {words}"
+    if typing.is_typeddict(kind):
+        rules = {name: rule(inner) for name, inner in typing.get_type_hints(kind, include_extras=True).items()}
+        return (lambda v: isinstance(v, dict) and v.keys() == rules.keys() and all(
+                    fits(v[name]) for name, (fits, _) in rules.items()),
+                "a dict of " + " and ".join(f"{name} ({words})" for name, (_, words) in rules.items()))
     if origin in (typing.Union, types.UnionType):
         tests, words = zip(*map(rule, inside))
         return lambda v: any(test(v) for test in tests), ", or ".join(words)

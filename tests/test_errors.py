@@ -20,7 +20,7 @@ from support import cli, datasets, prepare
 
 SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
-MDM = ["--model", "mdm", "--set", "channels=(4,4)", "words=8", "embedding=8", "heads=2", *SMALL[:2],
+MDM = ["--model", "mdm", "--set", "channels=(4,4)", "text_width=8", "embedding=8", "heads=2", *SMALL[:2],
        *SMALL[-8:]]
 TRAIN, SAMPLE, DATA = train.main, sample.main, prepare.main
 

@@ -17,7 +17,7 @@ from test_cunet import assert_no_looks, assert_one_graph
 
 mdm = checkpoint.load_paper("mdm")
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(side=8, channels=(8, 16), blocks=(1, 1), attention=(0, 1), words=16, layers=1, embedding=32,
+SMALL = dict(side=8, channels=(8, 16), blocks=(1, 1), attention=(0, 1), text_width=16, layers=1, embedding=32,
              heads=2, outer=(dict(channels=(8, 8), blocks=(1, 1)), dict(channels=(4, 8), blocks=(1, 1))),
              temporal=dict(channels=(8, 8, 8), blocks=(1, 1, 1)))
 
@@ -552,7 +552,7 @@ def test_presets_that_make_no_videos_say_so():
 def train_(folder, *flags, name="run", steps=2):
     train.main(["--model", "mdm", "--results-dir", str(folder), "--name", name, "--max-steps", str(steps),
                 "--sample-every", "0", "--log-every", "1", "--global-batch-size", "4", "--image-size", "16",
-                "--set", "side=8", "channels=(8,8)", "words=8", "embedding=16", "heads=2", *map(str, flags)])
+                "--set", "side=8", "channels=(8,8)", "text_width=8", "embedding=16", "heads=2", *map(str, flags)])
 
 
 def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch):

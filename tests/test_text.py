@@ -399,7 +399,7 @@ def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "text_encoder", None)
     train.main(["--model", "mdm", "--data", folder, "--text-encoder", "pretend/t5", "--results-dir",
                 str(tmp_path), "--name", "run", "--max-steps", "2", "--global-batch-size", "4",
-                "--sample-every", "1", "--set", "outer=()", "channels=(4,4)", "words=8", "embedding=8", "heads=2"])
+                "--sample-every", "1", "--set", "outer=()", "channels=(4,4)", "text_width=8", "embedding=8", "heads=2"])
     assert (tmp_path / "run" / "samples.png").exists()
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
     args = checkpoint.read(tmp_path / "run" / "latest.pt")["args"]
