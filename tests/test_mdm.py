@@ -1,6 +1,7 @@
-"""mdm.py: counts, schedules, the loss's weights, nesting bit for bit, mixed batches, text, video, growing."""
+"""mdm.py: counts, schedules, the weights of the loss, nesting bit for bit, mixed batches, text, video, growing."""
 import math
 import runpy
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from support import checkpoint
+from benchmarks import tables_mdm
+from support import checkpoint, cost, parallel
 import sample
 import train
 from diffusion import fold, normal, shift_snr, cosine_alpha_bar, uniform
@@ -97,18 +99,21 @@ def test_micro_conditioning_costs_what_it_costs_and_reads_the_size():
 def test_multiply_adds_agree_with_a_real_forward_pass(shape, kind):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    model, _ = small(shape, **kind)
+    model, diffusion = small(shape, **kind)
     z, t = inputs(model, 1)
     spelt = dict(text=torch.ones(1, 16, 12, dtype=torch.long), text_mask=torch.ones(1, 16, dtype=torch.bool))
     cond = {12: words(1, 32), 0: {}, "bytes": spelt}[kind.get("text", 0)]
     # the fused attention of a CPU is not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(z, t, **cond)
-    assert counter.get_total_flops() == 2 * model.macs()
+    blank = cost.blank_batch(diffusion, shape, 1, words=32, **kind)
+    assert counter.get_total_flops() == 2 * cost.multiply_adds(model, diffusion, blank)
 
 
-def test_the_table_prints_and_its_counts_are_those_beside_them(capsys):
-    runpy.run_path(str(ROOT / "mdm.py"), run_name="__main__")           # python mdm.py
+def test_the_table_prints_and_its_counts_are_those_beside_them(capsys, monkeypatch):
+    """What `python mdm.py` prints, of the released networks."""
+    monkeypatch.setattr(tables_mdm, "MDM_ROWS", tables_mdm.MDM_ROWS[:3])
+    tables_mdm.mdm()
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cc12m")]
     assert len(rows) == 3
     for row in rows:
@@ -116,6 +121,21 @@ def test_the_table_prints_and_its_counts_are_those_beside_them(capsys):
         assert parameters == theirs
         assert float(macs[:-1]) == pytest.approx(float(their_macs[:-1]), rel=1e-3)
     assert [row[-1] for row in rows] == ["182G", "294.5G", "509.3G"]
+
+
+def test_runs_without_support(monkeypatch):
+    """mdm.py and diffusion.py alone: the same network, the same loss; options are not checked."""
+    for name in ["support", *(name for name in sys.modules if name.startswith("support."))]:
+        monkeypatch.setitem(sys.modules, name, None)                    # importing it is an ImportError
+    alone = runpy.run_path(str(ROOT / "mdm.py"))
+    assert alone["checked"].__module__ != "support.options"
+    losses = []
+    for build in (alone["build"], mdm.build):
+        torch.manual_seed(0)
+        model, diffusion = build("mini", (1, 28, 28), 10)
+        losses.append(diffusion.loss(model, *batch(diffusion, 2), y=torch.tensor([3, -1]))["loss"])
+    assert torch.equal(*losses)
+    assert diffusion.sample(model, (1, 28, 28), torch.arange(2), steps=2, y=torch.tensor([3, 4])).shape == (2, 1, 28, 28)
 
 
 # --- the extended space ---
@@ -209,8 +229,8 @@ def test_weights_and_the_simple_baseline():
     torch.testing.assert_close(terms["loss"], terms["loss_3"])
 
 
-def test_resolutions_without_weight_are_neither_shown_nor_sampled():
-    """Shown in training they would give the picture away, and then be missing."""
+def test_resolutions_without_weight_are_neither_visible_nor_sampled():
+    """Visible in training, they would give the picture away, and in sampling they would be missing."""
     model, d = small((3, 32, 32), weights=[0, 1, 1])
     x0, t, noise = batch(d, 2)
     other = torch.cat([torch.randn(2, math.prod(d.shapes[0])), noise[:, math.prod(d.shapes[0]):]], 1)
@@ -478,8 +498,8 @@ def test_checkpointing_changes_no_gradient(shape):
     grads = []
     for on in (False, True):
         model, d = small(shape, num_classes=3)
-        model.grad_checkpointing = on
-        assert model.grad_checkpointing == on
+        if on:
+            parallel.recompute(model)
         x0, t, noise = batch(d, 2)
         d.loss(model, x0, t, noise, y=torch.tensor([0, 1]))["loss"].sum().backward()
         grads.append([p.grad for p in model.parameters()])
@@ -513,20 +533,22 @@ def test_autocast_keeps_the_loss_in_float32():
 BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 16)), "3 frames"),
        (dict(shape=(3, 64, 16, 16)), "64 frames"), (dict(num_classes=3, text=12), "not both"),
        (dict(width=3), "unknown option"), (dict(error="l1"), "unknown error"),
-       (dict(predict="x"), "unknown diffusion"), (dict(weights=[1]), "list of 2"),
-       (dict(weights="all"), "list of 2"), (dict(heads=3, text=12), "heads=3"),
-       (dict(mixed=[0.5, 1]), "begin with 1"), (dict(mixed=[1, 2]), "begin with 1"),
+       (dict(predict="x"), "unknown predict"), (dict(weights=[1]), "list of 2"),
+       (dict(weights="all"), "weights='all': must be a list"), (dict(weights=[1, -1]), "weights=-1"),
+       (dict(heads=3, text=12), "heads=3"),
+       (dict(mixed=[0.5, 1]), "begin with 1"), (dict(mixed=[1, 2]), "begin with 1"), (dict(mixed=[1]), "list of 2"),
        (dict(mixed=[1, 0]), "begin with 1"), (dict(power="two"), "power"),
-       (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"),
-       (dict(attention=(0, 0.5)), "attention"),
-       (dict(words=12, text=12), "divisible by 8"), (dict(T=0), "T=0"),
-       (dict(embedding="big"), "embedding"), (dict(micro=1), "micro"), (dict(schedule="sigmoid"), "schedule"),
+       (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"), (dict(blocks=(1, 0)), "blocks=0"),
+       (dict(attention=(0, 0.5)), "attention"), (dict(attention=(0,)), "attention=.0,"),
+       (dict(text_width=12, text=12), "text_width=12: must be divisible by 8, try 8"), (dict(T=0), "T=0"),
+       (dict(embedding="big"), "embedding"), (dict(embedding=12), "embedding=12: must be divisible by 8"),
+       (dict(micro=1), "micro"), (dict(schedule="sigmoid"), "schedule"),
        (dict(layers=-1), "layers"), (dict(outer=3), "outer"), (dict(temporal=[1]), "temporal"),
        (dict(outer=({},)), "outer"), (dict(schedule=[1]), "schedule"), (dict(power=1e5), "0 to 10"),
        (dict(outer=(dict(channels=(4,), blocks=(1,)),)), "channels=.4,"), (dict(channels=()), "channels=.."),
-       (dict(temporal=dict(channels=(7, 8), blocks=(1, 1))), "even"), (dict(T=10**15), "million"),
-       (dict(weights=[0, 0]), "above 0"),
-       (dict(temporal=dict(channels=(8, 8), blocks=(1, 1), attention=(0, 1))), "dict of blocks, channels")]
+       (dict(shape=(3, 2, 16, 16), temporal=dict(channels=(7, 8), blocks=(1, 1))), "even"),
+       (dict(T=10**15), "from 1 to 1000000"), (dict(weights=[0, 0]), "above 0"), (dict(mixed=3), "mixed=3"),
+       (dict(temporal=dict(channels=(8, 8), blocks=(1, 1), attention=(0, 1))), "dict of channels and blocks")]
 
 
 @pytest.mark.parametrize("options, words_", BAD, ids=lambda v: str(v))
