@@ -189,7 +189,7 @@ WRONG = [
     (TRAIN, [*MDM, "--results-dir", "new", "--init-inner", "gone.pt"], "no checkpoint at gone.pt"),
     (TRAIN, [*MDM, "--results-dir", "new", "--image-size", "32", "--init-inner", "results/run"], "was dis"),
     (TRAIN, [*MDM, "--results-dir", "new", "--image-size", "30x33"], "try 30x32"),
-    (TRAIN, [*MDM, "--results-dir", "new", "--set", "mixed=1"], "list of 1 numbers"),
+    (TRAIN, [*MDM, "--results-dir", "new", "--set", "mixed=1"], "mixed=1: must be a list"),
     (TRAIN, [*MDM, "--results-dir", "other", "--name", "words"], "--cond: text 0 .was bytes"),
     (SAMPLE, [*CKPT, "--prompt", "a moon"], "drop --prompt"),
     (SAMPLE, [*CKPT, "--levels"], "has one: drop it"),
