@@ -3,9 +3,10 @@
 Jiatao Gu, Shuangfei Zhai, Yizhe Zhang, Josh Susskind, Navdeep Jaitly. arXiv 2310.15111, ICLR 2024.
 
 The idea. Denoise a picture and smaller copies of it together, in one process, without an autoencoder and without a
-cascade of models. The networks are nested like Matryoshka dolls: that of a larger copy holds that of the next smaller
-one. At the same t a larger copy has more noise in each pixel, so the small copies become readable first and guide the
-large ones. Most weights work at the smallest resolution. A network trained there becomes the core of a larger one.
+cascade of models. The networks are nested like Matryoshka dolls: the network of a larger copy contains the network of
+the next smaller one. At the same t a larger copy has more noise in each pixel, so the small copies become readable
+first and guide the large ones. Most weights work at the smallest resolution, and a network trained there alone becomes
+the core of a larger one.
 
     z_t^r = alpha_t^r D_r(x) + sigma_t^r eps^r,    eps^r ~ N(0, I),    r = 1 .. R, one t for all     (Eq. 2)
     loss  = sum over r of omega_t^r |x_theta^r(z_t, t) - D_r(x)|^2,    omega^r / omega^R = N_R / N_r (Eq. 3)
@@ -21,7 +22,7 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `z`              | z_t^1 .. z_t^R    | [(B, C, H_r, W_r)]  | the extended space: every resolution, noised           |
 | `levels[r]`      | alpha^r, sigma^r  |                     | its schedule: alpha^2 = alpha_bar = 1 - sigma^2        |
 | `noise`          | eps^1 .. eps^R    | (B, numbers)        | of all resolutions in a row; see `unpack`              |
-| `weights`        | omega^r N_r / N_R | R numbers           | of the mean squared errors; see 1 below                |
+| `weights`        | omega^r N_r / N_R | R numbers           | of the mean squared errors; see departure 1            |
 | `h`              |                   | (B frames, C, H, W) | features of a network                                  |
 | `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
 | `e`, `pooled`    |                   | (B, E)              | embedding of t and more; the part that is from `words` |
@@ -31,8 +32,9 @@ paper's sections.
  1. The loss adds up *means* over pixels. Eq. 3 sums over pixels and weights by N_R / N_r, which is the same.
  2. error="eps" is the code's loss, "x0" the paper's (omega_t = 1); the tiny presets use "v". With "eps" the fine
     resolutions learn least: the network predicts v, and the error of eps is alpha^2 times that of v.
- 3. The shift of schedules is the code's: SNR / (side / coarsest side)^power. The paper has no formula.
- 4. Batches of mixed resolutions are the paper's default. Here they are off, as in the released settings (by mistake).
+ 3. The shift of schedules is the code's: SNR / (side / coarsest side)^power. The paper has no formula. Frames add none.
+ 4. Batches of mixed resolutions are the paper's default. A misplaced key turns them off in the released settings. They
+    are off here, too, unless you pass, say, mixed=[1, 0.67].
  5. Text: padding is masked, and a learned token means "no text". The code attends to padding and has an empty prompt.
  6. A class is a caption of one token. In the code it is a one-hot vector, and that path does not run.
  7. Sampling begins at t = T - 1. The code's 50 steps begin at 980, from pure noise.
