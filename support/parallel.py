@@ -125,8 +125,11 @@ class Team:
 
     def spread(self, model, average, compiled, shard):
         """Put a model and the average of its weights on the device -> the module to train with: the model, compiled if
-        asked for, and inside DDP if there are several processes. shard: cut both into shards, in place."""
+        asked for, and inside DDP if there are several processes. shard: cut both into shards, in place. Raises
+        UserError."""
         if shard:
+            if self.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+                raise UserError(f"PyTorch {torch.__version__} has shards on GPUs only: drop --shard, or update torch")
             from torch.distributed.device_mesh import init_device_mesh
             mesh = init_device_mesh(self.device.type, (self.world,))
         for network in (model, average):
@@ -139,8 +142,12 @@ class Team:
             gradient_as_bucket_view=True)       # or there would be a second copy of the gradients
 
     def leave(self):
+        """Wait for all, so that nobody waits for one that has left; then end the process group. `votes` lives longer
+        than the group: a thread of the group may be about to free it, for which it needs Python's lock, and the end of
+        the group waits for that thread and has the lock."""
         if self.world > 1:
-            self.any(False)                     # wait here for all, so that nobody waits for one that has left
+            votes = torch.zeros(())
+            dist.all_reduce(votes)
             dist.destroy_process_group()
 
 

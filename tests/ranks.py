@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -11,7 +12,8 @@ CONTEXT.set_forkserver_preload(["train"])
 
 
 def be(rank, world, port, program, argv, said, folder):
-    """What each process does, in `folder`: run train.py or sample.py with these flags. What it says goes into a file."""
+    """What each process does, in `folder`: run train.py or sample.py with these flags. What it says goes into the file
+    `said`."""
     os.chdir(folder)
     file = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
@@ -32,7 +34,8 @@ def start(folder, world, program, *argv):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     Path(folder).mkdir()
-    processes = [CONTEXT.Process(target=be, args=(r, world, port, program, [*map(str, argv)], f"{folder}/{r}", os.getcwd()))
+    flags = [str(flag) for flag in argv]
+    processes = [CONTEXT.Process(target=be, args=(r, world, port, program, flags, f"{folder}/{r}", os.getcwd()))
                  for r in range(world)]
     for process in processes:
         process.start()
@@ -40,10 +43,14 @@ def start(folder, world, program, *argv):
 
 
 def launch(folder, world, program, *argv):
-    """The same, to their end, which must be a good one -> what they said."""
+    """The same, to their end, which must be a good one -> what they said. One that fails ends the others."""
     processes = start(folder, world, program, *argv)
+    while alive := [p.sentinel for p in processes if p.exitcode is None]:
+        if any(p.exitcode for p in processes) or not wait(alive, 200):
+            break
     for process in processes:
-        process.join(200)
+        process.kill()
+        process.join()
     said = "".join(path.read_text() for path in sorted(Path(folder).iterdir()))
     assert [p.exitcode for p in processes] == [0] * world, said
     return said

@@ -1,5 +1,5 @@
-"""Everything a user can get wrong gives one sentence with the fix, exit code 2 and no traceback, and leaves all files as
-they are."""
+"""Everything a user can get wrong gives one sentence with the fix, exit code 2 and no traceback. All files stay as they
+are."""
 import gzip
 import hashlib
 import os

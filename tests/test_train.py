@@ -130,6 +130,7 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
 
 # --- processes, accumulation, batches ---
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has shards on GPUs only")
 def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path):
     """A run goes from one process, with accumulation, to 4 with shards, and back to one. Its losses and all that it
     saves are those of one process. benchmarks/processes.py tries every model and every pair of ways."""
@@ -334,8 +335,8 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
 
 
 def test_the_recipes_start(tmp_path, monkeypatch, capsys):
-    """Each as typed, with --dry-run 8 in place of torchrun, on data of the right kind. Their memory is not counted here,
-    since that would take minutes: test_cost.py does so for smaller ones."""
+    """Each as typed, with --dry-run 8 in place of torchrun, on data of the right kind. Their memory is not counted:
+    that would take minutes, and test_cost.py does so for smaller ones."""
     text = (ROOT / "docs/scaling.md").read_text().split("## The papers' recipes")[1].split("```")[1]
     commands = [shlex.split(c) for c in re.findall(r"train\.py (.*)", text.replace("\\\n", " "))]
     assert {c[c.index("--preset") + 1] for c in commands} == {"DiS-H/2", "DiffuSSM-XL", "paper-256", "cunet"}
