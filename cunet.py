@@ -341,10 +341,10 @@ def odeint_adjoint(slope, state, times, parameters, **settings):
     autocast, and that is another ODE: `slope` enters forward's autocast again. `parameters` lists all tensors inside
     slope that want gradients. One that is missing (scale and shift!) would get none, without a word."""
     kind = state.device.type
-    amp = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+    amp = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
 
     def same_slope(s, state):
-        with torch.autocast(**amp):
+        with amp:
             return slope(s, state)
 
     return torchdiffeq.odeint_adjoint(same_slope, state, times, adjoint_params=parameters, **settings)

@@ -7,6 +7,7 @@ eps (the code: a sigmoid schedule, and v; predict=v can be set, the sigmoid cann
 
 Letters: B images, h x w the size of a level, `width` its channels.
 """
+import functools
 import math
 from typing import Literal
 
@@ -27,8 +28,8 @@ class PublishedBlock(nn.Module):
     """state (B, width, h, w) at inner time 0 -> at 1, by state' = f(state), with instance norms and no diffusion step.
 
     residual=False is what we take the paper's "wo/R" to be, from its parameter count. There the second convolution is
-    1x1, and the embedding of the diffusion step is added before the block: only this variant sees it. `nfe` counts
-    evaluations, as in cunet.DynamicBlock, whose solver this is, too.
+    1x1, and the embedding of the diffusion step is added before the block: only this variant sees it. `odeint`,
+    `rk4_step`, `solve` and `nfe` are explained in cunet.py, DynamicBlock. The authors ran torchdiffeq's rk4, one step.
     """
 
     def __init__(self, width, residual, solver, steps, rtol, atol, gradients):
@@ -48,23 +49,28 @@ class PublishedBlock(nn.Module):
 
     def f(self, s, state):
         hidden = F.softplus(self.conv1(self.norm(state)))
-        hidden = F.softplus(self.conv2(self.norm(hidden))).float()
+        hidden = F.softplus(self.conv2(self.norm(hidden))).float()                  # (B, width, h, w)
         return hidden + state if self.residual else hidden
 
-    def solve(self, state):
-        """As in cunet.py: torchdiffeq, but step by step for checkpoint, and by an own rk4 in compiled graphs."""
-        gradients = self.gradients if torch.is_grad_enabled() else "direct"
-        rk4 = self.solver == "rk4" and gradients != "adjoint"
-        if gradients != "checkpoint" and not (rk4 and torch.compiler.is_compiling()):
-            self.nfe = 0
-            return self.odeint(0.0, 1.0, state, self.steps, gradients == "adjoint")
-        self.nfe = 4 * self.steps * (2 if gradients == "checkpoint" else 1) if rk4 else 0
-        step = self.rk4_step if rk4 else self.odeint
-        for i in range(self.steps):
-            interval = i / self.steps, (i + 1) / self.steps
-            state = (checkpoint(step, *interval, state, use_reentrant=False, preserve_rng_state=False)
-                     if gradients == "checkpoint" else step(*interval, state))
-        return state
+    def odeint(self, start, end, state, steps=1, adjoint=False):
+        kind = state.device.type                # the adjoint's backward enters forward's autocast again
+        amp = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+
+        def f(s, state):
+            self.nfe += 1
+            with amp:
+                return self.f(s, state)
+
+        def grid(f, state, ends):
+            return ends[0] + (ends[1] - ends[0]) * torch.arange(steps + 1, device=ends.device) / steps
+
+        options = {"grid_constructor": grid} if self.solver in FIXED else {"dtype": torch.float32}
+        settings = dict(method=self.solver, rtol=self.rtol, atol=self.atol, options=options)
+        times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
+        if not adjoint:
+            return torchdiffeq.odeint(f, state, times, **settings)[-1]
+        parameters = (*self.conv1.parameters(), *self.conv2.parameters())
+        return torchdiffeq.odeint_adjoint(f, state, times, **settings, adjoint_params=parameters)[-1]
 
     def rk4_step(self, start, end, state):
         dt = end - start
@@ -74,25 +80,20 @@ class PublishedBlock(nn.Module):
         k4 = self.f(end, state + dt * (k1 - k2 + k3))
         return state + dt / 8 * (k1 + 3 * (k2 + k3) + k4)
 
-    def odeint(self, start, end, state, steps=1, adjoint=False):
-        kind = state.device.type                # the adjoint's backward enters forward's autocast again
-        amp = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
-
-        def f(s, state):
-            self.nfe += 1
-            with torch.autocast(**amp):
-                return self.f(s, state)
-
-        def grid(f, state, ends):
-            return ends[0] + (ends[1] - ends[0]) * torch.arange(steps + 1, device=ends.device) / steps
-
-        settings = dict(method=self.solver, rtol=self.rtol, atol=self.atol, options=(
-            {"grid_constructor": grid} if self.solver in FIXED else {"dtype": torch.float32}))
-        times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
-        if not adjoint:
-            return torchdiffeq.odeint(f, state, times, **settings)[-1]
-        return torchdiffeq.odeint_adjoint(f, state, times, **settings, adjoint_params=(
-            *self.conv1.parameters(), *self.conv2.parameters()))[-1]
+    def solve(self, state):
+        gradients = self.gradients if torch.is_grad_enabled() else "direct"
+        recomputes, compiling = gradients == "checkpoint", torch.compiler.is_compiling()
+        own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling)
+        odeint = torch.compiler.disable(self.odeint) if compiling and not own else self.odeint
+        self.nfe = 4 * self.steps * (1 + recomputes) if own else 0
+        if not own and not recomputes:
+            return odeint(0.0, 1.0, state, self.steps, gradients == "adjoint")
+        step = self.rk4_step if own else odeint
+        if recomputes:
+            step = functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+        for i in range(self.steps):
+            state = step(i / self.steps, (i + 1) / self.steps, state)
+        return state
 
 
 class PublishedAttention(nn.Module):

@@ -1,18 +1,22 @@
 """cunet.py: counts, the ODE block against exact solutions, gradients three ways, what sees the time."""
-import runpy
+import contextlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torchdiffeq
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
-from support import checkpoint
 import train
+from benchmarks import tables_cunet
 from diffusion import fold, normal
+from support import checkpoint, cost, published
+from support.parallel import recompute
 from test_train import Looks
 
 cunet = checkpoint.load_paper("cunet")
@@ -37,140 +41,188 @@ def forward(model, seed=0, t=(3, 700), **cond):
 
 # --- sizes ---
 
-SIZES = [("unet", {}, 35_710_339, 7.206), ("published", {}, 8_811_875, 2.831),
-         ("published", dict(attention=False), 8_548_707, 2.814),
-         ("published", dict(residual=False), 6_138_083, 1.624),
-         ("published", dict(attention=False, residual=False), 5_874_915, 1.607),
-         ("cunet", {}, 7_674_915, None), ("cunet", dict(attention=False), 7_411_235, None),
-         ("cunet", dict(residual=False), 7_456_067, None), ("cunet", dict(dynamics="first"), 9_419_811, None)]
+# parameters; multiply-adds at 3 x 64 x 64; the paper's "GFLOPs", as its authors' profiler counts
+SIZES = [("unet", {}, 35_710_339, 7_296_565_248, 7.206), ("published", {}, 8_811_875, 2_824_929_280, 2.831),
+         ("published", dict(attention=False), 8_548_707, 2_806_054_912, 2.814),
+         ("published", dict(residual=False), 6_138_083, 1_617_782_784, 1.624),
+         ("published", dict(attention=False, residual=False), 5_874_915, 1_598_908_416, 1.607),
+         ("cunet", {}, 7_674_915, 2_230_190_080, None), ("cunet", dict(attention=False), 7_411_235, 2_211_315_712, None),
+         ("cunet", dict(residual=False), 7_456_067, 2_154_692_608, None),
+         ("cunet", dict(dynamics="first"), 9_419_811, 2_834_169_856, None)]
 
 
-@pytest.mark.parametrize("preset, options, parameters, gmacs", SIZES, ids=lambda v: str(v))
-def test_parameters_and_multiply_adds_are_the_papers(preset, options, parameters, gmacs):
-    """3 x 64 x 64. The paper's "GFLOPs" are multiply-adds; PyTorch's counter counts FLOPs, two for each."""
-    from torch.utils.flop_counter import FlopCounterMode
-    model, _ = cunet.build(preset, (3, 64, 64), **options)
+def multiply_adds(model, diffusion):
+    return cost.multiply_adds(model, diffusion, cost.blank_batch(diffusion, model.shape, 1, model.num_classes))
+
+
+@pytest.mark.parametrize("preset, options, parameters, macs, figure", SIZES, ids=lambda v: str(v))
+def test_parameters_and_multiply_adds_are_the_papers(preset, options, parameters, macs, figure):
+    with torch.device("meta"):
+        model, diffusion = cunet.build(preset, (3, 64, 64), **options)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(model, t=(5,))
-    assert counter.get_total_flops() == 2 * model.macs()
-    assert gmacs is None or abs(model.macs() / 1e9 / gmacs - 1) < 0.02
+    assert multiply_adds(model, diffusion) == macs
+    assert figure is None or abs(macs / 1e9 / figure - 1) < 0.02
 
 
 @pytest.mark.parametrize("options", [
     dict(num_classes=7), dict(shape=(3, 9, 14)), dict(steps=3, solver="midpoint"), dict(attention=False),
     dict(preset="unet-tiny", num_classes=7), dict(preset="unet-tiny", shape=(1, 9, 14))], ids=str)
-def test_multiply_adds_agree_with_pytorchs_counter(options):
-    from torch.utils.flop_counter import FlopCounterMode
-    model, _ = small(**options)
+def test_multiply_adds_agree_with_a_real_pass(options):
+    model, diffusion = small(**options)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(model, t=(5,))
-    assert counter.get_total_flops() == 2 * model.macs()
+    assert counter.get_total_flops() == 2 * multiply_adds(model, diffusion)
 
 
 def test_the_table_shows_figure_6_and_table_5(capsys):
-    runpy.run_path(str(ROOT / "cunet.py"), run_name="__main__")         # python cunet.py
+    tables_cunet.cunet()                                                # python cunet.py
     shown = capsys.readouterr().out
     for figure in ("35,710,339", "7.297G", "544.9", "8,811,875", "2.825G", "132.5", "87.7",
-                   "rk4              4.0"):
+                   "rk4              4.0", "heun2            2.0"):
         assert figure in shown, figure
+
+
+def test_runs_without_support(monkeypatch):
+    """cunet.py with diffusion.py alone: the presets of cU-Net, unchecked, and the same numbers."""
+    for name in ("options", "published", "unet"):
+        monkeypatch.setitem(sys.modules, f"support.{name}", None)       # importing it is an ImportError
+    spec = importlib.util.spec_from_file_location("cunet_alone", ROOT / "cunet.py")
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert list(alone.CONFIGS) == ["cunet", "tiny", "mini"]
+    expected = forward(small()[0], y=torch.tensor([0, -1]))
+    torch.manual_seed(0)
+    model, _ = alone.build("tiny", (1, 12, 12), 3, nf=4)
+    model.load_state_dict(small()[0].state_dict())
+    assert torch.equal(forward(model, y=torch.tensor([0, -1])), expected)
 
 
 # --- the ODE block ---
 
-def solved(derivative, y, solver="rk4", steps=1, gradients="direct", tolerance=1e-3, captured=()):
-    how = SimpleNamespace(solver=solver, steps=steps, gradients=gradients, rtol=tolerance, atol=tolerance)
-    return cunet.solve(derivative, y, captured, (), how)
+def solved(derivative, state, solver="rk4", steps=1, gradients="direct", tolerance=1e-3, condition=()):
+    block = cunet.DynamicBlock(1, solver=solver, steps=steps, gradients=gradients, rtol=tolerance, atol=tolerance)
+    block.derivative = derivative
+    return block.solve(state, *condition)
 
 
-@pytest.mark.parametrize("solver", ["midpoint", "heun3", "rk4"])
+@pytest.mark.parametrize("solver", ["midpoint", "heun2", "heun3", "rk4"])
 def test_constant_acceleration_is_solved_exactly(solver):
     """z(1) = z0 + v0 + a / 2, v(1) = v0 + a, through the block's own second-order form."""
     block = cunet.DynamicBlock(3, solver=solver)
     acceleration = torch.randn(3)[:, None, None].expand(3, 4, 4)
-    block.f.forward = lambda s, y, scale, shift: acceleration.expand(len(y), -1, -1, -1)
-    y = torch.randn(2, 6, 4, 4)
-    z, v = y.chunk(2, dim=1)
+    block.f.forward = lambda s, state, scale, shift: acceleration.expand(len(state), -1, -1, -1)
+    state = torch.randn(2, 6, 4, 4)
+    z, v = state.chunk(2, dim=1)
     expected = torch.cat([z + v + acceleration / 2, v + acceleration], dim=1)
-    torch.testing.assert_close(block(y, torch.zeros(2, 256)), expected)
+    torch.testing.assert_close(block(state, torch.zeros(2, 256)), expected)
 
 
-@pytest.mark.parametrize("solver, order", [("rk4", 4), ("midpoint", 2), ("euler", 1), ("heun3", 3)])
+@pytest.mark.parametrize("solver, order", [("rk4", 4), ("midpoint", 2), ("euler", 1), ("heun2", 2), ("heun3", 3)])
 def test_order_on_the_harmonic_oscillator(solver, order):
     """x'' = -omega^2 x: twice the steps, 2^order times less error."""
-    omega, y = 3.0, torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    omega, state = 3.0, torch.tensor([[1.0, 0.5]], dtype=torch.float64)
 
-    def oscillate(s, y):
-        z, v = y.chunk(2, dim=1)
+    def oscillate(s, state):
+        z, v = state.chunk(2, dim=1)
         return torch.cat([v, -omega**2 * z], dim=1)
     w = torch.tensor(omega, dtype=torch.float64)
     exact = torch.stack([w.cos() + 0.5 / omega * w.sin(), -omega * w.sin() + 0.5 * w.cos()])
-    errors = [(solved(oscillate, y, solver, steps) - exact).norm() for steps in (16, 32)]
+    errors = [(solved(oscillate, state, solver, steps) - exact).norm() for steps in (16, 32)]
     assert (errors[0] / errors[1]).log2().item() == pytest.approx(order, abs=0.35)
+
+
+def as_compiled():
+    """A context that does what a compiled graph would do: rk4 by our own step."""
+    return mock.patch.object(torch.compiler, "is_compiling", lambda: True)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("solver", cunet.FIXED)
-def test_fixed_steps_are_torchdiffeqs(solver, steps):
-    """Our loop, checkpointed too, against its own: the end and all gradients, in float64."""
+def test_own_step_is_torchdiffeqs(solver, steps, monkeypatch):
+    """Every way to take fixed steps against torchdiffeq on a grid: the end and all gradients, in float64."""
     generator = torch.Generator().manual_seed(0)
-    y, w, shift = (torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (5, 3, 1))
+    state, w, shift = (torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (5, 3, 1))
 
-    def derivative(s, y, shift):
-        return (y @ w + s * shift).tanh() + s * y
+    def derivative(s, state, shift):
+        return (state @ w + s * shift).tanh() + s * state
 
     def ours(gradients):
-        return solved(derivative, y, solver, steps, gradients, captured=(shift,))
+        return solved(derivative, state, solver, steps, gradients, condition=(shift,))
 
     def theirs():
         grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        return torchdiffeq.odeint(lambda s, y: derivative(s, y, shift), y, grid, method=solver)[-1]
-    inputs = [x.requires_grad_() for x in (y, w, shift)]
+        return torchdiffeq.odeint(lambda s, state: derivative(s, state, shift), state, grid, method=solver)[-1]
+    inputs = [x.requires_grad_() for x in (state, w, shift)]
     expected = theirs()
     grads = torch.autograd.grad(expected.square().sum(), inputs)
-    for end in (ours("direct"), ours("checkpoint")):
+    ends = [ours("direct"), ours("checkpoint")]
+    if solver == "rk4":
+        monkeypatch.setattr(torchdiffeq, "odeint", None)                # not called, also not in backward
+        with as_compiled():
+            ends += [ours("direct"), ours("checkpoint")]
+    for end in ends:
         again = torch.autograd.grad(end.square().sum(), inputs)
         torch.testing.assert_close((end, *again), (expected, *grads), rtol=1e-13, atol=1e-14)
 
 
 def test_adaptive_solver_meets_its_tolerance():
-    grow = lambda s, y: y
-    y = torch.ones(1, 1)
-    loose, tight = (abs(solved(grow, y, "dopri5", tolerance=tol).item() - 2.7182818) for tol in (1e-2, 1e-6))
+    grow = lambda s, state: state
+    ends = [solved(grow, torch.ones(1, 1), "dopri5", tolerance=tolerance).item() for tolerance in (1e-2, 1e-6)]
+    loose, tight = (abs(end - 2.7182818) for end in ends)
     assert tight < 1e-5 and tight <= loose < 1e-2
 
 
 def test_inner_time_reaches_the_acceleration():
     plain, timed = (small(inner_time=on, steps=2)[0] for on in (False, True))
     block = timed.bottleneck
-    y, scale = torch.randn(1, 128, 2, 2), torch.zeros(1, 128, 1, 1)
-    at = [block.f(torch.tensor(s), y, scale, scale) for s in (0.0, 1.0)]
+    state, scale = torch.randn(1, 128, 2, 2), torch.zeros(1, 128, 1, 1)
+    at = [block.f(torch.tensor(s), state, scale, scale) for s in (0.0, 1.0)]
     assert not torch.allclose(*at)
     block = plain.bottleneck
-    at = [block.f(torch.tensor(s), y, scale, scale) for s in (0.0, 1.0)]
+    at = [block.f(torch.tensor(s), state, scale, scale) for s in (0.0, 1.0)]
     assert torch.equal(*at)
 
 
-def gradients(**options):
+def gradients(recomputed=False, **options):
     model, diffusion = small(**options)
-    out = forward(model, y=torch.tensor([0, 1]))
+    if recomputed:
+        recompute(model)
+    out = forward(model, **({"y": torch.tensor([0, 1])} if model.num_classes else {}))
     out.square().sum().backward()
-    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}, model
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, model
 
 
-def test_checkpointed_gradients_equal_direct_ones():
-    for steps in (1, 3):
-        out, direct, model = gradients(steps=steps)
-        assert model.nfe == 4 * steps
-        again, checkpointed, model = gradients(steps=steps, gradients="checkpoint")
-        assert model.nfe == 8 * steps                               # recomputed in backward
-        torch.testing.assert_close(again, out, rtol=0, atol=1e-6)
-        for name, grad in direct.items():
-            assert (checkpointed[name] - grad).norm() <= 1e-6 * grad.norm(), name
+@pytest.mark.parametrize("options", [
+    dict(steps=1), dict(steps=3), dict(steps=2, solver="heun2"),
+    dict(preset="published", num_classes=0, shape=(1, 20, 20))], ids=str)
+def test_checkpointed_gradients_equal_direct_ones(options):
+    """Both by the same kind of step, so that rounding is the same, too."""
+    evaluations = {"rk4": 4, "heun2": 2}[options.get("solver", "rk4")] * options.get("steps", 1)
+    with contextlib.nullcontext() if "solver" in options else as_compiled():
+        out, direct, model = gradients(**options)
+    assert model.nfe == evaluations
+    again, checkpointed, model = gradients(**options, gradients="checkpoint")
+    assert model.nfe == 2 * evaluations                             # recomputed in backward
+    torch.testing.assert_close(again, out, rtol=0, atol=1e-6)
+    for name, grad in direct.items():
+        assert (checkpointed[name] - grad).norm() <= 1e-6 * grad.norm(), name
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(solver="dopri5"), dict(steps=4, gradients="adjoint"), dict(gradients="checkpoint"),
+    dict(preset="unet-tiny")], ids=str)
+def test_recomputed_gradients_equal_direct_ones(options):
+    """--grad-checkpointing, whatever the solver."""
+    out, direct, _ = gradients(**options)
+    again, recomputed, _ = gradients(**options, recomputed=True)
+    assert torch.equal(again, out)
+    for name, grad in direct.items():
+        assert (recomputed[name] - grad).norm() <= 1e-6 * grad.norm(), name
 
 
 def test_evaluations_are_as_many_as_are_told():
-    for options in (dict(solver="heun3", steps=2), dict(steps=3, gradients="checkpoint"),
+    for options in ({}, dict(solver="heun3", steps=2), dict(steps=3, gradients="checkpoint"),
+                    dict(solver="heun3", steps=2, gradients="checkpoint"),
                     dict(steps=4, gradients="adjoint"), dict(solver="dopri5")):
         model, _ = small(**options)
         calls = []
@@ -193,19 +245,6 @@ def test_adjoint_gradients_equal_direct_ones_at_eight_steps():
     assert any("condition.time" in name for name in direct) and any("film" in name for name in direct)
 
 
-def test_grad_checkpointing_switch():
-    model, _ = small()
-    model.grad_checkpointing = True
-    assert {b.gradients for b in model.blocks()} == {"checkpoint"}
-    model.grad_checkpointing = False
-    assert {b.gradients for b in model.blocks()} == {"direct"}
-    for options in (dict(steps=4, gradients="adjoint"), dict(solver="dopri5")):
-        model, _ = small(**options)
-        with pytest.raises(ValueError, match="drop|use"):
-            model.grad_checkpointing = True
-        assert {b.gradients for b in model.blocks()} == {options.get("gradients", "direct")}
-
-
 def test_memory_of_the_three_gradients():
     """Kept for backward: direct grows with the steps, checkpoint keeps a state per step, adjoint one."""
     def kept(gradients, steps):
@@ -214,9 +253,9 @@ def test_memory_of_the_three_gradients():
         def pack(x):
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
-        y, e = torch.randn(2, 16, 16, 16, requires_grad=True), torch.randn(2, 256)
+        state, e = torch.randn(2, 16, 16, 16, requires_grad=True), torch.randn(2, 256)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = block(y, e)
+            out = block(state, e)
         del out
         return sum(sizes.values())
     assert kept("direct", 8) > 1.8 * kept("direct", 4) > 3 * kept("checkpoint", 4)
@@ -345,16 +384,17 @@ def test_unet_is_wired_as_the_baseline():
         assert torch.equal(into[:, -skip.shape[1]:], skip)
 
 
-def assert_one_graph(model, *batches, sampled):
+def assert_one_graph(model, *batches, sampled, eager=contextlib.nullcontext):
     """torch.compile finds nothing to break the graph at, and nothing in later batches to compile again for;
-    the numbers are eager's. sampled: without gradients, too."""
+    the numbers are those of the model inside `eager`, uncompiled. sampled: without gradients, too."""
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for args, cond in batches:
         results = []
         for net in (model, compiled):
             model.zero_grad()
-            outs = net(*args, **cond)
+            with eager() if net is model else contextlib.nullcontext():
+                outs = net(*args, **cond)
             outs = outs if isinstance(outs, list) else [outs]           # mdm's resolutions
             sum(out.square().sum() for out in outs).backward()
             results.append((outs, [p.grad for p in model.parameters()]))
@@ -362,7 +402,7 @@ def assert_one_graph(model, *batches, sampled):
         assert counter.frame_count == 1
     if sampled:
         with torch.no_grad():
-            torch.testing.assert_close(compiled(*args, **cond), net(*args, **cond))
+            torch.testing.assert_close(compiled(*args, **cond), model(*args, **cond))
 
 
 def assert_no_looks(model, diffusion, x0, t, noise, **cond):
@@ -383,12 +423,35 @@ def assert_no_looks(model, diffusion, x0, t, noise, **cond):
     {}, dict(gradients="checkpoint", inner_time=True), dict(preset="unet-tiny"),
     dict(preset="published", num_classes=0)], ids=str)
 def test_compiles_without_a_break_and_waits_for_nothing(options, monkeypatch):
-    monkeypatch.setattr(cunet.CUNet, "LEVELS", 1)           # fewer blocks are as good, and sooner compiled
+    """The compiled graph, that is: uncompiled, torchdiffeq waits at each of its steps."""
+    for network in (cunet.CUNet, published.Published):
+        monkeypatch.setattr(network, "LEVELS", 1)           # fewer blocks are as good, and sooner compiled
     model, diffusion = small(**options)
     x, y = torch.randn(2, 1, 12, 12), torch.tensor([2, -1]) if model.num_classes else None
     assert_one_graph(model, *(((x, torch.tensor(t)), dict(y=y)) for t in ((3, 700), (0, 999), (5, 5))),
-                     sampled=not options)
-    assert_no_looks(model, diffusion, x, torch.tensor([3, 700]), x, y=y)
+                     sampled=not options, eager=as_compiled)
+    with as_compiled():
+        assert_no_looks(model, diffusion, x, torch.tensor([3, 700]), x, y=y)
+
+
+@pytest.mark.parametrize("options", [
+    dict(solver="heun3", steps=2, gradients="checkpoint"), dict(steps=4, gradients="adjoint"),
+    dict(solver="dopri5"), dict(preset="published", num_classes=0, solver="midpoint")], ids=str)
+def test_other_solvers_leave_the_compiled_graph(options, monkeypatch):
+    """Once a block, into torchdiffeq; the numbers are eager's."""
+    for network in (cunet.CUNet, published.Published):
+        monkeypatch.setattr(network, "LEVELS", 1)
+    model, _ = small(**options)
+    counter, results = CompileCounterWithBackend("eager"), []
+    compiled = torch.compile(model, backend=counter)
+    compiled.shape = model.shape
+    for net in (model, compiled, compiled):
+        model.zero_grad()
+        out = forward(net)
+        out.square().sum().backward()
+        results.append((out, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[1:], results[:1] * 2)
+    assert counter.frame_count < 12
 
 
 @pytest.mark.parametrize("preset", ["tiny", "unet-tiny"])

@@ -202,7 +202,7 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("model, options", [
     ("dis", SMALL[2:6]), ("diffussm", ["--set", "width=16", "depth=2"]),
     ("mdm", ["--cond", "text", "--set", "side=8", "channels=(8,8)", "text_width=8", "embedding=8", "heads=2"]),
-    ("cunet", ["--set", "nf=4"])])
+    ("cunet", ["--set", "nf=4", "gradients=checkpoint"])])          # torchdiffeq, the default, looks at each step
 def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, model, options):
     """The one look in each step is at the seed, which is on the CPU."""
     counts = []
