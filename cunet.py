@@ -22,7 +22,7 @@ Glossary. B images; C channels of z, and as many of v; h x w the size of a level
 | `DynamicBlock`   |                |                  | solves on [0, 1] ("dynamic blocks", Figure 2)    |
 | `e`              |                | (B, 256)         | embedding of t, plus that of the class           |
 | `scale`, `shift` |                | (B, 2C, 1, 1)    | how e steers the acceleration                    |
-| `nf`             |                |                  | C at full size; each level below has twice more  |
+| `nf`             |                |                  | C at full size; doubled at each level below      |
 
 Where paper, code and this file differ. The long form, with reasons, is in docs/cunet.md.
  1. The code solves state' = f(state), of first order: no z' = v. Here dynamics="second" is Eq. 4, "first" is the
@@ -34,10 +34,8 @@ Where paper, code and this file differ. The long form, with reasons, is in docs/
  5. The acceleration ends with a softplus, as in the paper. Its sign comes from a residual, a 1x1 convolution of
     (z, v). The code's residual is the identity.
  6. Attention has a residual and a norm (in the code it replaces the features), and the head has a norm.
- 7. The paper argues with the adjoint method. The code backpropagates through one step of rk4; so does this file,
-    unless `gradients` says otherwise.
- 8. Images have any size above one pixel (in the code 28 x 28 fails). nf = 16 and four levels are the code's; the
-    paper gives no widths.
+ 7. The paper argues with the adjoint method. By default this file backpropagates through one step of rk4, as the code.
+ 8. Images have any size above one pixel (28 x 28 fails in the code). The paper gives no widths; nf = 16 is the code's.
  9. The paper's "GFLOPs" are multiply-adds at 3 x 64 x 64. FLOPs are twice as many.
 10. The class is ours (the paper has none), and so is the embedding of t. Linear schedule and eps are Ho et al.'s; the
     code has a sigmoid schedule and predicts v.
@@ -76,8 +74,8 @@ class DynamicBlock(nn.Module):
 
         z' = v,     v' = a(z, v, t, t~)
 
-    Any solver of first-order equations solves them; here torchdiffeq, as in the code. `nfe` counts the evaluations of
-    a in the last forward, and those in its backward if it recomputes (gradients="checkpoint") or solves ("adjoint").
+    Any solver of first-order equations solves them. Here it is torchdiffeq, as in the code. `nfe` counts evaluations
+    of a in the last forward, and in its backward if that recomputes (gradients="checkpoint") or solves ("adjoint").
 
     Adaptive solvers choose their steps for the whole batch: the result of an image then depends, by about the
     tolerance, on the other images of the batch.
@@ -111,7 +109,7 @@ class DynamicBlock(nn.Module):
             self.nfe += 1
             return self.derivative(s, state, *condition)
 
-        def grid(slope, state, ends):               # equal steps; backward, the adjoint's ends are (1, 0)
+        def grid(slope, state, ends):           # equal steps; backward, the adjoint's ends are (1, 0)
             return ends[0] + (ends[1] - ends[0]) * torch.arange(steps + 1, device=ends.device) / steps
 
         times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
@@ -125,21 +123,21 @@ class DynamicBlock(nn.Module):
             return self.derivative(s, state, *condition)
 
         dt = end - start
-        k1 = slope(start, state)                                                        # each (B, 2C, h, w)
+        k1 = slope(start, state)                                                    # each (B, 2C, h, w)
         k2 = slope(start + dt / 3, state + dt / 3 * k1)
         k3 = slope(start + dt * 2 / 3, state + dt * (k2 - k1 / 3))
         k4 = slope(end, state + dt * (k1 - k2 + k3))
         return state + dt / 8 * (k1 + 3 * (k2 + k3) + k4)
 
     def solve(self, state, *condition):
-        """By `odeint`; by `rk4_step` in a compiled graph, and where the steps of rk4 are recomputed in backward."""
+        """state(0) -> state(1) by `odeint`; in a compiled graph, or to recompute in backward, rk4 is our own."""
         gradients = self.gradients if torch.is_grad_enabled() else "direct"
         recomputes, compiling = gradients == "checkpoint", torch.compiler.is_compiling()
         own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling)
-        # torchdiffeq would be compiled into dozens of small graphs: better leave the graph once a block
+        # counted by `slope`; our own steps ahead, since a compiled recomputation would not count
+        self.nfe = 4 * self.steps * (2 if recomputes else 1) if own else 0
+        # torchdiffeq would be compiled into dozens of small graphs; it is better to leave the graph, once a block
         odeint = torch.compiler.disable(self.odeint) if compiling and not own else self.odeint
-        # counted by `slope`; or ahead, since a compiled recomputation would not count
-        self.nfe = 4 * self.steps * (1 + recomputes) if own else 0
         if gradients == "adjoint":
             solver = functools.partial(odeint_adjoint, parameters=(*self.f.parameters(), *condition))
             return odeint(0.0, 1.0, state, *condition, steps=self.steps, solver=solver)
@@ -165,7 +163,7 @@ class CUNet(nn.Module):
                  shape,                         # of the image, any size above 1 x 1: (colours, H, W)
                  nf: int = 16,                  # C of z and of v at full size
                  num_classes=0,                 # 0: unconditional
-                 dynamics: Literal["second", "first"] = "second",       # Eq. 4, or y' = f(y) as in the code
+                 dynamics: Literal["second", "first"] = "second",       # Eq. 4, or state' = f(state)
                  attention: bool = True,        # Table 5, "wo/A": without
                  residual: bool = True,         # of the acceleration; without it a >= 0. Like Table 5's "wo/R", where
                                                 # the second convolution is also 1x1 (support/published.py)
@@ -214,8 +212,9 @@ class CUNet(nn.Module):
             if i == self.LEVELS - 1:
                 state = self.attend_down(state)
             skips.append(state)
+            # as in the code, a 1x1 convolution mixes z and v, and its output is the next block's z(0) and v(0)
             state = F.softplus(to_wide(state))                                      # (B, 4C, h, w)
-            state = resize(state, [(side + 1) // 2 for side in state.shape[2:]])          # (B, 4C, h/2, w/2)
+            state = resize(state, [(side + 1) // 2 for side in state.shape[2:]])    # (B, 4C, h/2, w/2)
         state = self.bottleneck(state, e)                                           # (B, 32nf, H/16, W/16)
         for i, (block, to_narrow) in enumerate(zip(self.ups, self.to_narrow)):
             skip = skips.pop()                                                      # (B, 2C, h, w)
@@ -281,7 +280,7 @@ class Acceleration(nn.Module):
     """a(z, v, t, t~) = x'' of Eq. 4, (B, 2C, h, w) -> (B, C, h, w). Figure 2: norm, convolution, softplus; norm, scale
     and shift by the diffusion step, convolution, softplus; plus a residual.
 
-    second=False: f of a first-order y' = f(y), -> (B, 2C, h, w). inner_time: both convolutions read t~ as one more
+    second=False: f of the code's state' = f(state), -> (B, 2C, h, w). inner_time: both convolutions read t~ as one more
     channel; without it s is not used.
     """
 
@@ -398,9 +397,9 @@ def check_solver(solver="rk4", steps=1, rtol=1e-3, atol=1e-3, gradients="direct"
         raise UserError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use solver=dopri5")
     if gradients == "adjoint" and (solver != "rk4" or steps < 4):
         raise UserError(f"adjoint gradients solve the ODE backwards, and that does not come back the way forward went. "
-                        f"With one step of rk4 they were off by up to 40%, with adaptive solvers by an amount that "
-                        f"depends on the tolerance. Instead of {solver} steps={steps} use solver=rk4 steps=4 or more, "
-                        f"or gradients=checkpoint, which is exact")
+                        f"With one step of rk4 those of single weights were off by up to 40%, with adaptive solvers by "
+                        f"an amount that depends on the tolerance. Instead of {solver} steps={steps} use solver=rk4 "
+                        f"steps=4 or more, or gradients=checkpoint, which is exact")
 
 
 if __name__ == "__main__":                      # its presets beside the paper's figures
