@@ -355,5 +355,5 @@ def build(preset, shape, num_classes=0, **options):
 
 
 if __name__ == "__main__":                  # its presets beside the paper's figures
-    from benchmarks import tables_dis as tables
+    from benchmarks import tables
     tables.dis()

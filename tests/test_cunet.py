@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks import tables_cunet
+from benchmarks import tables
 from diffusion import fold, normal
 from support import checkpoint, cost, published
 from support.parallel import recompute
@@ -75,7 +75,7 @@ def test_multiply_adds_agree_with_a_real_pass(options):
 
 
 def test_the_table_shows_figure_6_and_table_5(capsys):
-    tables_cunet.cunet()                                                # python cunet.py
+    tables.cunet()                                                # python cunet.py
     shown = capsys.readouterr().out
     for figure in ("35,710,339", "7.297G", "544.9", "8,811,875", "2.825G", "132.5", "87.7",
                    "rk4              4.0", "heun2            2.0"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import tables_dis
+from benchmarks import tables
 from diffusion import fold, normal
 from support import scan
 from support.checkpoint import load_paper
@@ -54,7 +54,7 @@ def inputs(b, L, D, N, dtype, seed=0):
 def test_parameter_counts_are_the_papers(size, pixels, latents, gmacs):
     assert count(f"DiS-{size}/4", (3, 32, 32)) == pixels
     assert count(f"DiS-{size}/2", (4, 32, 32), 1000) == latents
-    assert tables_dis.counted(dis, f"DiS-{size}/4", (3, 32, 32)) / 1e9 == pytest.approx(gmacs, abs=0.06)
+    assert tables.counted(dis, f"DiS-{size}/4", (3, 32, 32)) / 1e9 == pytest.approx(gmacs, abs=0.06)
 
 
 @pytest.mark.parametrize("options", [{}, dict(time="adaln"), dict(num_classes=0, depth=7)], ids=str)
@@ -76,7 +76,7 @@ def test_the_table_counts_every_block():
     """It counts with two depths and multiplies."""
     whole, diffusion = dis.build("tiny", (3, 16, 16))
     batch = blank_batch(diffusion, (3, 16, 16), 1)
-    assert tables_dis.counted(dis, "tiny", (3, 16, 16)) == multiply_adds(whole, diffusion, batch)
+    assert tables.counted(dis, "tiny", (3, 16, 16)) == multiply_adds(whole, diffusion, batch)
 
 
 # --- the scan ---

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import tables_mdm
+from benchmarks import tables
 from support import checkpoint, cost, parallel
 import sample
 import train
@@ -112,8 +112,8 @@ def test_multiply_adds_agree_with_a_real_forward_pass(shape, kind):
 
 def test_the_table_prints_and_its_counts_are_those_beside_them(capsys, monkeypatch):
     """`python mdm.py`; here the released networks alone."""
-    monkeypatch.setattr(tables_mdm, "MDM_ROWS", tables_mdm.MDM_ROWS[:3])
-    tables_mdm.mdm()
+    monkeypatch.setattr(tables, "MDM_ROWS", tables.MDM_ROWS[:3])
+    tables.mdm()
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cc12m")]
     assert len(rows) == 3
     for row in rows:
