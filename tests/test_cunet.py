@@ -165,6 +165,23 @@ def test_own_step_is_torchdiffeqs(solver, steps, monkeypatch):
         torch.testing.assert_close((end, *again), (expected, *grads), rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("solver", ["rk4", "heun3", "dopri5"])
+def test_published_solves_as_cunet_does(solver):
+    """It has the solver written out once more."""
+    w = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state, steps = torch.ones(2, 3, dtype=torch.float64), 1 if solver == "dopri5" else 3
+    block = published.PublishedBlock(1, True, solver, steps, 1e-3, 1e-3, "direct")
+    block.f = lambda s, state: (state @ w).tanh()
+    expected = solved(block.f, state, solver, steps)
+    torch.testing.assert_close(block.solve(state), expected, rtol=1e-13, atol=0)
+    if solver == "rk4":
+        with as_compiled():
+            torch.testing.assert_close(block.solve(state), expected, rtol=1e-13, atol=0)
+    if steps > 1:
+        block.gradients = "checkpoint"
+        torch.testing.assert_close(block.solve(state), expected, rtol=1e-13, atol=0)
+
+
 def test_adaptive_solver_meets_its_tolerance():
     grow = lambda s, state: state
     ends = [solved(grow, torch.ones(1, 1), "dopri5", tolerance=tolerance).item() for tolerance in (1e-2, 1e-6)]
@@ -357,13 +374,15 @@ def test_first_prediction_is_zero():
 def test_stays_close_under_bf16_with_a_float32_state():
     for options in ({}, dict(steps=4, gradients="adjoint")):
         model, diffusion = small(**options)
-        seen = []
+        seen, inside = [], []
         model.bottleneck.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
         exact = forward(model)
+        model.bottleneck.f.register_forward_hook(lambda m, args, out: inside.append(out.dtype))
         with torch.autocast("cpu", torch.bfloat16):
             rough = forward(model)
-            rough.float().square().sum().backward()
+        rough.float().square().sum().backward()                     # outside, as in train.py
         assert seen == [torch.float32] * 2
+        assert set(inside) == {torch.bfloat16}                      # in the adjoint's backward, too
         assert (exact - rough).norm() < 0.03 * exact.norm()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
