@@ -3,11 +3,11 @@
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, I),   t = 0 .. T-1
 
 A network gets x_t and t and predicts what was mixed: eps, x_0, or v, a combination of the two. Everything else is
-arithmetic on the table `alpha_bar`. Most methods take the network's *output* `out` and not the network, so a paper that
-denoises several resolutions at once gives each its own schedule. Only `loss`, `sample` and `guided` call the network.
+arithmetic on the table `alpha_bar`. Only `loss`, `sample` and `guided` call the network. Most other methods take its
+*output*, `out`. So a paper that denoises several resolutions at once can give each resolution its own schedule.
 
 Steps are counted as in ADM's code (Dhariwal & Nichol 2021, 2105.05233): t = 0 has *one* step of noise, not none. The
-papers count from 1. x_0 is always the clean image; x_{t-1} is x_0 at t = 0, where alpha_bar_prev is 1.
+papers count from 1. x_0 always means the clean image: at t = 0, x_{t-1} is x_0 and alpha_bar_prev is 1.
 
 | code                  | symbol                    | from                                                           |
 |-----------------------|---------------------------|----------------------------------------------------------------|
@@ -39,7 +39,7 @@ class UserError(ValueError):
 # 1 - alpha_bar is 1e-4 at t = 0, and float32 would keep only three digits of that.
 
 def linear_alpha_bar(T):
-    """beta from 1e-4 to 0.02 (DDPM Section 4), times 1000 / T as in ADM's code, so that any T adds as much noise."""
+    """beta from 1e-4 to 0.02 (DDPM Section 4), times 1000 / T as in ADM's code, so that every T adds equally much."""
     if T <= 20:
         raise UserError(f"a linear schedule of {T} steps would need a beta of 1 or more: use more than 20")
     beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64, device="cpu")
@@ -59,11 +59,11 @@ SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar}
 
 
 def shift_snr(alpha_bar, ratio, power=1):
-    """Divide the signal-to-noise ratio by ratio^power: more noise, for an image `ratio` times larger a side.
+    """Divide the signal-to-noise ratio by ratio^power: more noise, for an image whose sides are `ratio` times longer.
 
-    Such an image shows the same content in ratio^2 pixels. Their average has a ratio^2 times smaller noise variance,
-    so power 2 hides the content equally well. MDM's released model of 256 pixels uses power 1, our default; that of
-    1024 pixels uses 2. The formula is from MDM's code; the paper says only that it shifts by resolution.
+    Such an image shows in ratio^2 pixels what the smaller one shows in one. Averaging these divides the variance of the
+    noise by ratio^2, so power 2 hides the content equally well. MDM's released model for 256 pixels uses power 1, our
+    default, and the one for 1024 uses 2. The formula is from MDM's code. The paper says only that resolution shifts it.
     """
     return 1 / (1 + ratio**power * (1 - alpha_bar) / alpha_bar)
 
@@ -75,9 +75,9 @@ class Diffusion:
 
     alpha_bar     (T,) float64: what a schedule returns
     predict       what the network outputs: "eps" | "v" | "x0"
-    variance      of a DDPM step: "small" (the posterior's) | "large" (beta) | "learned": the network has C more output
-                  channels, which interpolate between the two (IDDPM Eq. 15)
-    min_snr       None, or gamma: a limit on the weight of steps with little noise (its paper: 5, from memory)
+    variance      the variance of a DDPM step: "small" (the posterior's) | "large" (beta) | "learned": the network has
+                  C more output channels, which interpolate between the two (IDDPM Eq. 15)
+    min_snr       None, or gamma: a limit on the weight of steps with little noise (5 in its paper, from memory)
     timestep_map  (T,) the t that the network is shown; set by `respaced`
     """
 
@@ -91,8 +91,8 @@ class Diffusion:
         prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])               # alpha_bar of step t - 1
         beta = 1 - alpha_bar / prev
         posterior_var = beta * (1 - prev) / (1 - alpha_bar)                     # DDPM Eq. 7
-        # posterior_var[0] is 0, because x_{t-1} is then x_0 itself. Its log is needed all the same: ADM's code takes
-        # that of the next step. A schedule respaced to one step has no next: it takes beta.
+        # posterior_var[0] is 0, because x_{t-1} is then x_0 itself. But we need a log there. We take that of the next
+        # step, as ADM's code does. A schedule respaced to one step has no next step; there we take the log of beta.
         first = posterior_var[1:2] if self.T > 1 else beta                      # (1,)
         self.tables = {                                                         # name: (T,) float64
             "alpha_bar": alpha_bar, "alpha_bar_prev": prev, "beta": beta,
@@ -114,7 +114,7 @@ class Diffusion:
     def at(self, name, t, x):
         """The entries t (B,) of a table, float32, as (B, 1, 1, 1) to broadcast over x."""
         key = name, t.device
-        if key not in self._on_device:          # once a device: each copy would make the GPU wait
+        if key not in self._on_device:          # copied once per device: every copy makes the GPU wait
             table = self.timestep_map if name == "t" else self.tables[name].float()
             self._on_device[key] = table.to(t.device)
         return over(self._on_device[key][t], x)                                             # (B, 1, 1, 1)
@@ -124,7 +124,7 @@ class Diffusion:
         return self.at("t", t, t)
 
     def respaced(self, spec, last=None):
-        """The same process at fewer steps, see `spaced_timesteps`; with `last`, chosen among the steps 0 to `last`.
+        """The same process with fewer steps (`spaced_timesteps`). With `last`, they are chosen from steps 0 to `last`.
         IDDPM Section 4. Raises UserError if sampling would not begin at `last`."""
         keep = spaced_timesteps(self.T if last is None else last + 1, spec)
         if last not in (None, keep[-1]):
@@ -132,7 +132,7 @@ class Diffusion:
         return Diffusion(self.alpha_bar[keep], self.predict, self.variance, self.min_snr, self.timestep_map[keep])
 
     def noise_shape(self, shape):
-        """The shape of the normal numbers that `loss` needs for an example of `shape`."""
+        """The shape of the normal noise that `loss` needs for one example of `shape`."""
         return shape
 
     def q_sample(self, x0, t, noise):
@@ -154,7 +154,7 @@ class Diffusion:
 
     def split(self, out):
         """The network's output -> prediction (B, C, ..), variance channels (B, C, ..) or None; float32."""
-        out = out.float()       # the bf16 of autocast would lose the terms of small t below
+        out = out.float()       # autocast's bf16 would lose terms of the sums below when t is small
         return out.chunk(2, dim=1) if self.variance == "learned" else (out, None)           # (B, C, H, W) each
 
     def predict_x0_eps(self, out, x_t, t, clip=False):
@@ -185,14 +185,14 @@ class Diffusion:
     # --- training ---
 
     def loss(self, model, x0, t, noise, **cond):
-        """The losses of a batch, one example a row: {"loss", "mse", ["vb"]}, each (B,)."""
+        """The losses of a batch, one number per example: {"loss", "mse", ["vb"]}, each (B,)."""
         x_t = self.q_sample(x0, t, noise)
         return self.loss_terms(model(x_t, self.model_t(t), **cond), x0, x_t, t, noise)
 
     def loss_terms(self, out, x0, x_t, t, noise):
-        """The squared error and, for a learned variance, IDDPM's hybrid loss: plus the variational term of step t in
-        bits per dimension. Its mean is detached, so the term trains only the variance. A weight of 1 for each step is
-        IDDPM's 0.001 L_vlb at T = 1000."""
+        """The squared error. A learned variance adds the variational term of step t, in bits per dimension. This is
+        IDDPM's hybrid loss. In that term the mean is detached, so it trains only the variance. Its weight is 1 at each
+        step, which is IDDPM's 0.001 L_vlb at T = 1000."""
         pred, var = self.split(out)
         mse = (pred - self.target(x0, t, noise)).square().flatten(1).mean(1)                # (B,)
         terms = {"mse": mse, "loss": mse}
@@ -205,7 +205,7 @@ class Diffusion:
         return terms
 
     def vb(self, out, x0, x_t, t):
-        """L_t of the variational bound in bits per dimension, (B,). DDPM Eq. 5, with t from 1 on: L_{t-1}."""
+        """L_t of the variational bound in bits per dimension, (B,). DDPM Eq. 5, called L_{t-1} there."""
         true_mean, _, true_logvar = self.q_posterior(x0, x_t, t)
         mean, logvar = self.p_mean_logvar(out, x_t, t)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
@@ -234,13 +234,13 @@ class Diffusion:
                sampler="ddim",      # "ddim" | "ddpm"
                steps="50",          # how many of the T steps, see `spaced_timesteps`
                eta=0.0,             # of DDIM: 0 deterministic .. 1 as noisy as DDPM
-               cfg_scale=1.0,       # guidance, see `guided`; 1 = off, at half the work
+               cfg_scale=1.0,       # guidance, see `guided`; 1 turns it off and halves the work
                clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
                start=None,          # (x (B, C, H, W), t): begin with x at step t, and choose `steps` from t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down to 0
-               **cond):             # y=, text=, text_mask=: one row an image
+               **cond):             # y=, text=, text_mask=: one row per image
         """Draw len(seeds) images of `shape` = (C, H, W) -> (B, C, H, W). Image i depends on seeds[i] alone."""
-        # each noise has a number: T is the x to begin with, i what step i adds
+        # noise is drawn by number: number T gives the x to begin with, number i what step i adds
         x, last = start or (normal(fold(seeds, self.T), shape), None)                       # (B, C, H, W)
         d = self.respaced(steps, last)
         # weights do not change here: a model may compute once what depends on them alone
@@ -259,15 +259,15 @@ class Diffusion:
 
 
 def over(values, x):
-    """(B,) -> (B, 1, 1, 1), as many axes as x has: to broadcast over it."""
+    """(B,) -> (B, 1, 1, 1), with as many axes as x, to broadcast over x."""
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def discretized_log_likelihood(x, mean, log_scale):
-    """Log-probability of the 8-bit values x (scaled to [-1, 1]) under a Gaussian, as x. DDPM Eq. 13.
+    """Log-probability of the 8-bit values x (scaled to [-1, 1]) under a Gaussian, in x's shape. DDPM Eq. 13.
 
-    A bin is 2/255 wide; the first and the last are open. (Latents are not 8-bit: there it only trains the variance of
-    the very last step, as in DiT. ADM's code approximates by a tanh what is exact here.)
+    Each value is a bin 2/255 wide; the first and the last bin are open. (Latents are not 8-bit. For them this only
+    trains the variance of the very last step, as in DiT. ADM's code approximates with a tanh what we compute exactly.)
     """
     inv = (-log_scale).exp()
     upper = 0.5 * torch.erfc((mean - x - 1 / 255) * inv * 0.5**0.5)
@@ -281,12 +281,12 @@ def discretized_log_likelihood(x, mean, log_scale):
 def spaced_timesteps(T, spec):
     """Which of T steps to keep when sampling -> their numbers, rising. IDDPM Section 4.
 
-    "250"         250 steps evenly from 0 to T - 1, both included; "1": only T - 1, the noisiest
+    "250"         250 steps, evenly from 0 to T - 1, both included; "1": only T - 1, the noisiest
     "10,15,20"    the same within each of three equal sections of 0 .. T - 1
     "ddim50"      every (T / 50)-th step from 0, so never T - 1
 
     Raises UserError if that many steps do not fit. ADM's code differs a little: its "ddimN" takes any whole stride that
-    gives N steps, it may round a tie the other way, and one step alone is the first of its section.
+    gives N steps, it may round a tie the other way, and for a count of 1 it keeps the first step of the section.
     """
     spec = str(spec)
     if not re.fullmatch(r"ddim\d+|\d+(, *\d+)*", spec):
@@ -295,7 +295,7 @@ def spaced_timesteps(T, spec):
     if not all(1 <= n <= T // len(counts) for n in counts):
         raise UserError(f"cannot take {spec} of the {T} diffusion steps: ask for 1 to {T // len(counts)}")
     if spec.startswith("ddim"):
-        if T % counts[0] or counts == [1]:      # step 0 alone would take pure noise for the least noisy image
+        if T % counts[0] or counts == [1]:      # step 0 alone would treat pure noise as the least noisy image
             raise UserError(f"{spec} needs a count above 1 that divides {T}: drop 'ddim' for even spacing")
         return list(range(0, T, T // counts[0]))
     kept = []
@@ -307,8 +307,8 @@ def spaced_timesteps(T, spec):
 
 def bounded(x0, clip):
     """x_0 (B, ..) kept in [-1, 1]. clip=True cuts what lies outside. "imagen" and "deepfloyd" are dynamic thresholding:
-    each image is cut at +-limit and divided by it, so that guided images keep their contrast. The limit is the quantile
-    0.995 (0.95) of the image's |x_0|, but at least 1 and at most 100 (1.5), as in MDM's code."""
+    each image is cut at +-limit and divided by the limit, so that guided images keep their contrast. The limit is a
+    quantile of |x_0| in the image: 0.995, kept in [1, 100]; for "deepfloyd" 0.95, kept in [1, 1.5]. So does MDM's code."""
     if clip is True:
         return x0.clamp(-1, 1)
     part, most = {"imagen": (0.995, 100.0), "deepfloyd": (0.95, 1.5)}[clip]
@@ -320,16 +320,16 @@ def bounded(x0, clip):
 # --- guidance --------------------------------------------------------------------------------------------------------
 
 def with_and_without(cond):
-    """{name: (B, ..)} -> {name: (2B, ..)}: first the condition, then none, which is label -1 and a mask of zeros."""
+    """{name: (B, ..)} -> {name: (2B, ..)}: first with the condition, then without: label -1, mask 0."""
     none = {"y": lambda y: torch.full_like(y, -1), "text_mask": torch.zeros_like}
     return {k: torch.cat([v, none[k](v) if k in none else v]) for k, v in cond.items() if v is not None}
 
 
 def guided(model, scale):
-    """Classifier-free guidance: `model`, its prediction pushed away from the one without a condition.
+    """Classifier-free guidance: `model`, with its prediction pushed away from the unconditional one.
 
-    One batch of 2B, see `with_and_without`. All C prediction channels are guided; the variance stays conditional. (DiT,
-    and DiS after it, guide only the first three of four latent channels; DiT's authors call that unintended.)
+    It runs one batch of 2B (`with_and_without`). It guides all C prediction channels; the variance stays conditional.
+    (DiT, and DiS after it, guide only the first three of four latent channels; DiT's authors call that unintended.)
     """
     def call(x, t, **cond):
         both = with_and_without(cond)
@@ -342,11 +342,11 @@ def guided(model, scale):
 
 
 # --- random numbers as a function ------------------------------------------------------------------------------------
-# Noise and timesteps are a function of integers (seed, step, index): a hash. A generator has a state, which must be
-# saved, sent to other processes and kept in step; a function has none. So a resumed run repeats the uninterrupted one,
-# and image 7 of seed 0 is the same picture in any batch, on any number of processes. All is computed where the seeds
-# live: a GPU does not wait for the CPU. (The order of the data, the initial weights and dropout come from generators,
-# each seeded anew with such integers.)
+# Noise and timesteps are a hash: a function of the integers (seed, step, index). A generator has a state, which must be
+# saved, sent to other processes and kept in step. A function has none. So a resumed run repeats the uninterrupted one,
+# and image 7 of seed 0 is the same picture in any batch, on any number of processes. All is computed on the device of
+# the seeds, so a GPU does not wait for the CPU. (The order of the data, the initial weights and dropout come from
+# generators. Each is seeded anew with such integers.)
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64      # 2^64 / golden ratio, as a signed 64-bit integer
 
@@ -377,7 +377,7 @@ def normal(seeds, shape):
     number = torch.arange(1, (n + 1) // 2 + 1, device=seeds.device)
     bits = _mix(seeds[:, None] + GAMMA * number)                        # (B, n / 2): the outputs of SplitMix64
     high, low = (bits >> 32 & 2**32 - 1).float(), (bits & 2**32 - 1).float()
-    radius = ((high + 0.5) * 2**-32).log().mul(-2).sqrt()               # Box-Muller: two numbers a hash
+    radius = ((high + 0.5) * 2**-32).log().mul(-2).sqrt()               # Box-Muller: two numbers per hash
     angle = low * (2 * math.pi * 2**-32)
     z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return z[:, :n].reshape(len(seeds), *shape)                                             # (B, *shape)

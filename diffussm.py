@@ -15,8 +15,8 @@ its convolutions. The paper calls this an hourglass.
 | `patch`         | P         |                 | side of a patch; 1: none                                           |
 | `ratio`         | M         |                 | of the hourglass: tokens folded into one; 1: none                  |
 |                 | m         |                 | phase: the place of a token among the M that are folded, 0 .. M-1  |
-|                 | L, l      |                 | tokens at full length, rows x columns / P^2, row by row; one token |
-|                 | J, j      |                 | tokens of the residual stream, J = L / M; one token                |
+|                 | L, l      |                 | number of tokens at full length: rows x columns / P^2; one of them |
+|                 | J, j      |                 | number of tokens in the residual stream: J = L / M; one of them    |
 | `x`             |           | (b, J, D)       | the residual stream. `x_t` is the noised image                     |
 | `c`             | t + y     | (b, D)          | time plus class, the same for every token                          |
 | `I`             | I_j       | (b, J, D)       | what a block reads: the stream, normed and modulated               |
@@ -29,7 +29,7 @@ its convolutions. The paper calls this an hourglass.
 | `state`         | N         |                 | size of an SSM's state (64), as N / 2 conjugate pairs              |
 | `h`             | x in S4D  | (b, 2D, N/2)    | the state, complex                                                 |
 | `dt`            | Delta     | (2D,)           | step size of each SSM                                              |
-| `A`, `B`, `C`   | A, B, C   | (2D, N/2)       | of the SSMs, complex; the parameters are real numbers              |
+| `A`, `B`, `C`   | A, B, C   | (2D, N/2)       | matrices of the SSMs, complex, made from real parameters           |
 | `log_Abar`      | log A-bar | (2D, N/2)       | decay and rotation of each state in one step                       |
 | `CB`            | C B-bar   | (2D, N/2)       | A is diagonal, so only this product of B and C matters             |
 | `direct`        | D in S4D  | (2D,)           | direct path from U to Y; its parameter is called `ssm.D`           |
@@ -42,13 +42,13 @@ without appendix and Figure 2. Reasons for each choice: docs/diffussm.md.
  1. Widths: U is 2D wide, not D. The paper's count, 9 D^2 + 2 M D^2 parameters a block, allows nothing else.
  2. The "MLP" after the two directions is W^down: the count has no room for another.
  3. The activation sigma is GELU, as in BiGS.      4. LayerNorm before each block and the decoder, as in DiT.
- 5. Time and class give shift, scale and a gate alpha (DiT's adaLN-Zero), by a 2-layer MLP per block. XL then has 668.9M
-    parameters; the paper says "about 673M".
+ 5. In each block a 2-layer MLP turns time and class into shift, scale and a gate alpha (DiT's adaLN-Zero). XL then has
+    668.9M parameters; the paper says "about 673M".
  6. One linear map folds M neighbours into a token, another unfolds them.      7. Positions: fixed sines and cosines.
- 8. The depths of S and L are ours, and L's width, printed "786", is 768.
+ 8. The depths of S and L are ours. The width of L is 768; the paper prints "786".
  9. S4D as in its authors' code (N = 64, zero-order hold), without that layer's GELU, output matrix and GLU.
 10. Both directions see the current token, and they share no parameters.
-11. Initialisation as in DiT; each phase of W^up and W^down counts as its own matrix.
+11. Initialisation as in DiT; each phase of W^up and W^down starts as a matrix of its own.
 12. One learning rate for all parameters. Do not use weight decay: it would pull dt to 1 and frequencies to 0.
 13. The Gflops quoted for the paper cannot be reproduced. `python diffussm.py` prints our count, and why.
 """
@@ -78,7 +78,7 @@ from diffusion import Diffusion, UserError
 #
 #     Y = K * U + direct U,    K_l = 2 Re sum_n C_n Bbar_n Abar_n^l
 #
-# The kernel depends on parameters only, not on the image. Mamba (dis.py) gives that up: there, each token has its Abar.
+# The kernel depends on parameters only, not on the image. Mamba (dis.py) gives that up: each token has its own Abar.
 # Each channel of U has its own SSM. In a block there are 2D of them, D for each direction.
 
 def ssm_ref(U, log_Abar, CB, direct):
@@ -86,7 +86,7 @@ def ssm_ref(U, log_Abar, CB, direct):
 
     U (b, L, 2D): the first D channels are read from the left, the others from the right. log_Abar, CB complex
     (2D, N/2), direct (2D,) -> Y (b, L, 2D). Both directions see the current token (choice 10).
-    h leaves out the factor Bbar. It is the same for every token, so it is multiplied at the output: CB = C Bbar.
+    Bbar is the same for every token. So h leaves it out, and the output multiplies by it: CB = C Bbar.
     """
     def read(U, log_Abar, CB):
         Abar, h, Y = log_Abar.exp(), 0, []
@@ -102,7 +102,7 @@ def ssm_ref(U, log_Abar, CB, direct):
 
 
 def kernel_ref(log_Abar, CB, L):
-    """The kernel by its formula, a matrix of powers for each SSM. log_Abar, CB complex (2D, N/2) -> K (2D, L). It keeps
+    """The kernel by its formula, with a matrix of powers per SSM. log_Abar, CB complex (2D, N/2) -> K (2D, L). It keeps
     L N numbers per SSM for backward; the model uses `kernel`, below. S4D's authors: models/s4/s4d.py, S4DKernel."""
     powers_of_Abar = (log_Abar[:, :, None] * torch.arange(L, device=CB.device)).exp()  # (2D, N/2, L)
     return 2 * (CB[:, :, None] * powers_of_Abar).sum(1).real                           # (2D, L)
@@ -120,8 +120,8 @@ class Block(nn.Module):
         O_j   = W_3 (sigma(W_2 I'_j) * sigma(W_1 I_j))              the second factor is the gate
         x    <- x + alpha O
 
-    In units of D^2 the matrices count 1 (W_0) + 2M (W_up) + 4 (W_down) + 1 + 2 + 1 (W_1, W_2, W_3) = 9 + 2M, as in the
-    paper. All are applied J = L/M times, which is why folding is cheap.
+    The matrices have 1 (W_0) + 2M (W_up) + 4 (W_down) + 1 + 2 + 1 (W_1, W_2, W_3) = 9 + 2M times D^2 parameters, as in
+    the paper. All are applied J = L/M times, which is why folding is cheap.
     """
 
     def __init__(self, width, ratio=2, **s4d):
@@ -155,8 +155,8 @@ class Block(nn.Module):
 # --- the model ----------------------------------------------------------------------------------
 
 class DiffuSSM(nn.Module):
-    """(x_t, t, y) -> the prediction (eps, or what the Diffusion asks for). With learn_sigma as many channels follow
-    that say the variance. Parameters stay float32; for bf16 use autocast."""
+    """(x_t, t, y) -> the prediction (eps, or what the Diffusion asks for). With learn_sigma, as many
+    channels again follow: the variance. Parameters stay float32; for bf16 use autocast."""
 
     unit = Block                        # what recomputation and FSDP2 take as one piece
 
@@ -181,7 +181,7 @@ class DiffuSSM(nn.Module):
 
         self.embed = nn.Linear(ratio * patch**2 * channels, width)                     # choice 6
         self.time_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        # one more row than classes: "no class", for guidance
+        # one row more than there are classes: it means "no class", for guidance
         self.label_embed = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.blocks = nn.ModuleList(
             Block(width, ratio, state=state, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max)
@@ -217,8 +217,8 @@ class DiffuSSM(nn.Module):
     @contextmanager
     def frozen(self):
         """A context in which each block's kernel is made once, on entry, and not in each call; sampling uses it.
-        Parameters must not change meanwhile. Calls that train or need gradients ignore the stored kernels. They
-        take (2D, L) numbers a block: 0.27 GB for XL at L = 1024."""
+        Parameters must not change meanwhile. Calls that train or need gradients ignore the stored kernels. A stored
+        kernel has (2D, L) numbers: 0.27 GB for all blocks of XL at L = 1024."""
         layers = [block.ssm for block in self.blocks]
         before = [layer.K for layer in layers]
         try:
@@ -278,7 +278,7 @@ def check_sizes(shape, width, patch, ratio, state, dt_min, dt_max):
     if state % 2:
         raise UserError(f"state {state} is odd, but states are stored as conjugate pairs: try {state + 1}")
     if not 0 < dt_min <= dt_max:
-        raise UserError(f"dt_min {dt_min} and dt_max {dt_max}: the first must be above 0 and not above the second, "
+        raise UserError(f"dt_min {dt_min} must be above 0, and dt_max {dt_max} must not be below dt_min: "
                         f"try dt_min=0.001 dt_max=0.1")
     if width < 4:
         raise UserError(f"width {width} leaves no room for the positions: try 64")
@@ -291,9 +291,9 @@ class BidirectionalS4D(nn.Module):
     S4D's authors: models/s4/s4d.py, S4D, which reads in one direction and has more layers (choice 9).
     Test of equality: tests/test_diffussm.py::test_layer_equals_recurrence_and_double_sum.
 
-    All parameters are real. (Of complex ones .bfloat16() would drop the imaginary part, and optimizers, DDP and file
-    formats support them only in part.) It always computes in float32, or float64, also under autocast: bf16 has no FFT,
-    and powers of Abar would lose their angle.
+    All parameters are real. (.bfloat16() would drop the imaginary part of complex ones, and optimizers, DDP and file
+    formats support them only in part.) The layer computes in float32 or float64, even under autocast: bf16 has no FFT,
+    and in it powers of Abar would lose their angle.
     """
 
     def __init__(self, channels, state=64, init="lin", discretization="zoh", dt_min=1e-3, dt_max=0.1):
@@ -310,7 +310,7 @@ class BidirectionalS4D(nn.Module):
         return convolve(U.to(K.dtype), K).to(U.dtype)
 
     def impulse_response(self, L):
-        """-> K (2D, L). The direct path is in it: direct U is the convolution with a kernel that is `direct` at 0."""
+        """-> K (2D, L). It includes the direct path: direct U is U convolved with (direct, 0, ..., 0)."""
         dtype = torch.promote_types(self.D.dtype, torch.float32)
         with torch.autocast(self.D.device.type, enabled=False):
             direct = whole(self.D).to(dtype)
@@ -329,7 +329,7 @@ class BidirectionalS4D(nn.Module):
 
 
 def whole(parameter):
-    """FSDP2 cuts parameters into shards; `frozen` reads them outside a forward pass, where nothing gathers them."""
+    """Gathers a parameter that FSDP2 cut into shards: `frozen` reads it outside forward, where nothing else does so."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
@@ -358,7 +358,7 @@ def kernel(log_Abar, CB, L):
         # With z = 2 CB Abar^start and w = Abar^offset we want
         #     Re(z w) = Re z Re w - Im z Im w,
         # which is the real product of (Re z, Im z) and (Re w, -Im w). The latter is w conjugated. A real product is
-        # faster than a complex one. (Where TF32 is on, as train.py has it on GPUs, it reads 10 bits of mantissa.)
+        # faster than a complex one. (With TF32, which train.py turns on for GPUs, it reads 10 bits of mantissa.)
         z = (2 * CB_part)[:, None] * powers(log_Abar_part, starts)                     # (2D, L/stride, N/2)
         w_conj = powers(log_Abar_part.conj(), offsets)                                 # (2D, stride, N/2)
         z, w_conj = (torch.view_as_real(v).flatten(2) for v in (z, w_conj))            # (2D, .., N)
@@ -374,9 +374,9 @@ def powers(log_Abar, exponents):
 
 
 def convolve_ref(U, K):
-    """U (b, L, 2D), K (2D, L) -> Y (b, L, 2D), as a product of spectra (_hat). To read from the right is to mirror the
-    kernel in time, which is to conjugate its spectrum. Padding to 2L keeps a sequence's end from wrapping to its
-    start. S4D's authors: models/s4/s4d.py, S4D."""
+    """U (b, L, 2D), K (2D, L) -> Y (b, L, 2D), as a product of spectra (_hat). Reading from the right means
+    mirroring the kernel in time, and that conjugates its spectrum. Padding to 2L keeps a sequence's end from wrapping
+    to its start. S4D's authors: models/s4/s4d.py, S4D."""
     L, D = U.shape[1], U.shape[2] // 2
     K_hat = torch.fft.rfft(K, n=2 * L)                                                 # (2D, L+1)
     K_hat = torch.cat([K_hat[:D], K_hat[D:].conj()])
@@ -405,9 +405,9 @@ def initial_parameters(channels, state, init, dt_min, dt_max):
 def initial_state_matrix(init, N):
     """Im A, (N/2,) float64, and B, (N/2,) complex128, at the start. Re A is always -1/2. S4D Sec. 4.
 
-    It decides to which frequencies a kernel listens: with "zoh", state n has a period of 2 pi / (dt Im A_n) tokens.
-    (An angle dt Im A_n above pi looks like a smaller one, which does no harm. With "lin" and N = 64 the fastest
-    states are there if dt is above 0.03. "bilinear" squeezes all angles below pi.)"""
+    Im A decides to which frequencies a kernel listens: with "zoh", state n has a period of 2 pi / (dt Im A_n) tokens.
+    (An angle dt Im A_n above pi looks like a smaller one, which does no harm. With "lin" and N = 64 this happens to the
+    fastest states if dt is above 0.03. "bilinear" squeezes all angles to less than pi.)"""
     n = torch.arange(N, dtype=torch.float64, device="cpu")
     ones = torch.ones(N // 2, dtype=torch.complex128, device="cpu")
     if init == "lin":                           # a Fourier series
@@ -427,8 +427,8 @@ def initial_state_matrix(init, N):
 # --- presets ------------------------------------------------------------------------------------
 
 _PAPER = dict(patch=1, ratio=2, schedule="linear", predict="eps", variance="learned")
-# For two CPU cores. x0 on the cosine schedule won short trials. Class vectors start at full size, or the class would be
-# learned late.
+# For two CPU cores. Predicting x0 on the cosine schedule won short trials. Class vectors start at full size, because
+# otherwise the class would be learned late.
 _TINY = dict(patch=1, ratio=4, label_std=1.0, schedule="cosine", predict="x0", variance="small")
 CONFIGS = {
     "DiffuSSM-S": dict(width=384, depth=12, **_PAPER),      # choice 8
@@ -457,6 +457,6 @@ def build(preset, shape, num_classes=0, **options):
     return model, diffusion
 
 
-if __name__ == "__main__":                      # its presets beside the paper's figures
+if __name__ == "__main__":                      # prints the presets beside the paper's figures
     from benchmarks import tables
     tables.diffussm()

@@ -21,7 +21,7 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 | `conv`         |          |               | taps of the causal convolution before the scan (4)                    |
 | `x`, `z`       | x, z     | (b, L, e)     | a mixer's two halves: what is scanned, and the gate                   |
 | `u`            | u_t      | (b, L, e)     | what the scan reads: x after convolution and SiLU                     |
-| `delta`        | Delta_t  | (b, L, e)     | > 0, the step size: a large one looks at this token (Mamba Sec. 3)    |
+| `delta`        | Delta_t  | (b, L, e)     | > 0, the step size: a large one favours this token (Mamba Sec. 3)     |
 | `A`            | A        | (e, N)        | < 0, rates of decay, the same for every input                         |
 | `B`, `C`       | B_t, C_t | (b, L, N)     | what to write into the state, what to read from it                    |
 | `D`            | D        | (e,)          | the direct path from u to y                                           |
@@ -29,15 +29,15 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 | `residual`     | r        | (b, L, d)     | the running sum, in float32                                           |
 | `hidden`       | m        | (b, L, d)     | what a mixer has made and the next block will add                     |
 | `x_t`          | x_t      | (b, c, H, W)  | the noisy image, or latent                                            |
-| `t`            | t        | (b,)          | its diffusion step; under u, delta, B, C, h, y: the number of a token |
+| `t`            | t        | (b,)          | its diffusion step; as index of u, delta, B, C, h, y: a token's number |
 | `cond`         |          | (b, d)        | the embedded step, plus the embedded class if there is one            |
 
 Departures from the paper or from the authors' code. docs/dis.md has them in full, and a map from paper to code. We
-could read the paper's abstract, summaries of it, and the code. So there are no section numbers of the paper.
+could read only the paper's abstract, summaries of it, and the code. So we cite no section numbers of the paper.
 
- 1. B is discretised by Euler, delta B, as in the code. Both papers print the zero-order hold.
+ 1. B is discretised by Euler's method, as delta B, like in the code. The papers of Mamba and DiS print zero-order hold.
  2. A long skip carries what the shallow block's mixer made, as in the code. The paper says "hidden states".
- 3. With classes, step and class also modulate the last norm, as in the code. In the paper they are only tokens.
+ 3. With classes, the step and the class also modulate the last norm, as in the code. In the paper they are only tokens.
  4. Both directions start with delta between 0.001 and 0.1. The code's backward one starts near 0.69.
  5. The last linear layer starts at zero, as in ADM and DiT. The code's starts at random.
  6. Stochastic depth is off: the paper, as far as we read it, has none. The code trains with `drop_path=0.1`.
@@ -101,9 +101,9 @@ def selective_scan_ref(u, delta, A, B, C, D):
 
 # authors: models_dis.py, DisModel
 class DiS(nn.Module):
-    """(x_t, t, y) -> what the Diffusion says: eps, v or x0; with learn_sigma c more channels for the variance follow.
+    """(x_t, t, y) -> what the Diffusion asks for: eps, v or x0. With learn_sigma, c more channels follow: the variance.
 
-    Raises UserError if the patch size does not divide the image, or for a drop_path of 1 and more."""
+    Raises UserError if the patch size does not divide the image, or if drop_path is 1 or more."""
 
     def __init__(self,
                  shape,                     # (c, H, W) of the image or latent
@@ -120,7 +120,7 @@ class DiS(nn.Module):
                  pos_init: Literal["zero", "sincos"] = "zero",          # how the learned positions start
                  label_std: float = 0.02,   # how large the class vectors start
                  scan: Literal["auto", "mamba_ssm"] = "auto",           # "mamba_ssm": that package's, on a GPU
-                 drop_path: float = 0.0,    # chance that an image skips an addition; the blocks rise to it from 0
+                 drop_path: float = 0.0,    # chance that an image skips an addition, rising from 0 over the blocks
                  learn_sigma=True):
         super().__init__()
         channels, H, W = shape
@@ -133,14 +133,14 @@ class DiS(nn.Module):
             raise UserError(f"drop_path {drop_path} is not a probability below 1: try 0.1")
         self.shape, self.patch, self.num_classes, self.depth = shape, patch, num_classes, depth
         self.time, self.pos_init, self.label_std, self.drop_path = time, pos_init, label_std, drop_path
-        self.unit = Block               # what activation checkpointing recomputes, and FSDP2 gathers, at a time
+        self.unit = Block               # activation checkpointing recomputes, and FSDP2 gathers, one unit at a time
         self.out_channels = 2 * channels if learn_sigma else channels
         J = H * W // patch**2
         L = J + (1 + (num_classes > 0)) * (time == "token")
 
         self.patch_embed = nn.Linear(patch**2 * channels, width)
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        # one row more than classes: "no class", for guidance
+        # one row more than there are classes: it means "no class", for guidance
         self.label_embed = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.pos_embed = nn.Parameter(torch.zeros(1, L, width))
         half = depth // 2
@@ -158,8 +158,8 @@ class DiS(nn.Module):
         self.init_weights()
 
     def forward(self, x_t, t, y=None):
-        """x_t (b, c, H, W), t (b,) long, y (b,) long or None. A label of -1 means "no class", and None means it for
-        all (the authors' code crashes). -> (b, c or 2 c, H, W)"""
+        """x_t (b, c, H, W), t (b,) long, y (b,) long or None. A label of -1 means "no class". y=None
+        means it for every image (the authors' code then crashes). -> (b, c or 2 c, H, W)"""
         p, (_, H, W) = self.patch, self.shape
         patches = rearrange(x_t, "b c (row p1) (col p2) -> b (row col) (p1 p2 c)", p1=p, p2=p)  # (b, J, p p c)
         tokens = self.patch_embed(patches)                                                      # (b, J, d)
@@ -229,7 +229,7 @@ def timestep_embedding(t, width):
 # authors: models_dis.py, Block
 class Block(nn.Module):
     """Add, norm, mix: Mamba's order. Two streams run through the blocks. `residual` r is the running sum. `hidden` m
-    is what the mixer before has made, and this block adds it:
+    is what the previous block's mixer made, and this block adds it:
 
         m' = W [m; m_shallow] + b        in the deep half; elsewhere m' = m       (long skip, departure 2)
         r  = r + m'                      in the first block r = m'
@@ -273,7 +273,7 @@ def add(residual, hidden, drop_path=0.0):
 
 # authors: mamba_ssm/modules/mamba_simple.py in Vision Mamba's fork, Mamba with bimamba_type="v2"
 class BiMamba(nn.Module):
-    """(b, L, d) -> (b, L, d). Both directions share the projections in and out and the gate z. Their outputs
+    """(b, L, d) -> (b, L, d). Both directions share the input and output projections and the gate z. Their outputs
     are summed. Step and class tokens come first for one direction and last for the other. (The authors gate
     each direction before the sum. That is the same, since the gate is the same.)"""
 
@@ -318,8 +318,8 @@ class Direction(nn.Module):
         u = self.conv(rearrange(x, "b l e -> b e l"))[..., :L]                     # cut, hence causal (b, e, L)
         u = rearrange(F.silu(u), "b e l -> b l e")                                 # (b, L, e)
         low, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)   # (b, L, R), 2 x (b, L, N)
-        # delta is float32 from here on. Under autocast dt_proj would round its output, which is near -7 for the
-        # long memories, to multiples of 1/32, and so change delta by up to 1.6%.
+        # delta is float32 from here on. Long memories have outputs of dt_proj near -7. Autocast would round those to
+        # multiples of 1/32, and that would change delta by up to 1.6%.
         with torch.autocast(x.device.type, enabled=False):
             delta = F.softplus(self.dt_proj(low.to(self.dt_proj.weight.dtype)))    # (b, L, e)
         return self.selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)      # (b, L, e)
@@ -327,13 +327,13 @@ class Direction(nn.Module):
 
 # --- presets ------------------------------------------------------------------------------------
 
-# Only width and depth change. 368 (not DiT's 384) is the authors' code's, and gives the paper's 28.4M parameters.
+# Only width and depth change. Width 368 is from the authors' code (DiT: 384) and gives the paper's 28.4M parameters.
 SIZES = {"S": dict(width=368, depth=24), "B": dict(width=768, depth=24), "M": dict(width=768, depth=48),
          "L": dict(width=1024, depth=48), "H": dict(width=1536, depth=48)}
 PAPER = dict(schedule="linear", predict="eps", variance="learned")
 CONFIGS = {f"DiS-{name}/{patch}": dict(**size, patch=patch, **PAPER)
            for name, size in SIZES.items() for patch in (2, 4)}
-# For minutes on two CPU cores: a 4 x 4 grid of large patches, half of E and N, adaptive norms. It predicts x0, since
+# For minutes on two CPU cores: a 4 x 4 grid of large patches, E and N halved, adaptive norms. It predicts x0, since
 # 128 channels cannot carry the noise of a whole patch (docs/dis.md).
 CONFIGS["tiny"] = dict(width=128, depth=6, patch=None, expand=1, state=8, time="adaln", pos_init="sincos",
                        label_std=1.0, schedule="cosine", predict="x0", variance="small")
@@ -354,6 +354,6 @@ def build(preset, shape, num_classes=0, **options):
     return DiS(shape, num_classes=num_classes, learn_sigma=diffusion.variance == "learned", **options), diffusion
 
 
-if __name__ == "__main__":                  # its presets beside the paper's figures
+if __name__ == "__main__":                  # prints the presets beside the paper's figures
     from benchmarks import tables
     tables.dis()

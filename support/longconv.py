@@ -5,9 +5,9 @@
 It gives the same numbers as `diffussm.convolve_ref`, which says in nine lines what is computed. It is faster because
 
 - it works in tiles, whose spectra fit a CPU's cache (a GPU gets one tile per direction);
-- its backward pass is written by hand. PyTorch's own takes a complex FFT for each real one, which is twice the
-  work, and keeps spectra. This one keeps U and K;
-- it is an operator of its own. torch.compile takes it as one step and asks for its shapes only. (Inductor has no code
+- its backward pass is written by hand. PyTorch's own does a complex FFT for each real one, which is twice the work,
+  and it stores spectra. This one stores U and K;
+- it is an operator of its own. torch.compile takes it as one step and asks only for its shapes. (Inductor has no code
   for complex numbers.)
 """
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-TILE = {"cpu": 2**18}                   # numbers of U in a tile, by kind of device; not listed: no limit
+TILE = {"cpu": 2**18}                   # how many numbers of U a tile may have; other devices have no limit
 
 
 @torch.library.custom_op("longconv::convolve", mutates_args=())
@@ -43,7 +43,7 @@ def convolve_backward(dY: Tensor, U: Tensor, K: Tensor) -> tuple[Tensor, Tensor]
         from the left     dU_l = sum_i K_i dY_{l+i}    conj(K_hat) dY_hat
                           dK_i = sum_l U_l dY_{l+i}    conj(U_hat) dY_hat
         from the right    dU_l = sum_i K_i dY_{l-i}    K_hat dY_hat
-                          dK_i = sum_l dY_l U_{l+i}    conj(dY_hat) U_hat, the conjugate of the one above
+                          dK_i = sum_l dY_l U_{l+i}    conj(dY_hat) U_hat, the conjugate of dK_hat from the left
     """
     dU, dK = torch.empty_like(U), torch.empty_like(K)
     for channels, right, batches in tiles(U):
@@ -65,7 +65,7 @@ convolve.register_autograd(lambda ctx, dY: convolve_backward(dY, *ctx.saved_tens
 
 @register_flop_formula(torch.ops.longconv.convolve)
 def operations(U_shape, K_shape, **_):
-    """For PyTorch's FLOP counter; half of it are multiply-adds. For each image and channel: two real FFTs of n = 2L
+    """For PyTorch's FLOP counter: FLOPs, twice the multiply-adds. For each image and channel: two real FFTs of n = 2L
     numbers, at 2.5 n log2 n each, and L + 1 complex products, at 6 each. The FFT of K is left out: all images share it.
     """
     images, L, channels = U_shape
@@ -86,8 +86,8 @@ def tiles(U):
 
 
 def spectrum(K, mirrored):
-    """To read from the right, Y_l = sum_i K_i U_{l+i}, is to convolve with the mirror image of K. To mirror in time is
-    to conjugate in frequency, so nothing needs to be flipped."""
+    """The spectrum of K, or of its mirror image in time. Reading from the right, Y_l = sum_i K_i U_{l+i}, is convolving
+    with the mirror image. Its spectrum is the conjugate of K's, so nothing needs to be flipped."""
     return rfft(K).conj_physical_() if mirrored else rfft(K)
 
 

@@ -1,12 +1,12 @@
 """Lets a file called dis.py live beside Python's own module `dis`.
 
 `import torch` imports `inspect`, which imports `dis`. With this project's folder first on sys.path, as in
-`python train.py`, Python finds our dis.py instead. Our file notices it by its name and imports this one, which
-puts Python's own module into its place.
+`python train.py`, Python finds our dis.py instead. Our file sees that it is imported under the name `dis`. Then it
+imports this file, which puts Python's own module in its place.
 
-The import system then still runs the rest of dis.py, and torch is only half imported by then. So this file also
-gives out stand-ins for the names that dis.py uses at module level. The price: outside of functions dis.py may
-use no other names, and compute nothing.
+After that Python still runs the rest of dis.py, while torch is only half imported. So this file also gives out
+stand-ins for the names that dis.py uses at module level. This has a price: outside of functions dis.py may use no
+other names, and compute nothing.
 
 `from dis import DiS` works all the same: Python's module hands out the names in NAMES, and loads our file when
 it is first asked.
@@ -22,7 +22,7 @@ PYTHONS = os.path.join(os.path.dirname(os.__file__), "dis.py")
 
 
 class Anything(type):
-    """A class of this type is also what each of its attributes, calls and items is."""
+    """Every attribute, call and item of a class of this type is the class itself."""
     __getattr__ = __call__ = __getitem__ = lambda cls, *args, **kwargs: cls
 
 
@@ -34,7 +34,7 @@ Literal = nn
 
 
 def load(name, path):
-    """The module that is made from the file, under this name in sys.modules."""
+    """Runs the file at `path` as a module, keeps it in sys.modules under `name`, and returns it."""
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])

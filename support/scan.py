@@ -6,11 +6,12 @@
     y_t = C_t h_t + D u_t                                     what is read from it
 
 The definition keeps all states for backward. They are a (b, L, e, N) tensor, N times as large as the input. The
-scans here keep one state in T, and make the others again in backward. Tests hold each of the three to the definition:
+scans here keep one of every T states, and compute the others again in backward. Tests compare each of the three with
+the definition:
 
     chunked    PyTorch, on any device. A sequence is cut into chunks, and work is done one chunk at a time.
-    segments   For few long sequences, by either of the other two. Each sequence is cut into segments, and these are
-               scanned side by side, as if they were rows of the batch.
+    segments   For a few long sequences. Each is cut into segments. One of the other two scans the segments side by
+               side, as if they were rows of the batch.
     fused      Triton, on CUDA. `chunked` as one kernel: a decay never leaves its register.
 
 Letters.
@@ -57,11 +58,11 @@ def selective_scan(u, delta, A, B, C, D):
 # --- chunked: PyTorch, on any device -----------------------------------------------------------------
 #
 # Work is done a *block* at a time: one chunk of some rows. `starts` keeps the state at every chunk boundary,
-# the end included: (b, chunks + 1, N, e). Backward begins there and makes the states inside a chunk again.
+# the end included: (b, chunks + 1, N, e). From these, backward computes the states inside a chunk again.
 
 CHUNK = {"cpu": (16, 64), "cuda": (8, 8)}       # T: at least, at most
-# How many numbers a block's work array (b, T, N, e) may have. A CPU wants the 4 MB that stay in its cache. A
-# GPU wants large arrays, since it launches each operation by itself. Speed depends little on either.
+# How many numbers a block's work array (b, T, N, e) may have. On a CPU it should have 4 MB, to stay in the cache. On
+# a GPU it should be large, since each operation on it is a launch. Speed depends little on either.
 ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -71,7 +72,7 @@ def tuned(numbers, u):
 
 
 def chunk(rows, u, A):
-    """T, for so many rows. Few rows do not fill a block, so their chunks are longer."""
+    """T for this number of rows. Few rows do not fill a block, so their chunks are longer."""
     least, most = tuned(CHUNK, u)
     return max(least, min(most, tuned(ELEMENTS, u) // max(1, rows * A.numel())))
 
@@ -83,14 +84,14 @@ def block_size(u, A):
 
 
 def blocks(u, A):
-    """All blocks, the chunks in order -> a list of (slice of the rows, number of the chunk, slice of the tokens)."""
+    """-> all blocks, as (slice of the rows, number of the chunk, slice of the tokens), the chunks in order."""
     (b, L, _), (rows, T) = u.shape, block_size(u, A)
     return [(slice(i, i + rows), number, slice(t, min(t + T, L)))
             for i in range(0, b, rows) for number, t in enumerate(range(0, L, T))]
 
 
 def work_arrays(count, u, A):
-    """-> (count, b, T, N, e). Made once: the system clears new memory, and that takes as long as the arithmetic."""
+    """-> (count, b, T, N, e). Made once, since the system clears new memory, which takes as long as the arithmetic."""
     return u.new_empty(count, *block_size(u, A), *A.T.shape)
 
 
@@ -121,9 +122,9 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
 
         g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
 
-    carry (b, N, e), updated in place: the gradient that flows into this stretch from its right neighbour, that
-    is exp(delta_{t+1} A) g_{t+1} of the last token t (0 at the end of a sequence); on return, the one that
-    flows out to the left."""
+    carry (b, N, e), updated in place: the gradient that flows in from the tokens to the right of these. For the
+    last token t here it is exp(delta_{t+1} A) g_{t+1}, or 0 at the end of a sequence. On return, carry is the
+    gradient that flows out to the left."""
     dy, u, delta, B, C = (v.to(starts.dtype) for v in (dy, u, delta, B, C))
     At, work = A.T.contiguous(), work_arrays(3, u, A)
     dA, dD = torch.zeros_like(At), torch.zeros_like(D)                        # (N, e), (e,)
@@ -156,19 +157,19 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
 # --- segments: few long sequences ---------------------------------------------------------------------
 #
 # Tokens wait for each other, so a few long sequences (one image, say) keep neither a GPU nor the cores of a CPU
-# busy. Each sequence is then cut into S segments, and these are read side by side, as if they were rows of the
-# batch, twice. Pass 1 reads every segment as if the state before it were 0, and ends in the state end_s. The
-# scan is linear in the state before it. So the state that really enters segment s is (`entering`)
+# busy. Each sequence is then cut into S segments. They are read side by side, as if they were rows of the batch,
+# in two passes. Pass 1 reads every segment as if the state before it were 0; segment s ends in the state end_s.
+# The scan is linear in the state before it. So the state h_s that really enters segment s is (see `entering`)
 #
 #     h_s = end_{s-1} + (product of the decays in segment s-1) h_{s-1},      h_0 = 0
 #
-# Pass 2 reads all segments again, now from the right states. Backward does the same from the right.
+# Pass 2 reads all segments again, now starting from these states. Backward does the same from right to left.
 
 BUSY = {"cpu": 2**10, "cuda": 2**16}            # rows times channels that keep all cores busy
 
 
 def segments(u):
-    """S. It is 1 unless S segments side by side are a clear gain over the price, which is a second pass."""
+    """S. It is 1 unless reading S segments side by side clearly gains more than the second pass costs."""
     b, L, e = u.shape
     S = min(tuned(BUSY, u) // max(1, b * e), L // (4 * tuned(CHUNK, u)[0]))
     return S if S > 4 else 1
@@ -233,9 +234,9 @@ def scan_backward(dy, u, delta, A, B, C, D, starts):
 
 @functools.lru_cache(maxsize=None)
 def engine(device, dtype):
-    """-> the two functions that do the work there, forward and backward. On CUDA (not ROCm), in float32 and
-    with Triton these are the fused ones, if they compile for this GPU and agree with the chunked ones; if not,
-    a warning says so once. Everywhere else they are the chunked ones."""
+    """-> the two functions that do the work on this device, forward and backward. On CUDA (not ROCm), in float32
+    and with Triton they are the fused ones, if these compile for this GPU and agree with the chunked ones. If not,
+    a warning says so once, and they are the chunked ones, as everywhere else."""
     if device.type == "cuda" and dtype == torch.float32 and triton is not None and not torch.version.hip:
         try:
             compare(device)
@@ -284,7 +285,7 @@ def shapes_backward(dy, *inputs):
 
 
 def keep(ctx, inputs, output):
-    """For autograd: what backward needs."""
+    """For autograd: keeps what backward needs."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
@@ -319,14 +320,14 @@ def flops_backward(dy, u, delta, A, *_, **__):
 # delta are read once for all of them, and a decay exp(delta_t A) never leaves its register. Between chunks the
 # states wait in memory, in `starts`, and there backward finds them.
 #
-# Why these sizes. BLOCK: a thread sums over the states of its own channels (y_t = C_t h_t) without asking
-# others. But dB_t and dC_t are sums over channels, which need 5 exchanges between threads each, for 64 channels
-# as for 32. T: `starts` is N / T = 2 times as large as u, and backward holds 7 lists, 112 registers of the 168
-# that it may use. With 168 registers a multiprocessor has room for 12 warps, 3 for each of its four schedulers:
-# two compute while one waits for memory. (The compiler asks for about 200 and then spills some, outside the
-# loop over n.) Compiled for compute capability 9.0, a state and chunk takes 155 instructions forward, where 16
-# exps occupy their unit for 128 cycles, and about 475 backward, where a third are for sums over channels. So
-# the number of instructions sets the pace.
+# Why BLOCK = 64: a thread sums over the states of its own channels (y_t = C_t h_t) without asking others. But
+# dB_t and dC_t are sums over channels. Each needs 5 exchanges between threads, no more for 64 channels than for
+# 32. Why T = 8: `starts` is then N / T = 2 times as large as u. Backward holds 7 lists, which take 112 of the 168
+# registers that it may use. With 168 registers a multiprocessor has room for 12 warps, 3 for each of its four
+# schedulers: two compute while one waits for memory. (The compiler asks for about 200, so it spills some, outside
+# the loop over n.) Compiled for compute capability 9.0, one state of one chunk takes 155 instructions forward,
+# and its 16 exps occupy their unit for 128 cycles. Backward it takes about 475 instructions, a third of them for
+# sums over channels. So the number of instructions sets the pace.
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)           # the hardware has 2^x
 
@@ -374,7 +375,7 @@ if triton is not None:
     @triton.jit
     def _fused_backward(dy, u, delta, A, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD, L, channels, chunks,
                         N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-        """`chunked_backward`. In each chunk the states once more, left to right, then g, right to left."""
+        """`chunked_backward`. Each chunk computes its states again, from left to right, then g, from right to left."""
         b = tl.program_id(0).to(tl.int64)
         own = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)                                # (BLOCK,)
         D_own = tl.load(D + own, mask=own < channels, other=0.0)                            # (BLOCK,)
@@ -418,7 +419,7 @@ if triton is not None:
                 dxs, ddeltas = sumx, sumd
                 tl.store(carry + at, g, mask=own < channels)
                 tl.store(dA + at, sumA, mask=own < channels)
-            us = _tokens(u, row, channels, own, rest, T)    # again, rather than held in 16 registers all the while
+            us = _tokens(u, row, channels, own, rest, T)    # read again: keeping them would take 16 registers all along
             for j in tl.static_range(T):
                 at, inside = (row + j) * channels + own, own < tl.where(j < rest, channels, 0)
                 tl.store(du + at, deltas[j] * dxs[j] + D_own * dys[j], mask=inside)
@@ -456,7 +457,7 @@ def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
 # --- somebody else's kernel --------------------------------------------------------------------------
 
 def mamba_ssm_scan(u, delta, A, B, C, D):
-    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Theirs has tokens last."""
+    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Its last axis is tokens."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (v.to(dtype).mT.contiguous() for v in (u, delta, B, C))            # (b, ., L)
@@ -471,5 +472,5 @@ def choose_scan(name):
     if torch.cuda.is_available() and not importlib.util.find_spec("mamba_ssm"):
         raise UserError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install mamba-ssm, or "
                         "drop scan=mamba_ssm, since the built-in scan is fused on GPUs, too")
-    theirs = torch.compiler.disable(mamba_ssm_scan)     # here: as a decorator it would import the compiler at every start
+    theirs = torch.compiler.disable(mamba_ssm_scan)     # as a decorator, it would import the compiler at each start
     return lambda u, *rest: (theirs if u.is_cuda else selective_scan)(u, *rest)
