@@ -39,7 +39,7 @@ class UserError(ValueError):
 # 1 - alpha_bar is 1e-4 at t = 0, and float32 would keep only three digits of that.
 
 def linear_alpha_bar(T):
-    """beta from 1e-4 to 0.02 (DDPM Section 4), times 1000 / T as in ADM's code, so that every T adds equally much."""
+    """beta from 1e-4 to 0.02 (DDPM Section 4), times 1000 / T as in ADM's code, so that any T adds the same noise."""
     if T <= 20:
         raise UserError(f"a linear schedule of {T} steps would need a beta of 1 or more: use more than 20")
     beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64, device="cpu")
@@ -205,7 +205,7 @@ class Diffusion:
         return terms
 
     def vb(self, out, x0, x_t, t):
-        """L_t of the variational bound in bits per dimension, (B,). DDPM Eq. 5, called L_{t-1} there."""
+        """L_t of the variational bound in bits per dimension, (B,): L_{t-1} in DDPM Eq. 5, which counts from 1."""
         true_mean, _, true_logvar = self.q_posterior(x0, x_t, t)
         mean, logvar = self.p_mean_logvar(out, x_t, t)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
@@ -308,7 +308,7 @@ def spaced_timesteps(T, spec):
 def bounded(x0, clip):
     """x_0 (B, ..) kept in [-1, 1]. clip=True cuts what lies outside. "imagen" and "deepfloyd" are dynamic thresholding:
     each image is cut at +-limit and divided by the limit, so that guided images keep their contrast. The limit is a
-    quantile of |x_0| in the image: 0.995, kept in [1, 100]; for "deepfloyd" 0.95, kept in [1, 1.5]. So does MDM's code."""
+    quantile of its |x_0|: 0.995, kept in [1, 100], or for "deepfloyd" 0.95, kept in [1, 1.5]; as in MDM's code."""
     if clip is True:
         return x0.clamp(-1, 1)
     part, most = {"imagen": (0.995, 100.0), "deepfloyd": (0.95, 1.5)}[clip]

@@ -15,8 +15,8 @@ its convolutions. The paper calls this an hourglass.
 | `patch`         | P         |                 | side of a patch; 1: none                                           |
 | `ratio`         | M         |                 | of the hourglass: tokens folded into one; 1: none                  |
 |                 | m         |                 | phase: the place of a token among the M that are folded, 0 .. M-1  |
-|                 | L, l      |                 | number of tokens at full length: rows x columns / P^2; one of them |
-|                 | J, j      |                 | number of tokens in the residual stream: J = L / M; one of them    |
+|                 | L, l      |                 | L = rows x columns / P^2 tokens at full length, row by row; l: one |
+|                 | J, j      |                 | J = L / M tokens of the residual stream; j: one                    |
 | `x`             |           | (b, J, D)       | the residual stream. `x_t` is the noised image                     |
 | `c`             | t + y     | (b, D)          | time plus class, the same for every token                          |
 | `I`             | I_j       | (b, J, D)       | what a block reads: the stream, normed and modulated               |
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 class DiffuSSM(nn.Module):
     """(x_t, t, y) -> the prediction (eps, or what the Diffusion asks for). With learn_sigma, as many
-    channels again follow: the variance. Parameters stay float32; for bf16 use autocast."""
+    channels follow for the variance. Parameters stay float32; for bf16 use autocast."""
 
     unit = Block                        # what recomputation and FSDP2 take as one piece
 

@@ -29,13 +29,13 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 | `residual`     | r        | (b, L, d)     | the running sum, in float32                                           |
 | `hidden`       | m        | (b, L, d)     | what a mixer has made and the next block will add                     |
 | `x_t`          | x_t      | (b, c, H, W)  | the noisy image, or latent                                            |
-| `t`            | t        | (b,)          | its diffusion step; as index of u, delta, B, C, h, y: a token's number |
+| `t`            | t        | (b,)          | its diffusion step; as index of u, delta, B, C, h, y: a token number  |
 | `cond`         |          | (b, d)        | the embedded step, plus the embedded class if there is one            |
 
 Departures from the paper or from the authors' code. docs/dis.md has them in full, and a map from paper to code. We
 could read only the paper's abstract, summaries of it, and the code. So we cite no section numbers of the paper.
 
- 1. B is discretised by Euler's method, as delta B, like in the code. The papers of Mamba and DiS print zero-order hold.
+ 1. B is discretised by Euler's method, delta B, as in the code. The papers of Mamba and DiS print zero-order hold.
  2. A long skip carries what the shallow block's mixer made, as in the code. The paper says "hidden states".
  3. With classes, the step and the class also modulate the last norm, as in the code. In the paper they are only tokens.
  4. Both directions start with delta between 0.001 and 0.1. The code's backward one starts near 0.69.
@@ -101,7 +101,7 @@ def selective_scan_ref(u, delta, A, B, C, D):
 
 # authors: models_dis.py, DisModel
 class DiS(nn.Module):
-    """(x_t, t, y) -> what the Diffusion asks for: eps, v or x0. With learn_sigma, c more channels follow: the variance.
+    """(x_t, t, y) -> what the Diffusion asks for: eps, v or x0; with learn_sigma then c channels for the variance.
 
     Raises UserError if the patch size does not divide the image, or if drop_path is 1 or more."""
 
@@ -318,8 +318,8 @@ class Direction(nn.Module):
         u = self.conv(rearrange(x, "b l e -> b e l"))[..., :L]                     # cut, hence causal (b, e, L)
         u = rearrange(F.silu(u), "b e l -> b l e")                                 # (b, L, e)
         low, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)   # (b, L, R), 2 x (b, L, N)
-        # delta is float32 from here on. Long memories have outputs of dt_proj near -7. Autocast would round those to
-        # multiples of 1/32, and that would change delta by up to 1.6%.
+        # delta is float32 from here on. The output of dt_proj is near -7 for long memories. Autocast would round it
+        # to multiples of 1/32, and that would change delta by up to 1.6%.
         with torch.autocast(x.device.type, enabled=False):
             delta = F.softplus(self.dt_proj(low.to(self.dt_proj.weight.dtype)))    # (b, L, e)
         return self.selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)      # (b, L, e)

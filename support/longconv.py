@@ -86,8 +86,8 @@ def tiles(U):
 
 
 def spectrum(K, mirrored):
-    """The spectrum of K, or of its mirror image in time. Reading from the right, Y_l = sum_i K_i U_{l+i}, is convolving
-    with the mirror image. Its spectrum is the conjugate of K's, so nothing needs to be flipped."""
+    """The spectrum of K, or of its mirror image in time. Reading from the right, Y_l = sum_i K_i U_{l+i}, means
+    convolving with the mirror image. Its spectrum is the conjugate of K's, so nothing needs to be flipped."""
     return rfft(K).conj_physical_() if mirrored else rfft(K)
 
 

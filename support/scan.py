@@ -375,7 +375,7 @@ if triton is not None:
     @triton.jit
     def _fused_backward(dy, u, delta, A, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD, L, channels, chunks,
                         N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-        """`chunked_backward`. Each chunk computes its states again, from left to right, then g, from right to left."""
+        """`chunked_backward`. Per chunk it computes the states again, left to right, then g, right to left."""
         b = tl.program_id(0).to(tl.int64)
         own = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)                                # (BLOCK,)
         D_own = tl.load(D + own, mask=own < channels, other=0.0)                            # (BLOCK,)
@@ -457,7 +457,7 @@ def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
 # --- somebody else's kernel --------------------------------------------------------------------------
 
 def mamba_ssm_scan(u, delta, A, B, C, D):
-    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Its last axis is tokens."""
+    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Its arrays have tokens last."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (v.to(dtype).mT.contiguous() for v in (u, delta, B, C))            # (b, ., L)
