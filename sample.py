@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))    # our files are found under PYTHONSAFEPATH, too
+sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
 
 from diffusion import UserError
 from support import checkpoint, denoise, latents
@@ -42,7 +42,7 @@ def generate(model, diffusion, shape, seeds, cond, batch_size, device,
     shape    (C, [T,] H, W), what the model makes
     seeds    (N,) long
     cond     {"y": labels (N,)}, or {"text": .., "text_mask": ..}, or {}
-    film     None, or a list: after each step it gets the N images as the model believed in them at that step
+    film     None, or a list. It gets an entry for each step: the N images x0 that the model predicted at that step
     levels   draw all resolutions of an mdm, see `side_by_side`
     decode   turns latents into pictures, see `decoder`
     options  of `Diffusion.sample`
@@ -63,7 +63,7 @@ def generate(model, diffusion, shape, seeds, cond, batch_size, device,
 
 
 def preview(model, diffusion, args, encode, vae, device):
-    """What train.py shows on its way: a small grid, drawn from the same noise every time -> PIL image."""
+    """The small grid that train.py draws now and then, always from the same noise -> PIL image."""
     rows = min(args.num_classes, 10) or len(args.prompts) or 4
     columns = 4 if len(args.shape) == 3 else 1                      # a video fills a row with its frames
     cond = {"y": torch.arange(rows).repeat(columns)} if args.num_classes else {}
@@ -85,22 +85,23 @@ def parse(argv):
     g.add_argument("--results-dir", default="results", help="where latest looks")
     g.add_argument("--model", metavar="PATH",
                    help="the .py file, if you trained a model of your own: a checkpoint never decides which code runs")
-    g.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged, or those of the last step")
+    g.add_argument("--weights", choices=["ema", "raw"], default="ema", help="ema: averaged; raw: of the last step")
     g.add_argument("--num-samples", type=number(int, 1), metavar="N",
-                   help="how many images (default: 10 for each class, if there are at most 20; for each prompt 8, or 2 "
-                        "if they are videos, or 1 if there are more than 20 prompts; otherwise 16)")
+                   help="how many images (default: 10 for each class, if there are at most 20 classes; 8 for each "
+                        "prompt, or 1 if there are more than 20 prompts; 2 instead of 10 or 8 for videos; else 16)")
     g.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
-    g.add_argument("--text-encoder", metavar="NAME", help="the T5 that the training used, if it has moved since")
+    g.add_argument("--text-encoder", metavar="NAME", help="the T5 of the training, if its folder has moved")
     g.add_argument("--prompt", nargs="+", metavar="TEXT",
-                   help="what to draw, if the model reads text; @FILE: a prompt a line (default: captions of its data)")
+                   help="what to draw, if the model reads text; @FILE: one on a line (default: captions of its data)")
     g = p.add_argument_group("how")
     g.add_argument("--cfg-scale", type=float,
                    help="guidance: 1 is off; more gives clearer and less varied images (default: 2 if the model was "
                         "trained with classes or captions and --cond-dropout, otherwise 1)")
     g.add_argument("--sampler", choices=["ddim", "ddpm"],
                    help="how to step from noise to image (default: ddim; ddpm with --denoise)")
-    g.add_argument("--steps", help="50: evenly spaced; ddim50; or 10,15,20 (default: 50; every step with --denoise)")
-    g.add_argument("--eta", type=number(float), default=0.0, help="the noise of DDIM: 0 is none, 1 as much as DDPM")
+    g.add_argument("--steps", help="50: so many, evenly spaced; 10,15,20: so many in each third; ddim50: every "
+                                   "(T / 50)-th step (default: 50; with --denoise, every step)")
+    g.add_argument("--eta", type=number(float), default=0.0, help="DDIM's noise: 0: none; 1: as much as DDPM's")
     g.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"],
                    help="how to keep the predicted pixels in range at every step. hard, the default, cuts them off; "
                         "imagen and deepfloyd scale them, for strong guidance; none is the default for latents")
@@ -112,21 +113,22 @@ def parse(argv):
     g.add_argument("--compile", action="store_true", help="torch.compile the model: worth it for many images")
     g = p.add_argument_group("denoise a picture instead")
     g.add_argument("--denoise", metavar="PICTURE",
-                   help="add noise to this picture, take it away, and score every step; test: the first --num-samples "
-                        "(default: 16) test images of the run's data; no class unless --class-labels gives numbers")
-    g.add_argument("--from-step", metavar="STEPS", help="how much noise: the steps at which the way back starts")
+                   help="add noise to this picture, take it away, and score every step; test: use the first "
+                        "--num-samples (default: 16) test images of the run's data. The model is told a class only if "
+                        "--class-labels gives numbers")
+    g.add_argument("--from-step", metavar="STEPS", help="how much noise: the step, or steps, to go back from")
     g.add_argument("--data-dir", metavar="DIR", help="where --denoise test finds its data (default: as in training)")
     g = p.add_argument_group("output")
     g.add_argument("--out", help="the file of the grid (default: samples.png, or denoise.png; --denoise writes its "
                                  "scores into a .csv beside it)")
     g.add_argument("--vae", metavar="NAME",
-                   help="what decodes latents (default: the VAE that encoded them); none: show them in false colours")
-    g.add_argument("--gif", action="store_true", help="also a film of the denoising, beside --out")
+                   help="the VAE that decodes latents (default: the one that encoded them); none: false colours")
+    g.add_argument("--gif", action="store_true", help="also write a film of the denoising, beside --out")
     g.add_argument("--levels", action="store_true", help="show every resolution of an mdm, coarsest first")
-    g.add_argument("--save-images", metavar="DIR", help="also each image by itself, as DIR/000000.png")
+    g.add_argument("--save-images", metavar="DIR", help="also write each image by itself, as DIR/000000.png")
     g.add_argument("--num-fid-samples", type=number(int), default=0, metavar="N",
-                   help="instead of a grid: N images of random classes, or of --prompt, into --save-images (default: "
-                        "fid-samples) and into one .npz, as FID tools read them")
+                   help="instead of a grid, write N images of random classes, or of --prompt, into the folder "
+                        "--save-images (default: fid-samples) and into one .npz, as FID tools read them")
     args = p.parse_args(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
     args.steps = args.steps or (None if args.denoise else "50")
@@ -135,14 +137,14 @@ def parse(argv):
 
 
 def refuse(*cases):
-    """cases: (is it so?, what to do about it). Raises UserError for the first case that is so."""
+    """cases: (is it wrong?, the message with the fix). Raises UserError for the first case that is wrong."""
     for wrong, sentence in cases:
         if wrong:
             raise UserError(sentence)
 
 
 def check_flags(args):
-    """Which flags go together, whatever the model."""
+    """Refuse flags that do not go together, whatever the model."""
     refuse(
         (args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir(),
          f"--out {args.out} must be a file that ends in .png, .jpg or .webp"),
@@ -153,7 +155,7 @@ def check_flags(args):
          "--denoise and --from-step go together: --denoise photo.png --from-step 150"),
         (args.denoise and (args.gif or args.save_images or args.num_fid_samples
                            or args.cfg_scale not in (None, 1) or args.class_labels == "random"),
-         "--denoise goes without --gif, --save-images, --num-fid-samples, --cfg-scale and --class-labels random: "
+         "--denoise does not work with --gif, --save-images, --num-fid-samples, --cfg-scale or --class-labels random: "
          "drop them"),
         (args.data_dir and args.denoise != "test", "--data-dir is where --denoise test looks: drop it"),
         (args.num_samples and args.denoise not in (None, "test"),
@@ -161,7 +163,7 @@ def check_flags(args):
 
 
 def check_model(args, diffusion, trained):
-    """What this model can do. trained: the arguments of its training."""
+    """Refuse what this model cannot do. trained: the arguments of its training."""
     text, space, classes = trained.get("text"), trained.get("space"), trained["num_classes"]
     video, guides = len(trained["shape"]) == 4, (classes or text) and trained["cond_dropout"] > 0
     refuse(
@@ -171,9 +173,9 @@ def check_model(args, diffusion, trained):
         (args.levels and not hasattr(diffusion, "sample_levels"),
          "--levels shows the resolutions of an mdm, and this model has one: drop it"),
         (args.levels and (args.gif or args.num_fid_samples or space),
-         "--levels goes without --gif, --num-fid-samples and latents: drop them"),
+         "--levels does not work with --gif, --num-fid-samples or latents: drop them"),
         (args.vae and not space, "this model was trained on pictures, not on latents: drop --vae"),
-        (args.denoise and space, "--denoise takes pictures, this model was trained on latents: use another model"),
+        (args.denoise and space, "--denoise takes pictures, but this model was trained on latents: use another"),
         (video and (args.gif or args.num_fid_samples),
          "the .gif of a video is always written, and there is no FID of videos: drop --gif and --num-fid-samples"),
         (args.num_fid_samples and text and not args.prompt,
@@ -208,7 +210,7 @@ def main(argv=None, encode=None):
         return denoise.main(args, model, diffusion, trained, device, args.out)
 
     prompts = (read_prompts(args.prompt) or trained["prompts"]) if text else []
-    if text and not encode:                                             # these two may take a while to load
+    if text and not encode:                                             # loading this or a VAE may take a while
         encode = text_encoder(args.text_encoder or trained["text_encoder"], device)
     args.vae = full_name(args.vae) if args.vae else space and space["vae"]
     vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None

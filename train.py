@@ -6,15 +6,15 @@
     python train.py --latents path/to/latents                  what `python -m support.prepare encode` wrote
     torchrun --standalone --nproc_per_node=8 train.py --preset DiS-S/2 --data cifar10 ...
 
-Run the same command again and it continues from results/<model>-<data>/latest.pt, on a CPU bit for bit.
+The same command, run again, continues from results/<model>-<data>/latest.pt. On a CPU a stop changes no bit of the run.
 
 A model of your own is a file with CONFIGS and build, such as examples/mypaper.py: --model path/to/file.py. The model
 that `build` returns may have some of these attributes, but needs none:
 
     unit             a class, usually that of the blocks. --grad-checkpointing computes each module of this class again
                      in backward; --shard gathers one of them at a time
-    nfe              a number for one more column of log.csv. cunet.py counts how often its network was evaluated
-    frozen()         a context for sampling, in which weights do not change. diffussm.py computes its kernels once in it
+    nfe              a number, written in one more column of log.csv. In cunet.py: how often its network was evaluated
+    frozen()         a context for sampling: in it no weight changes, so diffussm.py computes its kernels only once
     load_inner(ema)  takes the averaged weights of a smaller run, for --init-inner. mdm.py has it
 """
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))    # our files are found under PYTHONSAFEPATH, too
+sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
 
 import sample
 from diffusion import UserError, fold, normal, uniform
@@ -55,15 +55,15 @@ def parse(argv):
     add("--data-dir", help="where data sets are, or are downloaded to (default: a cache)")
     add("--latents", metavar="DIR", help="instead of --data: what `python -m support.prepare encode` wrote")
     add("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
-    add("--frames", type=number(int, 1, 1024), help="of each clip of moving (default: 8); 1: pictures")
+    add("--frames", type=number(int, 1, 1024), help="frames in a clip of moving (default: 8); 1: pictures")
     add("--num-classes", type=number(int, -1), default=-1, help="-1: as many as the data has; 0: none")
     add("--cond", choices=["auto", "class", "text"], default="auto",
-        help="what the model is told of an image: its class or its caption. auto: the class; or the caption, if the "
-             "data has no classes and the model reads text")
+        help="what the model is told about an image: its class or its caption. auto: the class; but the caption, if "
+             "the data has no classes and the model reads text")
     add("--text-encoder", default="bytes", metavar="NAME",
         help="bytes: learned with the model; or a T5 of Hugging Face, or its folder (needs transformers)")
     add("--hold-out", nargs="+", default=[], metavar="WORDS",
-        help="leave out examples that have these words in their caption: --hold-out 'red star' heart")
+        help="leave out examples whose caption has one of these in it: --hold-out 'red star' heart")
     add("--hflip", action=switch, default=False, help="mirror half of the images")
     add = p.add_argument_group("length").add_argument
     add("--max-steps", type=count, default=4000, help="optimizer steps")
@@ -75,12 +75,12 @@ def parse(argv):
         help="after the warm-up: cosine falls to zero at --max-steps, constant stays")
     add("--warmup-steps", type=number(int), default=100, help="the rate rises linearly during these steps")
     add("--beta2", type=below_1, default=0.99, help="decay of AdamW's second moment")
-    add("--weight-decay", type=number(float), default=0.0, help="of AdamW")
+    add("--weight-decay", type=number(float), default=0.0, help="AdamW's weight decay")
     add("--grad-clip", type=number(float), default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=below_1, default=0.9999,
-        help="of the averaged weights; early steps use (1 + step) / (10 + step) if that is lower")
+        help="decay of the averaged weights; early steps use (1 + step) / (10 + step) if that is lower")
     add("--cond-dropout", type=below_1, default=0.1,
-        help="chance to hide an image's class or caption: guidance needs a model that can do without")
+        help="chance to hide an image's class or caption. Guidance needs a model that can draw without them")
     add = p.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -91,8 +91,8 @@ def parse(argv):
     add("--shard", action=switch, default=False,
         help="each process keeps a part of the weights (FSDP2): for models that are too large for one GPU")
     add("--num-workers", type=number(int), default=0, metavar="N",
-        help="extra processes, for each that trains, that read the data: for large folders")
-    add("--seed", type=number(int), default=0, help="of the data's order, the noise and the first weights")
+        help="how many extra processes read the data for each process that trains. Useful for large folders")
+    add("--seed", type=number(int), default=0, help="decides the data's order, the noise and the first weights")
     add = p.add_argument_group("output").add_argument
     add("--results-dir", default="results", help="each run is a folder in this folder")
     add("--name", help="the run's folder (default: <model>-<data>)")
@@ -100,11 +100,11 @@ def parse(argv):
         help="auto: continue the run if it exists. none: begin anew; the old folder is renamed. PATH: a new run "
              "continues from this checkpoint, at its step, perhaps with another --lr")
     add("--init-inner", metavar="PATH",
-        help="progressive training (mdm): a smaller run, whose weights the inner network begins with")
+        help="progressive training (mdm): the inner network begins with the weights of this smaller run")
     add("--log-every", type=count, default=50, help="steps between lines of log.csv")
     add("--sample-every", type=number(int), default=500,
         help="steps between grids of samples; a first one comes after 100 steps; 0: none")
-    add("--vae", metavar="NAME", help="decodes the grids of latents (default: show them in false colours)")
+    add("--vae", metavar="NAME", help="the VAE that decodes grids of latents (default: false colours)")
     add("--ckpt-every", type=count, default=500, help="steps between checkpoints")
     add("--keep-ckpts", type=count, default=2, help="how many checkpoints to keep")
     add = p.add_argument_group("checking").add_argument
@@ -165,7 +165,7 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
 
 
 def final_samples(folder, args, *flags, encode=None):
-    """What `python sample.py` draws, into the run's folder."""
+    """Draw into the run's folder what `python sample.py` would draw."""
     sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"), "--device", args.device, *flags,
                  *["--vae", args.vae or "none"] * bool(args.latents),
                  *["--model", args.model] * args.model.endswith(".py")], encode)
@@ -174,7 +174,7 @@ def final_samples(folder, args, *flags, encode=None):
 def smoke(argv, args):
     """One step of everything, in a temporary folder."""
     if args.dry_run is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--smoke goes without --dry-run and without torchrun: drop them")
+        raise UserError("--smoke does not work with --dry-run or torchrun: drop them")
     with tempfile.TemporaryDirectory() as folder:
         for steps in "1", "2":
             main([*(a for a in argv if a != "--smoke"), "--results-dir", folder, "--name", "smoke", "--resume", "auto",
@@ -193,7 +193,7 @@ def main(argv=None):
         return smoke(argv, args)
 
     # Processes. torchrun starts one for each GPU and tells it its rank; without torchrun there is one. Each takes
-    # an equal part of every batch, and takes it in --grad-accum micro-batches.
+    # an equal part of every batch and splits it into --grad-accum micro-batches.
     planned = args.dry_run is not None
     world = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))            # a dry run plans for any number
     parts = world * args.grad_accum
@@ -202,18 +202,18 @@ def main(argv=None):
         raise UserError(f"--global-batch-size {args.global_batch_size} cannot be split over {world} processes x "
                         f"--grad-accum {args.grad_accum}: try {max(1, micro) * parts}")
     if args.shard and world == 1:
-        raise UserError("--shard splits a model over processes, and this is one: start more by torchrun, or drop it")
+        raise UserError("--shard splits a model over processes, but only one runs: start more by torchrun, or drop it")
     device = parallel.pick_device(args.device)
     team = parallel.Team(device)
     args.bf16 = parallel.set_precision(args.precision, device)
-    if args.dry_run:                            # the plan is for GPUs that have it, whatever this machine has
+    if args.dry_run:                            # plan for GPUs that have bf16, even if this machine has none
         args.bf16 = args.precision != "fp32"
 
-    # Data. What it says of the model is written into args: shape, num_classes, text and more.
+    # Data. It decides the model's shape, num_classes, text and more: these are written into args.
     paper = checkpoint.load_paper(args.model)
     dataset, encode = inputs.for_training(args, paper, device)
 
-    # Model. All processes build it from the same seed, so they begin alike. A plan needs no numbers.
+    # Model. All processes build it from the same seed, so they begin alike. A plan needs shapes only: device "meta".
     torch.manual_seed(args.seed)
     with torch.device("meta" if planned else "cpu"):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
@@ -228,7 +228,7 @@ def main(argv=None):
         parallel.recompute(model)
     vae = latents.VAE(args.vae, device) if args.vae and team.rank == 0 else None
 
-    # Resume. Beside its arguments, a run is weights, optimizer and step.
+    # Resume. The state of a run is its weights, its optimizer and its step; its arguments are saved with them.
     saved, path = checkpoint.resume(args, folder, team)
     start = saved["step"] if saved else 0                                   # steps taken before
     if saved:
@@ -244,13 +244,13 @@ def main(argv=None):
         if saved["opt"]:
             parallel.load_optimizer(optimizer, saved["opt"])
         team.say(f"resumed     at step {start}{'' if saved['opt'] else ', with a new optimizer'}")
-        saved = None                            # it is mapped from its file: let go of that
+        saved = None                            # its tensors are mapped from the file: let go of it
     stop = parallel.Interruption()
     if team.rank == 0:
         checkpoint.describe(folder, args, argv, world)
     log = Log(args, folder, team, model, diffusion.T, start)
 
-    # Train. Of the places in each global batch, this process has lo to hi - 1.
+    # Train. This process has the places lo to hi - 1 of each global batch.
     lo, hi = (args.grad_accum * micro * r for r in (team.rank, team.rank + 1))
     order = batch_order(len(dataset), args.seed, args.global_batch_size, start, args.max_steps, lo, hi)
     if args.overfit_one_batch:
@@ -279,7 +279,7 @@ def main(argv=None):
         update_ema(ema, model, step, args.ema_decay)
         log.step(norm)
 
-        # All processes stop at the same step, though each gets a signal of its own: none may wait for one that left.
+        # Each process gets its own signal to stop, but all stop at the same step: none may wait for one that has left.
         stopping = team.any(stop.asked)
         at_end = stopping or step == args.max_steps
 
@@ -305,8 +305,8 @@ def main(argv=None):
         if stopping:
             break
 
-    # The end. `net` (DDP) and `loss` (its graph) hold the process group. If they were freed after it, its destructor
-    # would keep Python's lock while it waits for threads that may want the lock: seen to hang.
+    # The end. `net` (DDP) and `loss` (its graph) use the process group, so free them first. Otherwise the group's
+    # destructor keeps Python's lock while it waits for threads that may want the lock. We saw that hang.
     log.close()
     net = loss = model = ema = optimizer = log = None                       # sampling needs their memory, too
     team.leave()
@@ -315,12 +315,12 @@ def main(argv=None):
     if step < args.max_steps:
         again = " with --resume auto" * (args.resume == "none")
         return team.say(f"stopped     at step {step}, saved. The same command{again} continues.")
-    team.say(f"trained     {step} of {args.max_steps} steps. A larger --max-steps continues, at the rates of the "
-             f"longer schedule.")
+    team.say(f"trained     {step} of {args.max_steps} steps. To go on, pass a larger --max-steps: the learning rate "
+             f"then follows the longer schedule.")
     if team.rank == 0 and args.sample_every and not stop.asked:
         final_samples(folder, args, encode=encode)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))                   # before the first step: nothing to save
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))                   # nothing to save before the first step
     run(main)

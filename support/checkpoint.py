@@ -1,8 +1,8 @@
-"""A run on the disk. It is written so that a kill, a full disk or a flipped bit at any moment loses nothing. It is read
-so that nothing in it can run.
+"""A run on the disk. It is written so that a kill, a full disk or a flipped bit at any moment loses nothing. Code that
+someone may have put into a checkpoint is never run.
 
     results/<name>/checkpoints/0000500.pt    {version, model, ema, opt, step, images, args}
-    results/<name>/latest.pt                 the newest checkpoint, a second name of that file
+    results/<name>/latest.pt                 a second name for the newest of these files
     results/<name>/log.csv, args.json, samples/
 
 A checkpoint holds whole tensors under the model's own names. Neither the number of processes, nor DDP or shards, nor
@@ -40,15 +40,15 @@ FREE_TO_CHANGE = {                              # flags that may differ between 
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "shard", "data_dir",
     "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae",
-    "image_size", "frames"}                     # (the shape is compared in their place)
-MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}     # with any checkpoint
+    "image_size", "frames"}                     # (we compare the shape instead of these two)
+MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}     # for --resume PATH
 
 
 # --- reading ------------------------------------------------------------------------------------------------
 
 def check(path):
-    """Raises zipfile.BadZipFile if a byte is not as it was written. torch.load does not compare the checksums. Takes a
-    second for each gigabyte."""
+    """Raises zipfile.BadZipFile if a byte is not as it was written. (torch.load does not compare the checksums.) This
+    takes a second for each gigabyte."""
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():
             raise zipfile.BadZipFile
@@ -62,8 +62,8 @@ def sums(path):
 
 def read(path, checked=False):
     """A file -> the checkpoint's dict. Its tensors are on the CPU, and mapped from the file until they are used.
-    Nothing in the file can run: weights_only=True admits only tensors, numbers, strings, lists and dicts. checked: its
-    checksums were compared before. Raises UserError."""
+    Nothing in the file can run: weights_only=True admits only tensors, numbers, strings, lists and dicts. checked: True
+    if its checksums were compared before. Raises UserError."""
     try:
         if (zipped := zipfile.is_zipfile(path)) and not checked:        # torch.save writes zip files
             check(path)
@@ -125,8 +125,8 @@ def newest_good(folder, say=print):
 
 
 def share(path, out):
-    """Write the averaged weights of a checkpoint to `out`, in half precision -> its size in bytes. The optimizer is
-    left out, and what only the machine of the training knows. This is enough to draw, and to begin other runs."""
+    """Write the averaged weights of a checkpoint to `out`, in half precision -> its size in bytes. We leave out the
+    optimizer, and the paths and flags of the machine. What is left can draw, and other runs can begin from it."""
     saved = read(path)
     half = {k: v.half() if v.is_floating_point() else v for k, v in saved["ema"].items()}
     args = {**saved["args"], "data_dir": None, "results_dir": "results", "name": None, "device": "auto",
@@ -170,8 +170,8 @@ def load_paper(name):
 def load_run(path, weights="ema", device="cpu", model=None):
     """A checkpoint or a run's folder -> (model in eval mode, diffusion, the arguments of the training and its "step").
 
-    weights: "ema", the average, or "model", the last ones. model: the .py file, if the run is of a model of your own:
-    what a checkpoint says is not enough to run a file. Raises UserError.
+    weights: "ema", the average, or "model", the last ones. model: the .py file, if the run is of a model of your own.
+    We never run a file only because a checkpoint names it. Raises UserError.
     """
     checkpoint = read(in_folder(path))
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
@@ -225,7 +225,7 @@ def resume(args, folder, team):
     if path is None:
         return None, None
     checkpoint = read(path, checked=True)
-    if folder in path.parents:                  # the run keeps the record of what it began from at first
+    if folder in path.parents:                  # the run goes on: it keeps the record of how it began
         args.init_inner = checkpoint["args"].get("init_inner")
         if args.resume == "auto" and checkpoint["args"]["resume"] != "none":
             args.resume = checkpoint["args"]["resume"]
@@ -294,7 +294,7 @@ HELD = {}                                       # folder: its file descriptor
 
 def hold(folder):
     """Lock a run's folder. Raises UserError if another process trains in it, perhaps one that outlived its torchrun.
-    The lock needs no file, and a process that is killed loses it."""
+    The lock needs no file, and a killed process loses its lock."""
     if not fcntl or folder in HELD or not folder.is_dir():
         return
     HELD[folder] = os.open(folder, os.O_RDONLY)
@@ -317,7 +317,7 @@ def let_go():
 
 def replace(path, write):
     """Call write(file) to make the file `path`. A kill at any moment leaves the old file or the new one, never a part.
-    An OSError leaves the old one, and nothing beside it."""
+    An OSError leaves the old one, and no other file."""
     path = Path(path)
     part = path.with_name(f"{path.name}.tmp")
     try:
@@ -333,7 +333,7 @@ def replace(path, write):
 
 
 def make_folder(folder):
-    """Make the run's folder. Remove what an earlier process had written half when it was killed. Raises UserError."""
+    """Make the run's folder. Remove unfinished files that a killed process left there. Raises UserError."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
     hold(folder)
@@ -344,9 +344,9 @@ def make_folder(folder):
 
 
 def save(folder, args, step, state):
-    """Write checkpoints/<step>.pt and let latest.pt mean it. state: {"model", "ema", "opt"}. When the new file has
-    been read back and is good, older ones are deleted, except for the newest args.keep_ckpts. Raises OSError, with the
-    fix."""
+    """Write checkpoints/<step>.pt and make latest.pt a name for it. state: {"model", "ema", "opt"}. When the new file
+    has been read back and is good, delete the older ones; args.keep_ckpts files stay. The OSError it may raise tells
+    the fix."""
     path = folder / "checkpoints" / f"{step:07d}.pt"
     whole = {"version": VERSION, **state, "step": step, "images": step * args.global_batch_size, "args": vars(args)}
     try:

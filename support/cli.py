@@ -1,4 +1,4 @@
-"""What the commands share: how errors are told, how flags are read, and which images are asked for.
+"""What the commands share: how they report errors, how they read flags, and how they choose the images to draw.
 
 A `UserError` (diffusion.py) is something that the user can put right. It is caught in one place, `told_plainly`, around
 the `main` of each command.
@@ -32,7 +32,7 @@ def fail(message, every_process=False):
 
     Most errors are the same in all of torchrun's processes. Then only the first process speaks. It leaves, and torchrun
     ends the others. A process that is still there after ten seconds has met an error of its own, so it speaks, too.
-    every_process: this error belongs to one process alone, which speaks at once.
+    every_process: True for an error that one process may meet alone. Then it speaks at once, whichever it is.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not every_process:
@@ -45,8 +45,8 @@ def fail(message, every_process=False):
 
 @contextlib.contextmanager
 def told_plainly():
-    """`@told_plainly()` above a `main`: a UserError, or an OSError of a file, becomes one sentence. A lost connection
-    is an OSError in Python but no file, and `run` knows more about it."""
+    """`@told_plainly()` above a `main`: a UserError, or an OSError of a file, becomes one sentence. Python makes a lost
+    connection an OSError, too, but that has nothing to do with a file: we leave it to `run`."""
     try:
         yield
     except ConnectionError:
@@ -56,7 +56,7 @@ def told_plainly():
 
 
 def run(main):
-    """Start a command: what the scripts call when Python runs them. Tells the errors that `main` does not."""
+    """Run the `main` of a script, and report the errors that `main` itself does not report."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         main()
@@ -86,12 +86,12 @@ def run(main):
     finally:
         # At its exit Python sends the workers a signal and waits for them. They ignore that signal, so end them here.
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch complains that they were killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # otherwise PyTorch complains of their death
         for worker in multiprocessing.active_children():
             worker.kill()
     if several:
-        # Nothing is left to do, so leave at once. The interpreter would free models and connections in any order; it
-        # was seen to hang, and to abort.
+        # Nothing is left to do, so leave at once. The interpreter would free models and connections in any order, and
+        # we saw it hang or abort.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)
@@ -101,7 +101,7 @@ def run(main):
 # --- flags ----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help, and tells an error in one line instead of a page of usage."""
+    """Shows defaults in --help, and reports an error in one line instead of a page of usage."""
 
     def __init__(self, description, **options):
         super().__init__(description=description, allow_abbrev=False, **options,
@@ -112,8 +112,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=0, high=2**62, below=None):
-    """For a flag's type=: reads an int or a float from `low` to `high`. below: a limit in place of `high`, itself not
-    allowed."""
+    """For a flag's type=: reads an int or a float from `low` to `high`. below: a limit to use instead of `high`; the
+    number must be less."""
     def parse(text):
         try:
             value = kind(text)

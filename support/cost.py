@@ -6,7 +6,8 @@ the largest preset takes seconds and almost no memory.
     multiply_adds    the work of one forward pass
     blank_batch      the fake images, labels or captions that all functions here need
     activations      the memory of one forward and backward pass, besides weights and gradients
-    table, report    everything a GPU must hold, for each way to train, and that as text (train.py --dry-run)
+    table            everything a GPU must hold, for each way to train
+    report           such a table as text, for train.py --dry-run
     without_numbers  turns model and batch into fake ones
     Tracker          counts the bytes that are alive
     engines, operators, stand_ins    make a fake pass take the memory of a pass on CUDA
@@ -43,7 +44,7 @@ aten = torch.ops.aten
 # --- counting bytes -------------------------------------------------------------------------------
 
 class Tracker(TorchDispatchMode):
-    """While it is active, it counts the bytes of all storages: `now` those that are alive, `peak` the most ever.
+    """While it is active, it counts the bytes of all storages. `now`: those that are alive; `peak`: the most so far.
 
     A view shares the storage of another tensor, and so does the result of an in-place operation: nothing counts
     twice. known: tensors that do not count. bodies: {custom operator: its Python function}. The function is run in
@@ -148,8 +149,8 @@ def stand_ins(model, cuda):
 def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
     """The arguments of diffusion.loss for `size` images of `shape`, on the meta device.
 
-    num_classes, text: as for the paper's build. words: how many of a caption, for embeddings; text="bytes" has 16
-    words of 12 bytes.
+    num_classes, text: as for the paper's build. words: how many words of a caption have embeddings. With text="bytes"
+    there are always 16 words of 12 bytes.
     """
     with torch.device("meta"):
         batch = dict(x0=torch.empty(size, *shape), t=torch.empty(size, dtype=torch.long),
@@ -165,10 +166,10 @@ def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
 
 def without_numbers(model, diffusion, batch):
     """-> copies of the three. Their tensors are fake ones "on the CPU", and so is all that is computed from them.
-    The fake mode itself is not left on, because solvers of ODEs need the numbers of their times."""
+    The fake mode itself is switched off again, because an ODE solver needs the real numbers of its times."""
     twin, diffusion = copy.deepcopy(model), copy.copy(diffusion)
     if hasattr(diffusion, "mixed"):
-        diffusion.mixed = None          # mdm: some rows would have fewer resolutions, at random; here all have all
+        diffusion.mixed = None          # mdm: `mixed` drops resolutions of random rows; we count with all of them
     with FakeTensorMode(allow_non_fake_inputs=True):
         return twin.to_empty(device="cpu"), diffusion, {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
 
@@ -179,8 +180,8 @@ def multiply_adds(model, diffusion, batch):
     """The multiply-adds of one forward pass: half of what PyTorch's FLOP counter counts.
 
     A custom operator brings its own formula (`register_flop_formula`). If the model has `frozen`, we leave out what
-    depends on the weights alone, since it is computed once for many images. -> None if the work depends on numbers,
-    as that of an adaptive solver does.
+    depends on the weights alone, since it is computed once for many images. -> None if the work depends on the numbers
+    in the tensors, as with an adaptive solver.
     """
     twin, diffusion, batch = without_numbers(model, diffusion, batch)
     twin.eval()
@@ -195,7 +196,7 @@ def multiply_adds(model, diffusion, batch):
 
 def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda"):
     """The most bytes that are alive during one forward and backward pass, besides the weights, the batch, and the
-    gradients that stay. (A gradient on its way to where it stays does count.)
+    gradients that stay. (A new gradient, before it is added to those, does count.)
 
     model          on the meta device, or any other: it is not changed
     batch          of `blank_batch`; a large one takes no longer than a small one
@@ -203,7 +204,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
     checkpointing  with support.parallel.recompute
     device         "cuda", or "cpu" for what a CPU would take
 
-    Raises UserError for a solver that chooses its steps by numbers.
+    Raises UserError for an adaptive solver: its steps depend on the numbers in the tensors.
     """
     cuda, twin, diffusion, batch = device != "cpu", *without_numbers(model, diffusion, batch)
     twin.train()
@@ -219,7 +220,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
                 loss = diffusion.loss(twin, **batch)["loss"].mean()
             loss.backward()
     except (DataDependentOutputException, DynamicOutputShapeException):
-        raise UserError("adaptive solvers choose their work by the numbers they see, so their memory cannot be told "
+        raise UserError("the work of an adaptive solver depends on the numbers it sees, so its memory is not known "
                         "beforehand: pass --set solver=rk4") from None
     return tracker.peak
 
@@ -232,7 +233,7 @@ def table(model, diffusion, batch, world, bf16, units=None):
     sharded         (fully_shard) every GPU holds 1/world of all that. The modules in `units` are gathered one after
                     the other: while one computes, the next one arrives and the last one leaves. All other weights
                     are whole from the forward pass to the end of the backward pass
-    checkpointing   both again, with recomputation, if the model has a `unit`
+    checkpointing   both ways again, with recomputation, if the model has a `unit`
 
     Everything is float32, except what bf16 autocast makes. units: None means the modules of type model.unit.
     """

@@ -8,7 +8,7 @@
     cifar10    3x32x32       50,000  10,000  10 things       download, 162 MB
     a/folder   its images'      all       -  its subfolders  png, jpg, webp, bmp, gif; captions from
                                                              metadata.csv (columns file_name,text)
-    * or any other size, drawn sharply
+    * or any other size: they are drawn at the size you ask for
 
 `load` returns a Dataset. Index it with a list and you get a whole batch. So a worker process prepares batches, and
 nothing is left to collate:
@@ -49,7 +49,7 @@ IN_MEMORY = 2**30                       # bytes of a data set to keep; a larger 
 
 
 class Dataset:
-    """Examples and what is known of them. `dataset[indices]` is a batch; `prepare` makes x0 of its "x".
+    """Examples, and what is known about them. `dataset[indices]` is a batch; `prepare` turns its "x" into x0.
 
     name, length
     shape        (C, H, W), or (C, T, H, W) for clips of T frames
@@ -57,7 +57,7 @@ class Dataset:
                  worker processes
     labels       N integers; num_classes is 0 without class_names
     captions     N strings, or None
-    texts        None, or a text encoder fast enough for workers: batches then hold "text" and "text_mask", too
+    texts        None, or a text encoder that is fast enough for workers: batches then hold "text" and "text_mask", too
     latents      None for pictures; else a dict: data, image_shape (of the pictures), vae (its name), scale, shift.
                  Then images are float16 (N, 2C, h, w): means, then standard deviations, of latents (C, h, w)
     """
@@ -82,7 +82,7 @@ class Dataset:
             batch["y"] = self.labels[indices]                                       # (B,)
         if self.has_captions:
             batch["caption"] = [self.captions[i] for i in indices]
-        if self.texts:          # in half precision, to move half the bytes; bytes: (B, L, W), (B, L)
+        if self.texts:          # embeddings in float16, to move half the bytes; ByteText gives (B, L, W), (B, L)
             batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)     # (B, L, dim), (B, L)
         return batch
 
@@ -112,7 +112,7 @@ def images_of(images, keep, indices):
 
 def hold_out(dataset, phrases):
     """The Dataset without the examples whose caption has one of `phrases` in it, as whole words. Raises UserError if a
-    phrase is nowhere, or if nothing is left."""
+    phrase is in no caption, or if no example is left."""
     if not dataset.has_captions:
         raise UserError(f"{dataset.name} has no captions to hold out: use shapes, moving or a folder with a "
                         f"metadata.csv")
@@ -137,9 +137,9 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
     image_size    in pixels, as `parse_size` takes it; None: native. Digits and garments are padded to a larger size;
                   other pictures are scaled to cover the size and cropped in the middle
     split         "train" or "test"
-    text_encoder  its name. If `python -m support.prepare captions FOLDER --text-encoder NAME` has stored its text for
-                  this folder, batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
-    frames        of clips; 1: their first frames, as pictures; None: 8
+    text_encoder  its name. If `python -m support.prepare captions FOLDER --text-encoder NAME` has stored embeddings of
+                  this folder's captions, batches hold "text" float16 (B, L, dim) and "text_mask" (B, L), too
+    frames        how many in each clip; 1: the first frames, as pictures; None: 8
 
     Raises UserError for a name, file or size that is wrong.
     """
@@ -262,8 +262,8 @@ def read_idx(path, ndim):
 
 
 def cifar10(root, size, split):
-    """From unpacked .bin files, if there are any. Else straight from the archive: that takes a second or two, and
-    nothing inside an archive can end up elsewhere on the disk."""
+    """Reads unpacked .bin files, if there are any. Otherwise it reads straight from the archive. That takes a second or
+    two, and no file of an archive can be written to a wrong place on the disk."""
     files = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
     inside = "cifar-10-batches-bin"
     folders = [f for f in (root / inside, root / "cifar10" / inside, root) if (f / files[0]).is_file()]
@@ -305,7 +305,7 @@ def resized(x, shape, pad, indices):
 
 
 def preload(read, n, shape):
-    """`read` is a function of indices -> images. All n images it gives, if they fit in memory, else `read` itself."""
+    """-> all n images that `read` gives, if they fit in memory; else `read` itself. read: indices -> images."""
     if n * math.prod(shape) > IN_MEMORY:
         return read
     x = np.empty((n, *shape), np.uint8)
@@ -315,7 +315,7 @@ def preload(read, n, shape):
 
 
 def locate(name, file, root):
-    """The path of a data set's file: root/name/file or root/file; if it is at neither, downloaded to the first."""
+    """The path of a data set's file: root/name/file or root/file. If neither exists, we download it to the first."""
     path, beside = root / name / file, root / file
     if path.is_file():
         return path
@@ -330,7 +330,8 @@ def locate(name, file, root):
 def download(urls, path, sha256):
     """Fetch `path` from the first URL that gives the file with this checksum. Raises UserError.
 
-    torch.hub writes beside it and renames what is whole. So several processes may do this at once, or be killed.
+    torch.hub writes to another name, and renames the file once it is whole. So several processes may download it at
+    once, and each may be killed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -409,7 +410,7 @@ def read_images(folder, files, mode, size, shape, indices):
     for i, image in zip(indices, batch):
         if image.shape != shape:
             raise UserError(f"{folder / files[i]} is {image.shape[1]}x{image.shape[2]}, but "
-                            f"{files[0]} {shape[1]}x{shape[2]}: pass --image-size, for example 64")
+                            f"{files[0]} is {shape[1]}x{shape[2]}: pass --image-size, for example 64")
     return np.stack(batch)                                                          # (B, C, H, W)
 
 
@@ -439,6 +440,6 @@ def read_image(path, mode, size=None):
 
 
 def to_array(image, size):
-    """-> uint8 (C, H, W). With size = (H, W) scaled so that it just covers that, and cropped on both sides."""
+    """-> uint8 (C, H, W). With size = (H, W), the image is scaled until it just covers that, and cropped to it."""
     image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC) if size else image
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)                      # (C, H, W)

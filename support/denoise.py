@@ -6,10 +6,10 @@ any model that has one resolution. The command line is sample.py's:
     python sample.py --denoise photo.png --from-step 150
     python sample.py --denoise test --num-samples 100 --from-step 50,150,400
 
-T here is the paper's t (50 to 800): the step at which the way back starts, not the length of the schedule. Steps
-count from 0, so a picture at step T has T + 1 noisings, and the full chain takes T + 1 steps. The authors' published
-code differs from Section 5.2: it adds Gaussian noise with a std of 0.04 to 0.3 to pictures in [0, 1], takes at most
-100 steps, and has no LPIPS.
+Here T is the paper's t (50 to 800): the step from which we go back. It is not the length of the schedule. Steps count
+from 0. So a picture at step T was given noise T + 1 times, and the full way back takes T + 1 steps. The authors'
+published code differs from Section 5.2: it adds Gaussian noise with a std of 0.04 to 0.3 to pictures in [0, 1], takes
+at most 100 steps, and has no LPIPS.
 """
 import collections
 import csv
@@ -28,7 +28,7 @@ from support import datasets
 from support.cli import choose_labels
 from support.pictures import grid_image, save_image, to_uint8
 
-SIGMAS = 0.5, 0.75, 1, 1.5, 2, 3        # a plain blur is the baseline: these are tried, in pixels, the best counts
+SIGMAS = 0.5, 0.75, 1, 1.5, 2, 3        # the baseline is a blur, with the best of these sigmas (in pixels)
 SHOWN = 8                               # how many pictures the strip shows
 
 
@@ -50,8 +50,8 @@ def psnr(x, y):
 
 
 def ssim(x, y):
-    """Structural similarity, Wang et al. 2004, Eq. 13: 1 where the two are equal. Gaussian window of 11 x 11 with
-    sigma 1.5, only where it fits into the picture, so a side needs 11 pixels. The mean over the channels."""
+    """Structural similarity, Wang et al. 2004, Eq. 13: 1 where the two are equal. The window is Gaussian, 11 x 11 with
+    sigma 1.5. It must fit into the picture, so a side needs 11 pixels. The result is the mean over the channels."""
     x, y = x + 1, y + 1             # black must be 0, or brightness counts differently; the range is 2
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     mx, my, xx, yy, xy = gaussian(torch.cat([x, y, x * x, y * y, x * y]), 1.5, 5).chunk(5)
@@ -83,7 +83,7 @@ def load_lpips(shape, device):
 
 def noise_to(diffusion, clean, seeds, T):
     """Pictures (B, C, H, W) at step T. Row i depends only on clean[i], seeds[i] and T."""
-    eps = normal(fold(seeds, T, 1), clean.shape[1:])        # the 1: (seeds, T) is the noise of the reverse step T
+    eps = normal(fold(seeds, T, 1), clean.shape[1:])        # the 1, because (seeds, T) is the noise of reverse step T
     return diffusion.q_sample(clean, torch.full_like(seeds, T), eps)
 
 
@@ -98,7 +98,7 @@ def denoise(model, diffusion, clean, seeds, labels, T, steps, metrics, batch_siz
        seconds {k: per image, for the first k reverse steps}
        film    {state: the first pictures, a list of uint8 (H, W, C)}
 
-    A state is "clean", "noisy", ("blur", sigma), "one step" (the x_0 that the network believes in at step T), or a
+    A state is "clean", "noisy", ("blur", sigma), "one step" (the x_0 that the network predicts at step T), or a
     number k = 1, 2, ..: after k reverse steps.
     """
     N, S = len(clean), diffusion.respaced(steps, T).T
@@ -161,8 +161,8 @@ def strip_image(film, T, best):
 # --- the command line of sample.py --denoise --------------------------------------------------------
 
 def to_denoise(args, trained):
-    """args: of sample.py. trained: of the checkpoint. -> clean images (N, C, H, W) in [-1, 1], their labels (N,) or
-    None, and what they are, in words. Raises UserError."""
+    """args: those of sample.py. trained: those of the training. -> clean images (N, C, H, W) in [-1, 1], their labels
+    (N,) or None, and a sentence that says what they are. Raises UserError."""
     shape, K, name = tuple(trained["shape"]), trained["num_classes"], trained["data"]
     if min(shape[1:]) < 11:
         raise UserError(f"SSIM's window is 11x11 and this model's images are {shape[1]}x{shape[2]}: "
@@ -172,16 +172,16 @@ def to_denoise(args, trained):
     if args.denoise == "test":
         if name not in ("shapes", "moving", *datasets.CLASSES):
             raise UserError(f"this run was trained on the folder {name}, which has no test images: "
-                            f"pass --denoise a picture")
+                            f"pass a picture to --denoise")
         images = datasets.load(name, args.data_dir or trained["data_dir"], shape[1:], "test",
                                frames=trained.get("frames"))
         N = args.num_samples or 16
         if N > len(images):
-            raise UserError(f"--num-samples {N}: {name} has {len(images)} test images, ask for as many")
+            raise UserError(f"--num-samples {N} is too many: {name} has {len(images)} test images")
         x, what = images[range(N)]["x"], f"{N} test images of {name}"                    # (N, C, H, W)
     else:
         if Path(args.denoise).is_dir():
-            raise UserError(f"{args.denoise} is a folder: pass --denoise one picture, or test")
+            raise UserError(f"{args.denoise} is a folder: pass one picture to --denoise, or test")
         mode, what = "L" if shape[0] == 1 else "RGB", args.denoise
         x = torch.from_numpy(datasets.read_image(args.denoise, mode, shape[1:]).copy())[None]   # (1, C, H, W)
         with Image.open(args.denoise) as photo:
@@ -198,7 +198,7 @@ def to_denoise(args, trained):
 def main(args, model, diffusion, trained, device, out):
     """Print the tables of Section 5.2, write every step into a CSV and pictures into `out`. Raises UserError."""
     if not hasattr(diffusion, "q_sample"):
-        raise UserError(f"{trained['model']} denoises several resolutions at once, and --denoise is for models of "
+        raise UserError(f"{trained['model']} denoises several resolutions at once, but --denoise is for models with "
                         f"one: use another model")
     if not re.fullmatch(r"\d+(,\d+)*", args.from_step):
         raise UserError(f"--from-step {args.from_step!r} not understood: write 150, or 50,150,400")
@@ -216,7 +216,7 @@ def main(args, model, diffusion, trained, device, out):
 
     print(f"{what}; {args.sampler}; means over images, seconds per image in batches of "
           f"{min(args.batch_size, len(clean))}\nblur: the best of sigma {', '.join(map(str, SIGMAS))} px; "
-          f"1 step: the network's first belief; best: after so many reverse steps")
+          f"1 step: x_0 as the network first predicts it; best: after the best number of reverse steps")
     strips, lines = [], [["from_step", "reverse_steps", *metrics, "seconds"]]
     for name in metrics:
         pick, order = (min, "lower") if name == "lpips" else (max, "higher")

@@ -23,7 +23,7 @@ from support.pictures import save_image, to_pil, to_uint8
 def fid_samples(folder, N, batch_size, settings, draw, data_name):
     """Draw N images into `folder` and into samples_<shape>.npz. All processes of torchrun share the work.
 
-    settings   a dict of all that decides how an image looks. It is kept in settings.json
+    settings   a dict of everything that decides how an image looks. It is kept in settings.json
     draw       numbers of images (B,) -> those images (B, C, H, W) in [-1, 1]
     data_name  what the model was trained on, for the commands to type
 

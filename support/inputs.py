@@ -1,4 +1,4 @@
-"""What train.py asks of its data: the data set that the flags name, its captions as tensors, and batches of it."""
+"""What train.py needs of its data: the data set that the flags name, its captions as tensors, and its batches."""
 import inspect
 import signal
 
@@ -11,17 +11,17 @@ from support.text import text_encoder
 
 
 def for_training(args, paper, device):
-    """The command line and the paper's module -> the Dataset, and a function that turns captions into tensors, or None
-    if the model is told a class or nothing. Raises UserError.
+    """The command line and the paper's module -> the Dataset, and a function that turns captions into tensors. The
+    function is None if the model is told a class or nothing. Raises UserError.
 
-    Writes into args what a checkpoint must say of the data: shape, num_classes, class_names, num_examples, text,
+    Writes into args what a checkpoint must say about the data: shape, num_classes, class_names, num_examples, text,
     prompts, space.
     """
     if args.latents:
         for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir", "data"):
             if getattr(args, flag) not in (None, False, [], "shapes"):
-                raise UserError(f"--{flag.replace('_', '-')} is for images and --latents are none: drop it; it may be "
-                                f"a flag for `python -m support.prepare encode`")
+                raise UserError(f"--{flag.replace('_', '-')} is for images, not for latents: drop it; perhaps it "
+                                f"belongs to `python -m support.prepare encode`")
         dataset = latents.load(args.latents)
     else:
         if args.vae:
@@ -36,7 +36,7 @@ def for_training(args, paper, device):
     encode = choose_text(args, dataset, "text" in inspect.signature(paper.build).parameters, device)
     classes = 0 if encode else classes
     if args.hold_out and classes and len(set(dataset.labels.tolist())) < classes:
-        raise UserError("without the words held out a class has no examples: hold out less, or add --cond text")
+        raise UserError("with this --hold-out a class has no examples: hold out less, or add --cond text")
     if args.hflip and encode and args.data == "moving":
         raise UserError("--hflip would make what moves left move right, against its caption: drop it")
     args.shape, args.num_classes, args.num_examples = list(dataset.shape), classes, len(dataset)
@@ -46,7 +46,7 @@ def for_training(args, paper, device):
     dataset.condition = (f"{classes} classes" if classes else
                          f"captions ({args.text_encoder}{stored})" if encode else "no classes")
     if encode and args.text == "bytes":
-        dataset.texts = encode                  # then workers spell, into memory that a GPU can fetch from
+        dataset.texts = encode                  # then the workers make the bytes, in memory that a GPU can fetch from
     return dataset, encode
 
 
@@ -75,7 +75,7 @@ def some_captions(dataset, seed, n=8):
 
 def batches(dataset, order, workers, pinned):
     """The batches of `order`. workers: the number of other processes that read them; 0: this process reads. pinned: put
-    them into memory that a GPU can fetch from. Tells which image cannot be read."""
+    them into memory that a GPU can fetch from. If an image cannot be read, the error names it."""
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pinned,
                         worker_init_fn=leave_signals_to_the_main_process)
     try:
@@ -87,9 +87,9 @@ def batches(dataset, order, workers, pinned):
 
 
 def leave_signals_to_the_main_process(worker):
-    """What each worker does first. A scheduler sends its signals to workers, too, and one that ended would take the
-    last step's batch with it. Nor may workers keep the run's folder locked. This function is at module level, because
-    spawned workers import it."""
+    """What each worker does first. A scheduler sends its signals to workers, too. A worker that ended then would take
+    the last step's batch with it. Workers must not keep the run's folder locked, either. This function is at module
+    level, because spawned workers import it."""
     checkpoint.let_go()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

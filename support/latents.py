@@ -1,4 +1,4 @@
-"""Latents: diffusion in the space of a frozen autoencoder (VAE), through which each picture goes once, beforehand.
+"""Latents: diffusion in the space of a frozen autoencoder (VAE). Each picture is encoded once, before training.
 
     python -m support.prepare encode DATA OUT --vae stabilityai/sd-vae-ft-ema --image-size 256 --hflip
     torchrun --standalone --nproc_per_node=8 -m support.prepare encode DATA OUT ...     the same files, sooner
@@ -9,14 +9,14 @@
 A VAE's encoder gives a mean and a standard deviation for each element of a latent. Both are stored, so that training
 draws a new latent each time, as DiT (Peebles & Xie 2022, 2212.09748) does by encoding during training:
 
-    latents.json    what this is; written first
+    latents.json    describes the other files; written first
     labels.npy      int64 (N,), if there are classes
     00000.npy ...   float16 (n, 2C, h, w): means, then standard deviations, of n = 1024 examples, fewer in the last.
                     Examples 0 to N - 1 are the pictures; with --hflip, N to 2N - 1 are their mirror images
 
-A file appears when it is whole. Its number decides what is in it; device and batch size decide only how that is
-rounded. So stop at any time: the same command goes on, on any number of processes. diffusers is needed to encode and
-decode, not to train.
+A file appears only when it is whole. Its number decides which examples it holds; device and batch size change only the
+rounding. So you may stop at any time: the same command goes on, on any number of processes. You need diffusers to
+encode and decode, not to train.
 """
 import hashlib
 import io
@@ -41,12 +41,12 @@ AGAIN = "delete it and run the same python -m support.prepare encode again"
 
 
 class VAE:
-    """A diffusers AutoencoderKL, frozen, in float32. name: of Hugging Face, or a folder. Raises UserError if diffusers
-    is missing or the VAE cannot be loaded.
+    """A diffusers AutoencoderKL, frozen, in float32. name: its name on Hugging Face, or a folder. Raises UserError if
+    diffusers is missing or the VAE cannot be loaded.
 
     scale, shift    as its config has them
     C, colours      channels of a latent, of a picture
-    factor          pixels a side that become one element of a latent
+    factor          so many pixels, along each side, become one element of a latent
     """
 
     def __init__(self, name, device="cpu"):
@@ -76,8 +76,8 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, z0, scale, shift):
-        """Latents (B, C, h, w) as a network learns them -> pictures (B, colours, H, W) in [-1, 1]. All at once: a
-        picture of 256 x 256 takes a quarter of a GiB on the way, so pass few at a time."""
+        """Latents (B, C, h, w) as a network learns them -> pictures (B, colours, H, W) in [-1, 1]. While it is decoded,
+        each picture of 256 x 256 takes a quarter of a GiB. All are decoded at once, so pass few at a time."""
         with torch.autocast(self.device.type, enabled=False):
             return self.model.decode(z0.to(self.device).float() / scale + shift).sample.clamp(-1, 1)
 
@@ -89,7 +89,7 @@ def chunk_path(folder, k):
 
 
 def ranks():
-    """The number of this process, and how many there are. They share files and send each other nothing."""
+    """The number of this process, and how many there are. Processes share files, and send each other nothing."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -114,7 +114,7 @@ def put(path, content):
         raise UserError(f"another process is writing {path}: run one, or several by torchrun") from None
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e.strerror}): make room, or the folder writable") from None
+        raise UserError(f"cannot write {path} ({e.strerror}): make room, or make the folder writable") from None
 
 
 def begin(dataset, folder, vae, hflip=False):
@@ -138,7 +138,7 @@ def begin(dataset, folder, vae, hflip=False):
     folder, (rank, world) = Path(folder), ranks()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob(".*.part"):                 # of runs that were killed, perhaps of more processes
+        for part in folder.glob(".*.part"):                 # left by killed runs, perhaps with more processes
             owner = re.search(r"\.rank(\d+)\.part$", part.name)
             if owner and int(owner[1]) % world == rank:
                 part.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def encode(dataset, folder, vae, about, batch_size=32):
                 x = torch.where(mirror, x.flip(-1), x).expand(-1, vae.colours, -1, -1)
                 z = torch.cat(vae.encode(x), dim=1).half()                          # (B, 2C, h, w)
                 if not z.isfinite().all():
-                    raise UserError(f"{vae.name} makes numbers of {dataset.name} that float16 cannot hold: "
+                    raise UserError(f"{vae.name} turns {dataset.name} into numbers that float16 cannot hold: "
                                     f"choose another VAE")
                 stored.append(z.cpu())
                 bar.update(len(i))
@@ -253,7 +253,7 @@ def summary(folder, about):
 
 def load(folder):
     """The Dataset of what `python -m support.prepare encode` stored. Its shape is (C, h, w); "x" of a batch is float16
-    (B, 2C, h, w), for `Dataset.prepare`. Looks at the sizes of the files, not into them. Raises UserError."""
+    (B, 2C, h, w), for `Dataset.prepare`. Checks the sizes of the files of latents, but reads none. Raises UserError."""
     folder = Path(folder).expanduser()
     about = read_description(folder)
     chunks, labels = Chunks(folder, about), None

@@ -13,14 +13,14 @@ from support import cost, parallel
 from support.checkpoint import replace
 from support.pictures import save_image
 
-BANDS = 5                                       # log.csv has the loss of each fifth of the range of t, too
+BANDS = 5                                       # log.csv also has the loss in each fifth of the range of t
 
 
 def plan(args, folder, team, dataset, model, diffusion, world, micro):
     """What is printed before the first step. world: the number of processes; micro: images in a forward pass."""
     parameters = sum(p.numel() for p in model.parameters())
     macs = None
-    if not args.model.endswith(".py"):          # counting calls the model: yours is called by training alone
+    if not args.model.endswith(".py"):          # counting calls the model, and we call your own only to train
         image = cost.blank_batch(diffusion, dataset.shape, 1, args.num_classes, args.text)
         macs = cost.multiply_adds(model, diffusion, image)
     macs = "unknown" if macs is None else f"{macs / 1e6:,.1f}M"
@@ -37,8 +37,8 @@ def plan(args, folder, team, dataset, model, diffusion, world, micro):
 
 
 class Log:
-    """Keeps losses and gradient norms on the device until `write`: to look at a number is to wait for the GPU.
-    All processes have a Log and write together, the first one into the file."""
+    """Keeps losses and gradient norms on the device until `write`, because to look at a number is to wait for the GPU.
+    All processes have a Log and call `write` together. Only the first one writes the file."""
 
     def __init__(self, args, folder, team, model, T, start):
         self.args, self.folder, self.team, self.model, self.T = args, folder, team, model, T
@@ -87,7 +87,7 @@ class Log:
                 self.bar.close()
                 latest = self.folder / "latest.pt"
                 raise UserError(f"the loss or its gradient is not finite at step {i}: "
-                                f"{f'{latest} is from before; ' if latest.exists() else ''}try a new run with "
+                                f"{f'{latest} is from an earlier step; ' if latest.exists() else ''}try a new run with "
                                 f"--lr {self.args.lr / 2:g}{' or --precision fp32' if self.args.bf16 else ''}")
         images = self.args.global_batch_size
         loss, rate = sum(losses) / len(losses), (step - self.since) * images / (time.perf_counter() - self.began)

@@ -1,6 +1,6 @@
 """One checker for the options of all four `build`s.
 
-What an option may be is its type in the signature of the network that takes it:
+The signature of the network that takes an option gives the option's type. The type says which values are allowed:
 
     int                     a whole number, at least 1
     float                   a number, at least 0
@@ -11,7 +11,7 @@ What an option may be is its type in the signature of the network that takes it:
     list[int]               a list or tuple of such values
     a TypedDict             a dict with exactly its keys
 
-An option without a type, or of any other, is not checked here. The papers share the options of the diffusion: their
+An option that has no type, or any other type, is not checked here. The papers share the options of the diffusion: their
 types are in `DIFFUSION`.
 """
 import inspect
@@ -54,7 +54,7 @@ def checked(paper, presets, preset, options, network, diffusion=DIFFUSION):
 
 
 def rule(kind, low=None, high=math.inf):
-    """A type -> a function that tells if a value is of it, and what such a value is, in words."""
+    """A type -> a function that tells if a value is of this type, and words that say what such a value is."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if kind in (int, float):                                # True is an int to Python, not to us; nan fits no limit
         low = (1 if kind is int else 0) if low is None else low

@@ -1,4 +1,4 @@
-"""What is slow and stays the same, computed once before training; and the data as pictures, to look at.
+"""Slow work whose result never changes, done once before training. Also writes data as pictures, to look at.
 
     python -m support.prepare captions path/to/pictures --text-encoder google/flan-t5-xl    # see text.py
     python -m support.prepare encode path/to/pictures path/to/latents --vae stabilityai/sd-vae-ft-ema   # latents.py
@@ -41,12 +41,12 @@ def store_text(folder, name, device):
             for caption in tqdm(captions, desc="captions", disable=QUIET):
                 row = encoder.embed(caption).numpy().tobytes()                      # of (n, dim)
                 f.write(row.ljust(2 * shape[1] * shape[2], b"\0"))                  # of (longest, dim)
-        about.unlink(missing_ok=True)                       # a description never stands beside another file
+        about.unlink(missing_ok=True)                       # it must never stand beside a file it does not describe
         os.replace(part, path)
         part.write_text(json.dumps({**description, "lengths": lengths}))
         os.replace(part, about)
     except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}): make room, or the folder writable") from None
+        raise UserError(f"cannot write {path} ({e.strerror}): make room, or make the folder writable") from None
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -94,7 +94,7 @@ def images(args):
 
 
 def main(argv=None):
-    p = Parser("Computes once, before training, what is slow and stays the same; or writes data as PNGs.",
+    p = Parser("Does slow work once, before training: text embeddings, latents. Or writes data as PNGs.",
                prog="python -m support.prepare")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -103,12 +103,12 @@ def main(argv=None):
         parser.set_defaults(command=command)
         return parser
 
-    c = add(captions, "Stores in a folder what a T5 makes of its captions.")
+    c = add(captions, "Stores a T5's embeddings of a folder's captions in that folder.")
     c.add_argument("folder", type=Path, help="images with a metadata.csv")
     c.add_argument("--text-encoder", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="a T5 of Hugging Face, such as google/flan-t5-xl, or its folder")
-    e = add(encode, "Stores a VAE's latents of a data set in a folder: 16 KiB for a picture of 256 x 256. If stopped, "
-                    "it goes on where it was.")
+    e = add(encode, "Stores a VAE's latents of a data set in a folder: 16 KiB for a picture of 256 x 256. If it is "
+                    "stopped, the same command continues.")
     e.add_argument("--vae", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="an AutoencoderKL of Hugging Face, such as stabilityai/sd-vae-ft-ema, or its folder")
     e.add_argument("--image-size", default="256", help="in pixels, 256 or 192x256 (height x width)")

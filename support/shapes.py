@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-# A shape is its signed distance, negative inside, in units of its radius, with x to the right and y up. It fits the
-# square from -1 to 1. Distances need be right only near the outline. There they become the share of a pixel that the
-# shape covers, so that edges are smooth.
+# A shape is a function: the signed distance to its outline, negative inside. The unit is its radius; x points right and
+# y up. The shape fits the square from -1 to 1. Distances must be right only near the outline. There they become the
+# share of a pixel that the shape covers, so that edges are smooth.
 
 def star(x, y, points, inner):
     """Tips at radius 1, one of them up; notches at radius `inner`."""
@@ -22,7 +22,7 @@ def star(x, y, points, inner):
 
 
 def heart(x, y):
-    """A square that stands on a corner, and a disc on each of its upper sides. Half its diagonal is h."""
+    """A square that stands on a corner, and a disc on each of its upper sides. h is half the square's diagonal."""
     h = 2 / (1 + math.sqrt(2))
     x, y = np.abs(x), y + 0.086                             # centred in height
     return np.minimum((x + np.abs(y) - h) * math.sqrt(0.5), np.hypot(x - h / 2, y - h / 2) - h * math.sqrt(0.5))
@@ -43,7 +43,7 @@ COLOURS = {"red": (214, 39, 40), "orange": (250, 135, 20), "yellow": (238, 210, 
            "green": (34, 150, 60), "blue": (40, 90, 220), "purple": (140, 50, 190)}
 BACKGROUND = (245, 244, 240)
 SIZES = {"small": 0.30, "big": 0.42}                        # radius / the picture's shorter side
-MOVING_SIZES = {"small": 0.17, "big": 0.25}                 # smaller, to have room for the way
+MOVING_SIZES = {"small": 0.17, "big": 0.25}                 # smaller, to have room to move
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}      # as y, x
 
 
@@ -96,10 +96,10 @@ def draw_still(kind, centre, radius, ink, H, W, rows):
 
 
 def moving(size, split, frames):
-    """Clips (3, T, H, W) of T = `frames`; of one frame: pictures. Each shape has a constant speed, and all of it stays
+    """Clips (3, T, H, W) with T = `frames`; pictures, if T is 1. Each shape has a constant speed, and all of it stays
     inside the picture."""
     i, kind, captions, place, radius, ink = attributes(split, MOVING_SIZES, min(size))
-    direction = i // 96 % 4                                 # each combination goes everywhere, equally often
+    direction = i // 96 % 4                                 # each combination moves in all directions, equally often
     captions = [f"{c} moving {list(DIRECTIONS)[d]}" for c, d in zip(captions, direction)]
     room = np.array(size) - 2 * radius[:, None] - 1         # for the centre, (N, 2)
     way = np.array(list(DIRECTIONS.values()))[direction] * np.minimum(0.4 * np.array(size), room)

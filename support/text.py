@@ -36,15 +36,15 @@ def full_name(name):
 
 
 def pretrained(kind, name, load, example):
-    """A frozen network of Hugging Face, or of a folder, loaded without a word. Raises UserError.
+    """A frozen network of Hugging Face, or of a folder, loaded silently. Raises UserError.
 
-    load(local_files_only) -> network, report. kind ("VAE") and a good name, `example`, are for the message."""
+    load(local_files_only) -> network, report. kind, such as "VAE", and example, a good name, are for the message."""
     for library in ("transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for local in [True] if Path(name).is_dir() else [True, False]:      # what is on the disk needs no network
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")             # from one library to another, none for our users
+                warnings.simplefilter("ignore")             # they are meant for libraries, not for our users
                 network, report = load(local)
             if report["missing_keys"]:                      # these weights would be random
                 raise UserError(f"it holds no {kind}")
@@ -56,17 +56,17 @@ def pretrained(kind, name, load, example):
 
 
 def tidy(caption):
-    """Without what no encoder can take: NUL, and the half characters that a terminal makes of bad bytes."""
+    """A caption without what no encoder can take: NUL, and the half characters that a terminal makes of bad bytes."""
     return caption.replace("\0", "").encode("utf-8", "replace").decode().strip()
 
 
 class ByteText:
-    """Words as the bytes that spell them. text: long (B, 16, 12), a word a row, a longer one in several rows; 0 where
-    there is no byte."""
+    """Words as the bytes that spell them. text: long (B, 16, 12). Each word fills a row, a word of more than 12 bytes
+    several rows. 0 means that there is no byte."""
     name = dim = "bytes"
     L, W = 16, 12                                           # words; bytes of a word
 
-    def __call__(self, captions, half=False):               # half: as for StoredText; bytes have none
+    def __call__(self, captions, half=False):               # half: only StoredText needs it
         text = np.zeros((len(captions), self.L, self.W), np.int64)                  # (B, L, W)
         for rows, caption in zip(text, captions):
             words = [word.encode() for word in tidy(caption).lower().split()]
@@ -80,8 +80,8 @@ class ByteText:
 class T5Text:
     """The encoder half of a T5, frozen.
 
-    Each caption runs alone, without padding, so its embedding depends on nothing else. A resumed run, which meets
-    captions in other company, gets the same bits."""
+    Each caption runs alone, without padding, so its embedding depends on nothing else. A resumed run gets the same
+    bits, although it embeds other captions together."""
 
     def __init__(self, name, device):
         try:
@@ -128,7 +128,7 @@ class T5Text:
 
 
 class StoredText:
-    """Looks captions up in a file, without the T5: on the CPU, and in worker processes too."""
+    """Looks embeddings of captions up in a file, without the T5: on the CPU, and in worker processes too."""
 
     def __init__(self, name, path, captions, lengths):
         self.name, self.path, self.lengths = name, path, np.array(lengths)
@@ -152,8 +152,8 @@ class StoredText:
 
 
 def text_files(folder, captions, name):
-    """Where T5 `name` keeps its text of a folder's captions -> the file of embeddings, one caption a row; the file that
-    describes it; the caption of each row; what the description must say."""
+    """Where the embeddings of a folder's captions by T5 `name` are stored -> the file of embeddings, one caption a row;
+    the file that describes it; the caption of each row; what the description must say."""
     path = folder / f"text-{re.sub('[^A-Za-z0-9.]+', '-', name)}.npy"
     captions = sorted({"", *captions})
     digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
@@ -170,7 +170,7 @@ def stored_text(folder, captions, name):
         saved = json.loads(about.read_text())
         if {**saved, **expected} == saved:
             return StoredText(name, path, captions, saved["lengths"])
-    except (OSError, ValueError, KeyError, TypeError):      # there is no file, or half of one
+    except (OSError, ValueError, KeyError, TypeError):      # the file is missing or damaged
         pass
     raise UserError(f"{path} does not fit the captions of {folder}: run python -m support.prepare captions {folder} "
                     f"--text-encoder {name} again")

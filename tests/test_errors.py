@@ -257,7 +257,7 @@ WRONG = [
     (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "1000"], "0 to 999"),
     (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "-1"], "not understood"),
     (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "5,much"], "write 150"),
-    (SAMPLE, ["--ckpt", "folder.pt", *FROM_5, "test"], "pass --denoise a picture"),
+    (SAMPLE, ["--ckpt", "folder.pt", *FROM_5, "test"], "pass a picture to --denoise"),
     (SAMPLE, ["--ckpt", "always.pt", *FROM_5, "test"], "pass --class-labels"),
     (SAMPLE, ["--ckpt", "small.pt", *FROM_5, "test"], "--image-size 16"),
 ]

@@ -402,7 +402,7 @@ def test_numbers_that_float16_cannot_hold(tmp_path, monkeypatch):
     name = pretend(monkeypatch)
     for bad in (1e6, float("nan")):
         monkeypatch.setattr(latents.VAE, "encode", lambda self, x: (bad * torch.ones(len(x), 4, 8, 8),) * 2)
-        with pytest.raises(UserError, match="numbers of shapes that float16 cannot hold: choose another VAE"):
+        with pytest.raises(UserError, match="turns shapes into numbers that float16 cannot hold: choose another VAE"):
             store(tmp_path / "out", name)
     assert not list((tmp_path / "out").glob("0*"))
 
