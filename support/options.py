@@ -71,7 +71,7 @@ def rule(kind, low=None, high=math.inf):
         return lambda v: any(type(v) is type(x) and v == x for x in inside), " or ".join(map(str, inside))
     if origin is list:
         fits, words = rule(*inside)
-        return lambda v: isinstance(v, (list, tuple)) and all(map(fits, v)), f"a list of which each is {words}"
+        return lambda v: isinstance(v, (list, tuple)) and all(map(fits, v)), f"a list, each {words}"
     if typing.is_typeddict(kind):
         rules = {name: rule(inner) for name, inner in typing.get_type_hints(kind, include_extras=True).items()}
         return (lambda v: isinstance(v, dict) and v.keys() == rules.keys() and all(

@@ -535,11 +535,11 @@ BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 1
        (dict(shape=(3, 64, 16, 16)), "64 frames"), (dict(num_classes=3, text=12), "not both"),
        (dict(width=3), "unknown option"), (dict(error="l1"), "unknown error"),
        (dict(predict="x"), "unknown predict"), (dict(weights=[1]), "list of 2"),
-       (dict(weights="all"), "weights='all': must be a list"), (dict(weights=[1, -1]), "weights=-1"),
+       (dict(weights="all"), "weights='all': must be finest, or a list"), (dict(weights=[1, -1]), "weights=.1, -1.: must be"),
        (dict(heads=3, text=12), "heads=3"),
        (dict(mixed=[0.5, 1]), "begin with 1"), (dict(mixed=[1, 2]), "begin with 1"), (dict(mixed=[1]), "list of 2"),
        (dict(mixed=[1, 0]), "begin with 1"), (dict(power="two"), "power"),
-       (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"), (dict(blocks=(1, 0)), "blocks=0"),
+       (dict(channels=8), "channels=8"), (dict(blocks=(1,)), "blocks=.1,"), (dict(blocks=(1, 0)), "blocks=.1, 0.: must be a list, each"),
        (dict(attention=(0, 0.5)), "attention"), (dict(attention=(0,)), "attention=.0,"),
        (dict(text_width=12, text=12), "text_width=12: must be divisible by 8, try 8"), (dict(T=0), "T=0"),
        (dict(embedding="big"), "embedding"), (dict(embedding=12), "embedding=12: must be divisible by 8"),
@@ -549,7 +549,7 @@ BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 1
        (dict(outer=(dict(channels=(4,), blocks=(1,)),)), "channels=.4,"), (dict(channels=()), "channels=.."),
        (dict(shape=(3, 2, 16, 16), temporal=dict(channels=(7, 8), blocks=(1, 1))), "even"),
        (dict(T=10**15), "from 1 to 1000000"), (dict(weights=[0, 0]), "above 0"), (dict(mixed=3), "mixed=3"),
-       (dict(temporal=dict(channels=(8, 8), blocks=(1, 1), attention=(0, 1))), "dict of channels and blocks")]
+       (dict(temporal=dict(channels=(8, 8), blocks=(1, 1), attention=(0, 1))), "a dict of channels .* and blocks")]
 
 
 @pytest.mark.parametrize("options, words_", BAD, ids=lambda v: str(v))

@@ -1,7 +1,7 @@
 """The checker of the options that users type: each type, and one sentence for what is wrong."""
 import functools
 import math
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional, TypedDict
 
 import pytest
 
@@ -9,11 +9,17 @@ from diffusion import SCHEDULES, Diffusion, UserError
 from support.options import DIFFUSION, checked
 
 
+class Level(TypedDict):
+    channels: list[int]
+    drop: float
+
+
 class Network:
     def __init__(self, shape, num_classes: int, width: int, *, depth: Annotated[int, 0] = 2, drop: float = 0.0,
                  gain: Annotated[float, 1] = 1.0, skip: Literal["concat", "add"] = "add", bias: bool = True,
                  patch: int | None = None, heads: Optional[Annotated[int, 2]] = None,
-                 size: int | Literal["auto"] = "auto", order: Literal[1, 2] = 1, any_=None, levels: tuple = (), **rest):
+                 size: int | Literal["auto"] = "auto", order: Literal[1, 2] = 1, any_=None,
+                 steps: Annotated[int, 1, 9] = 1, sizes: list[int] = (), level: Level | None = None, levels: tuple = (), **rest):
         pass
 
 
@@ -34,7 +40,8 @@ def test_options_stand_in_place_of_the_presets_settings():
 @pytest.mark.parametrize("key, values", [
     ("width", [1, 10**6]), ("depth", [0, 3]), ("drop", [0, 0.0, 1, 2.5]), ("gain", [1, 1.5]),
     ("skip", ["concat", "add"]), ("bias", [True, False]), ("patch", [None, 4]), ("heads", [None, 2]),
-    ("size", [3, "auto"]), ("order", [1, 2]),
+    ("size", [3, "auto"]), ("order", [1, 2]), ("steps", [1, 9]), ("sizes", [(), [1, 2]]),
+    ("level", [None, dict(channels=(8,), drop=0.5)]),
     ("any_", [None, "x", math.nan]), ("levels", [(1, 2), 3]), ("schedule", list(SCHEDULES)), ("T", [1, 1000]),
     ("predict", ["eps", "v", "x0"]), ("variance", ["small", "large", "learned"]), ("min_snr", [None, 5, 0.5])])
 def test_good_values_come_back_as_they_are(key, values):
@@ -51,7 +58,9 @@ WHOLE, NUMBER = "must be a whole number, at least 1", "must be a number, at leas
     ("skip", ["residual", "", None, 1, ["add"]], "unknown skip .*: choose concat or add"),
     ("bias", [0, 1, None, "True"], "must be True or False"), ("patch", [0, True, "4"], f"{WHOLE}, or None"),
     ("heads", [1], "at least 2, or None"), ("size", [0, "big"], f"{WHOLE}, or auto"),
-    ("order", [3, True, 1.0, "1"], "unknown order .*: choose 1 or 2"),
+    ("order", [3, True, 1.0, "1"], "unknown order .*: choose 1 or 2"), ("steps", [0, 10], "a whole number, from 1 to 9"),
+    ("sizes", [3, (1, 0), [True]], "a list, each a whole number, at least 1"),
+    ("level", [{}, dict(channels=(8,)), dict(channels=8, drop=0), dict(channels=(8,), drop=0, more=1)], "a dict of channels"),
     ("schedule", ["sigmoid", ["linear"]], "unknown schedule .*: choose linear or cosine"), ("T", [0, 1e3], WHOLE),
     ("predict", ["noise"], "eps or v or x0"), ("variance", ["fixed"], "small or large or learned"),
     ("min_snr", [-1, math.nan, False], f"{NUMBER}, or None")])
