@@ -9,13 +9,13 @@ neural ODEs: features move like particles. They have a position z and a velocity
 their acceleration. A solver moves them from inner time 0 to 1. One step of rk4 calls the network four times with
 the same weights, so few parameters do much work. The diffusion step t stands still while the inner time t~ runs.
 
-Glossary. B images; C channels of z, and as many of v; h x w the size of a level, H x W that of the image.
+Glossary. B images; C channels of z, and C of v. A level of the U-Net has h x w pixels, the image has H x W.
 
 | code             | symbol         | shape            | meaning, and the part of the paper               |
 |------------------|----------------|------------------|--------------------------------------------------|
 | `z`, `v`         | x, x' (Eq. 4)  | (B, C, h, w)     | features and their velocity                      |
 | `state`          | (x, x')        | (B, 2C, h, w)    | z, then v                                        |
-| `s`, `dt`        | t~             | number, 0 .. 1   | the inner time, and the step of the solver in it |
+| `s`, `dt`        | t~             | number, 0 .. 1   | the inner time, and the solver's step in it      |
 | `t`              | t              | (B,)             | the diffusion step                               |
 | `Acceleration` a | f^(a) (Eq. 4)  |                  | x'' = f(x, x', t, t~), Figure 2                  |
 | `Velocity` g     | g (Eq. 4)      |                  | x'(0) = g(x(0)), once, after the stem            |
@@ -25,23 +25,23 @@ Glossary. B images; C channels of z, and as many of v; h x w the size of a level
 | `nf`             |                |                  | C at full size; doubled at each level below      |
 
 Where paper, code and this file differ. The long form, with reasons, is in docs/cunet.md.
- 1. The code solves state' = f(state), of first order: no z' = v. Here dynamics="second" is Eq. 4, "first" is the
-    code's. Eq. 4's f also reads t~; here only with inner_time=True.
- 2. The code's network never sees the diffusion step, nor brightness and contrast. Here every block sees t.
+ 1. The code solves a first-order ODE, state' = f(state), without z' = v. Here dynamics="second" is Eq. 4, and "first"
+    is the code's ODE. Eq. 4's f also reads t~; the f of this file does so only with inner_time=True.
+ 2. The code's network never sees the diffusion step, nor the image's brightness and contrast. Here every block sees t.
  3. Norms inside the ODE are group norms in the paper and here, instance norms in the code.
- 4. z(0) is a convolution of the image, and v(0) = g(z(0)) has either sign. The code starts from a g that ends
-    with a softplus, and drops z(0).
- 5. The acceleration ends with a softplus, as in the paper. Its sign comes from a residual, a 1x1 convolution of
-    (z, v). The code's residual is the identity.
- 6. Attention has a residual and a norm (in the code it replaces the features), and the head has a norm.
- 7. The paper argues with the adjoint method. By default this file backpropagates through one step of rk4, as the code.
- 8. Images have any size above one pixel (28 x 28 fails in the code). The paper gives no widths; nf = 16 is the code's.
+ 4. Here z(0) is a convolution of the image, and v(0) = g(z(0)) can have either sign. The code's g ends with a
+    softplus, so it is never negative. The code starts from this g alone and drops z(0).
+ 5. The acceleration ends with a softplus, as in the paper. That is never negative, so a residual is added: here a 1x1
+    convolution of (z, v), which can have either sign. The code's residual is the identity.
+ 6. Here attention and the head have a norm, and attention a residual. In the code attention replaces the features.
+ 7. The paper builds on the adjoint method. The code and, by default, this file backpropagate through one step of rk4.
+ 8. Images have any size above 1 x 1 (28 x 28 fails in the code). The paper gives no widths; nf = 16 is the code's.
  9. The paper's "GFLOPs" are multiply-adds at 3 x 64 x 64. FLOPs are twice as many.
-10. The class is ours (the paper has none), and so is the embedding of t. Linear schedule and eps are Ho et al.'s; the
-    code has a sigmoid schedule and predicts v.
+10. Classes are ours (the paper has none), and so is the embedding of t. The linear schedule and the prediction of eps
+    are those of Ho et al.; the code has a sigmoid schedule and predicts v.
 11. Eq. 2 prints sqrt(beta_t) where DDPM has beta_t. That is a misprint; diffusion.py follows DDPM.
 12. Figure 2 also writes the block as dz/dt = f(t, z). This file solves Eq. 4.
-13. Section 4.3 (the reverse SDE, and the adjoint of its probability-flow ODE) is an argument, nothing to implement.
+13. Section 4.3 (the reverse SDE, and the adjoint of its probability-flow ODE) is an argument. It needs no code.
 """
 import functools
 import math
@@ -60,11 +60,11 @@ try:
     from support.options import checked
     from support.published import Published     # the layout of the published code
     from support.unet import UNet               # the U-Net of the paper's comparison
-except ImportError:                             # this file and diffusion.py alone
+except ImportError:                             # only this file and diffusion.py are there
     checked = Published = UNet = None
 
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")          # `steps` equal steps
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")       # as many as rtol and atol ask for
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")       # as many steps as rtol and atol ask for
 
 
 # --- Eq. 4 ---------------------------------------------------------------------------------------
@@ -74,11 +74,11 @@ class DynamicBlock(nn.Module):
 
         z' = v,     v' = a(z, v, t, t~)
 
-    Any solver of first-order equations solves them. Here it is torchdiffeq, as in the code. `nfe` counts evaluations
-    of a in the last forward, and in its backward if that recomputes (gradients="checkpoint") or solves ("adjoint").
+    Any solver of first-order equations solves them: here torchdiffeq, as in the code. `nfe` counts evaluations of a in
+    the last forward, and in its backward if that recomputes (gradients="checkpoint") or solves the ODE ("adjoint").
 
-    Adaptive solvers choose their steps for the whole batch: the result of an image then depends, by about the
-    tolerance, on the other images of the batch.
+    Adaptive solvers choose their steps for the whole batch. So an image's result depends on the other images of the
+    batch, by about the tolerance.
     """
 
     def __init__(self, channels, second=True, residual=True, inner_time=False, embedding=256,
@@ -101,15 +101,15 @@ class DynamicBlock(nn.Module):
         a = self.f(s, state, scale, shift).float()
         if not self.second:                     # the code: the network gives the derivative of all channels
             return a
-        return torch.cat([v, a], dim=1)         # z' = v: this line makes the ODE one of second order. And v' = a
+        return torch.cat([v, a], dim=1)         # z' = v, v' = a. With z' = v the ODE is of second order
 
     def odeint(self, start, end, state, *condition, steps=1, solver=torchdiffeq.odeint):
-        """The definition. torchdiffeq compares times, so that on a GPU each step waits until the GPU is there."""
+        """The definition. torchdiffeq compares times that lie on the GPU, so there each step waits for the GPU."""
         def slope(s, state):
             self.nfe += 1
             return self.derivative(s, state, *condition)
 
-        def grid(slope, state, ends):           # equal steps; backward, the adjoint's ends are (1, 0)
+        def grid(slope, state, ends):           # equal steps. In the adjoint's backward ends is (1, 0)
             return ends[0] + (ends[1] - ends[0]) * torch.arange(steps + 1, device=ends.device) / steps
 
         times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
@@ -117,8 +117,8 @@ class DynamicBlock(nn.Module):
         return solver(slope, state, times, method=self.solver, rtol=self.rtol, atol=self.atol, options=options)[-1]
 
     def rk4_step(self, start, end, state, *condition):
-        """The same for one step of "rk4", which is Kutta's 3/8 rule (test_own_step_is_torchdiffeqs). Times are Python's
-        numbers, and nothing waits."""
+        """The same for one step of "rk4", which is Kutta's 3/8 rule. Here times are numbers of Python, so nothing waits
+        for a GPU. test_own_step_is_torchdiffeqs compares the two."""
         def slope(s, state):
             return self.derivative(s, state, *condition)
 
@@ -130,13 +130,13 @@ class DynamicBlock(nn.Module):
         return state + dt / 8 * (k1 + 3 * (k2 + k3) + k4)
 
     def solve(self, state, *condition):
-        """state(0) -> state(1) by `odeint`; in a compiled graph, or to recompute in backward, rk4 is our own."""
+        """state(0) -> state(1) by `odeint`. For rk4, `rk4_step` takes over in a compiled graph and to recompute."""
         gradients = self.gradients if torch.is_grad_enabled() else "direct"
         recomputes, compiling = gradients == "checkpoint", torch.compiler.is_compiling()
         own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling)
-        # counted by `slope`; our own steps ahead, since a compiled recomputation would not count
+        # `odeint` counts as it goes. Our own steps are counted here, since a compiled recomputation could not count
         self.nfe = 4 * self.steps * (2 if recomputes else 1) if own else 0
-        # torchdiffeq would be compiled into dozens of small graphs; it is better to leave the graph, once a block
+        # compiling torchdiffeq would make dozens of small graphs: it is better to leave the graph once per block
         odeint = torch.compiler.disable(self.odeint) if compiling and not own else self.odeint
         if gradients == "adjoint":
             solver = functools.partial(odeint_adjoint, parameters=(*self.f.parameters(), *condition))
@@ -144,7 +144,7 @@ class DynamicBlock(nn.Module):
         if not own and not recomputes:
             return odeint(0.0, 1.0, state, *condition, steps=self.steps)
         step = self.rk4_step if own else odeint
-        if recomputes:                          # backward keeps a state per step, and one step's activations at a time
+        if recomputes:                          # memory: a state per step, and one step's activations at a time
             step = functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
         for i in range(self.steps):
             state = step(i / self.steps, (i + 1) / self.steps, state, *condition)   # (B, 2C, h, w)
@@ -154,19 +154,19 @@ class DynamicBlock(nn.Module):
 # --- the network -----------------------------------------------------------------------------------
 
 class CUNet(nn.Module):
-    """(x_t, t, y) -> prediction (eps, or what the Diffusion says), then the channels of a learned variance."""
+    """(x_t, t, y) -> prediction (eps, or what Diffusion asks for); if the variance is learned, its channels follow."""
 
     LEVELS = 4                                  # and one more below, the bottleneck
-    unit = DynamicBlock                         # what FSDP2 gathers at a time, and --grad-checkpointing recomputes
+    unit = DynamicBlock                         # FSDP2 gathers one at a time, --grad-checkpointing recomputes it
 
     def __init__(self,
                  shape,                         # of the image, any size above 1 x 1: (colours, H, W)
                  nf: int = 16,                  # C of z and of v at full size
                  num_classes=0,                 # 0: unconditional
                  dynamics: Literal["second", "first"] = "second",       # Eq. 4, or state' = f(state)
-                 attention: bool = True,        # Table 5, "wo/A": without
-                 residual: bool = True,         # of the acceleration; without it a >= 0. Like Table 5's "wo/R", where
-                                                # the second convolution is also 1x1 (support/published.py)
+                 attention: bool = True,        # False: "wo/A" of Table 5
+                 residual: bool = True,         # of the acceleration; False: a >= 0. In Table 5's "wo/R" the second
+                                                # convolution is also 1x1 (support/published.py)
                  inner_time: bool = False,      # show t~ to the acceleration
                  solver: Literal[FIXED + ADAPTIVE] = "rk4",
                  steps: int = 1,                # of the fixed solvers
@@ -229,7 +229,7 @@ class CUNet(nn.Module):
 
     @property
     def nfe(self):
-        """Evaluations of accelerations since the last forward began, a block's mean. train.py logs it."""
+        """How often a was evaluated since the last forward began: the mean of the blocks. train.py logs it."""
         return sum(block.nfe for block in self.blocks()) / len(self.blocks())
 
 
@@ -280,8 +280,8 @@ class Acceleration(nn.Module):
     """a(z, v, t, t~) = x'' of Eq. 4, (B, 2C, h, w) -> (B, C, h, w). Figure 2: norm, convolution, softplus; norm, scale
     and shift by the diffusion step, convolution, softplus; plus a residual.
 
-    second=False: f of the code's state' = f(state), -> (B, 2C, h, w). inner_time: both convolutions read t~ as one more
-    channel; without it s is not used.
+    second=False: f of the code's state' = f(state), which returns (B, 2C, h, w). inner_time=True: both convolutions
+    read t~ (here s) as one more channel; otherwise s is not used.
     """
 
     def __init__(self, channels, second=True, residual=True, inner_time=False):
@@ -325,7 +325,7 @@ class Attention(nn.Module):
 
 
 def group_norm(channels):
-    """8 groups. There are fewer if they would be unequal or have less than 4 channels: a group of one channel would be
+    """1, 2, 4 or 8 groups: the most that are equal and leave each at least 4 channels. A group of one channel would be
     an instance norm, which forgets the mean of every channel."""
     groups = max(d for d in (1, 2, 4, 8) if d == 1 or channels % d == 0 and channels >= 4 * d)
     return nn.GroupNorm(groups, channels)
@@ -336,9 +336,9 @@ def resize(state, size):
 
 
 def odeint_adjoint(slope, state, times, parameters, **settings):
-    """torchdiffeq's: constant memory, since backward solves the ODE in the other direction. It would do so outside
-    autocast, and that is another ODE: `slope` enters forward's autocast again. `parameters` lists all tensors inside
-    slope that want gradients. One that is missing (scale and shift!) would get none, without a word."""
+    """torchdiffeq's: constant memory, since backward solves the ODE in the other direction. torchdiffeq does so outside
+    autocast, where the ODE is a different one, so `same_slope` enters forward's autocast again. `parameters` must list
+    all tensors inside slope that need gradients, scale and shift too: a missing one silently gets none."""
     kind = state.device.type
     amp = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
 
@@ -352,7 +352,7 @@ def odeint_adjoint(slope, state, times, parameters, **settings):
 # --- presets ------------------------------------------------------------------------------------------
 
 _DDPM = dict(schedule="linear", predict="eps", variance="small")        # as in Ho et al.
-# For two CPU cores (docs/results.md). A small standard deviation of class vectors would make the class be learned late.
+# For two CPU cores (docs/results.md). With a small label_std the network would learn the classes late.
 _TINY = dict(label_std=1.0, schedule="linear", predict="x0", variance="small")
 CONFIGS = {"cunet": dict(nf=16, **_DDPM),
            "tiny": dict(nf=8, **_TINY),
@@ -396,12 +396,12 @@ def check_solver(solver="rk4", steps=1, rtol=1e-3, atol=1e-3, gradients="direct"
     if solver in FIXED and (rtol, atol) != (1e-3, 1e-3):
         raise UserError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use solver=dopri5")
     if gradients == "adjoint" and (solver != "rk4" or steps < 4):
-        raise UserError(f"adjoint gradients solve the ODE backwards, and that does not come back the way forward went. "
-                        f"With one step of rk4 those of single weights were off by up to 40%, with adaptive solvers by "
-                        f"an amount that depends on the tolerance. Instead of {solver} steps={steps} use solver=rk4 "
+        raise UserError(f"the adjoint solves the ODE backwards, and the way back differs from the way forward. With "
+                        f"one step of rk4 the gradients of single weights were off by up to 40%; with adaptive solvers "
+                        f"the error depends on the tolerance. Instead of {solver} steps={steps} use solver=rk4 "
                         f"steps=4 or more, or gradients=checkpoint, which is exact")
 
 
-if __name__ == "__main__":                      # its presets beside the paper's figures
+if __name__ == "__main__":                      # prints its presets beside the paper's figures
     from benchmarks import tables
     tables.cunet()

@@ -1,4 +1,4 @@
-"""The evidence behind docs/results.md: studies, made of runs of train.py that judge.py looks at.
+"""Makes the evidence behind docs/results.md: runs train.py for each study, and scores the samples with judge.py.
 
     python benchmarks/evidence.py                        all studies on MNIST
     python benchmarks/evidence.py minutes ode            some of them, by name
@@ -7,7 +7,7 @@
     python benchmarks/evidence.py --speed                how fast the four models train, while nothing else runs
 
 A study has arms: ways of training that differ in one thing. Each arm is trained with every seed, on one core; --jobs
-says how many runs go on at a time. What is done is not done again, and what was interrupted goes on. A run lies in
+says how many runs go on at a time. A finished run is not done again, and an interrupted run goes on. A run lies in
 --results-dir with its scores in a .csv beside it; delete both to do it again. The scores of a study are gathered in
 assets/evidence/<data>-<study>.csv. benchmarks/figures.py makes tables and figures of them.
 """
@@ -51,12 +51,12 @@ QUICK = DRAW | dict(steps=25, n=500)
 
 
 class Study:
-    """arms     {name: [(flags of train.py, steps), ..]}: one stage after another, each begun inside the network of
-             the stage before. `steps` is a list: the last stage is judged after each of them.
-             Or {name: a file of weights in assets}, which is judged as it is; its seeds are of the samples only
+    """arms     {name: [(flags of train.py, steps), ..]}: one stage after another. Each stage takes over the network of
+             the stage before (--init-inner). `steps` is a list: the last stage is judged after each of them.
+             Or {name: a file of weights in assets}: they are judged as they are, and a seed is only for the samples
     draws    the ways to draw samples for the judge
-    noise    also the error of x_0 at each of these ratios of noise to signal
-    denoise  also test images denoised from each of these steps"""
+    noise    the ratios of noise to signal at which the error of x_0 is measured, too
+    denoise  the steps from which test images are denoised, too"""
 
     def __init__(self, what, arms, seeds=(0, 1, 2), draws=[QUICK], noise=(), denoise=()):
         self.what, self.arms, self.seeds = what, arms, seeds
@@ -134,8 +134,8 @@ def write_rows(path, rows):
 
 
 def done_in(log):
-    """A run's log.csv -> minutes of training, images seen. The minutes are at the median speed of the log, since now
-    and then a machine has other work."""
+    """A run's log.csv -> minutes of training, images seen. The minutes are computed from the median speed of the
+    log, since now and then a machine has other work."""
     rows = read_rows(log)
     images = rows[-1]["images"]
     return images / statistics.median(row["images_per_s"] for row in rows) / 60, images
@@ -143,11 +143,11 @@ def done_in(log):
 
 @torch.no_grad()
 def errors_by_noise(model, diffusion, test, ratios, n=1000):
-    """-> {"error_<ratio>": mean squared error of the x_0 that the network believes in}.
+    """-> {"error_<ratio>": mean squared error of the network's estimate of x_0}.
 
     n test images get noise until sigma / alpha is the ratio. So all networks are on one scale, whatever they predict
-    and whatever their schedule is. Of mdm it is the error of the finest resolution. The coarse ones, which have noise
-    of their own, tell it a little more.
+    and whatever their schedule is. For MDM it is the error at the finest resolution. The network also sees the coarse
+    pictures, with noise of their own, and they tell it a little more.
     """
     n = min(n, len(test))
     batch, found = test[range(n)], {}
@@ -173,7 +173,7 @@ def errors_by_noise(model, diffusion, test, ratios, n=1000):
 
 
 def judged(judge, model, diffusion, trained, seed, how):
-    """Draw samples, equally many of each class -> what the judge says, and the seconds they took."""
+    """Draw samples, equally many of each class -> what the judge says of them, and how many seconds drawing took."""
     numbers, began = torch.arange(how["n"]), time.perf_counter()
     y = numbers % trained["num_classes"]
     images = sample.generate(model, diffusion, tuple(trained["shape"]), 10**6 * (seed + 1) + numbers,
@@ -185,7 +185,7 @@ def judged(judge, model, diffusion, trained, seed, how):
 
 
 def denoised(model, diffusion, test, T, n=100):
-    """n test images, with noise up to step T and taken back by DDPM -> a row for PSNR and one for SSIM."""
+    """Add noise up to step T to n test images, and let DDPM remove it -> a row for PSNR and one for SSIM."""
     metrics = {"psnr": denoise.psnr, "ssim": denoise.ssim}
     scores, seconds, _ = denoise.denoise(
         model, diffusion, test[range(n)]["x"] / 127.5 - 1, torch.arange(n), None, T, str(T + 1), metrics, 100,
@@ -198,7 +198,7 @@ def denoised(model, diffusion, test, T, n=100):
 
 
 def made_of(args, name, arm, judge_path):
-    """A number that changes with all that decides an arm's scores: flags, presets, weights, the classifier."""
+    """A checksum of everything that decides an arm's scores: flags, presets, weights, the classifier."""
     stages = STUDIES[name].arms[arm]
     if isinstance(stages, str):
         parts = [checkpoint.sums(ASSETS / stages)]
@@ -211,7 +211,7 @@ def made_of(args, name, arm, judge_path):
 
 
 def missing(study, arm, rows):
-    """What no row tells yet -> {step: [how to draw, or what to denoise]}. Step None: the weights in assets."""
+    """What has no row yet -> {step: [how to draw, or what to denoise]}. Step None: the weights in assets."""
     stages, todo = study.arms[arm], {}
     steps = [None] if isinstance(stages, str) else stages[-1][1]
     for step in steps:
@@ -224,8 +224,8 @@ def missing(study, arm, rows):
 
 
 def do_run(args, name, arm, seed):
-    """Train the stages of an arm with one seed, judge, write the scores down. What is written down is not done
-    again."""
+    """Train the stages of an arm with one seed, judge them, and write the scores down. Scores that are there already
+    are not made again."""
     study, path = STUDIES[name], file_of(args, name, arm, seed)
     judge_path, stages = judges.path_of(args.data, None, args.results_dir), study.arms[arm]
     made = made_of(args, name, arm, judge_path)
@@ -255,7 +255,7 @@ def do_run(args, name, arm, seed):
 
     if isinstance(stages, str):
         return note(ASSETS / stages, 0.0, 0, todo[None])
-    minutes, images, begin = 0.0, 0, []                     # begin: flags that take over the stage before
+    minutes, images, begin = 0.0, 0, []                     # begin: the flags to start from the stage before
     for number, (flags, steps) in enumerate(stages, start=1):
         final = number == len(stages)
         run = path.with_suffix("" if final else f".stage{number}")
@@ -285,14 +285,14 @@ def file_of(args, name, arm, seed):
 
 
 def rows_of(args, name, arm, seed, judge_path, gathered=False):
-    """The rows of a run that still hold: its own ones, or those gathered before, perhaps on another machine."""
+    """The rows of a run that are still valid: its own, or those gathered before, perhaps on another machine."""
     path = args.out / f"{args.data}-{name}.csv" if gathered else file_of(args, name, arm, seed)
     return [row for row in read_rows(path) if (row["arm"], row["seed"]) == (arm, seed)
             and row["made_of"] == made_of(args, name, arm, judge_path)]
 
 
 def gather(args, name, judge_path):
-    """Write the scores of a study, as far as it is done, into one file. Scores in it of runs that were not done here
+    """Write all scores that a study has so far into one file. If a run was not done here, its scores in that file
     stay."""
     rows = []
     for arm in STUDIES[name].arms:
@@ -305,7 +305,7 @@ def gather(args, name, judge_path):
 
 
 def judge_itself(args):
-    """Write what the judge says of cases with known answers, beside the studies. -> the path of its weights"""
+    """Judge cases with known answers; the scores go beside those of the studies. -> the path of the judge's weights"""
     judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
     path, about = args.out / f"{args.data}-judge.csv", {"made_of": checkpoint.sums(judge.path)}
     if not any(about.items() <= row.items() for row in read_rows(path)):
@@ -318,7 +318,7 @@ def judge_itself(args):
 
 
 def speed(args, turns=3):
-    """Write how many images/s the four models train, on one core and taking turns, beside the studies."""
+    """Measure how many images/s the four models train, on one core and taking turns. Write it beside the studies."""
     torch.set_num_threads(1)                                # like the runs of the studies
     rates = {arm: [] for arm in FOUR}
     for arm, flags in [*FOUR.items()] * turns:
@@ -335,10 +335,10 @@ def speed(args, turns=3):
 @cli.told_plainly()
 def main(argv=None):
     p = cli.Parser(__doc__.splitlines()[0])
-    p.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
+    p.add_argument("studies", nargs="*", metavar="STUDY", help=f"any of {', '.join(STUDIES)} (default: all)")
     p.add_argument("--data", default="mnist", help="what to train on")
     p.add_argument("--data-dir", help="as in train.py")
-    p.add_argument("--results-dir", default="results/evidence", help="where runs are folders")
+    p.add_argument("--results-dir", default="results/evidence", help="where each run has its folder")
     p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
     p.add_argument("--jobs", type=cli.number(int, 1), default=os.cpu_count(), help="runs at a time")
     p.add_argument("--missing", action="store_true", help="only what --out does not have yet")
@@ -352,12 +352,12 @@ def main(argv=None):
     if args.run:
         return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
     os.makedirs(args.results_dir, exist_ok=True)
-    checkpoint.hold(Path(args.results_dir))                 # one of these at a time
+    checkpoint.hold(Path(args.results_dir))                 # for one evidence.py at a time
     judge_path = judge_itself(args)                         # trains the classifier, if need be, with all cores
     writing = threading.Lock()
 
     def start(name, arm, seed):
-        """One run, in a process of one core: two that share cores would wait for each other."""
+        """One run, in a process with one core: two runs that share cores would wait for each other."""
         log, began = file_of(args, name, arm, seed).with_suffix(".log"), time.perf_counter()
         with open(log, "a") as f:
             rc = subprocess.run(

@@ -33,7 +33,7 @@ LABELS = {"recognised": SHARE, "x_real": DISTANCE, "steps": "steps of the sample
 # --- tables ---------------------------------------------------------------------------------------
 
 def spread(values, form):
-    """The median of the values; of several also the lowest and the highest."""
+    """The median; if there are several values, also the lowest and the highest."""
     values = sorted(values)
     middle = form(statistics.median(values))
     return middle if len(values) == 1 else f"{middle} ({form(values[0])} to {form(values[-1])})"
@@ -60,7 +60,7 @@ def groups(rows, *keys):
 
 
 def cost_table(rows, speeds):
-    """What each arm costs. speeds: {arm: images/s}, measured side by side; other arms have their own run's."""
+    """What each arm costs. speeds: {arm: images/s}, measured side by side. Other arms use their own run's speed."""
     lines = []
     for (arm,), of in groups(rows, "arm").items():
         last = [r for r in of if r["step"] == max(r["step"] for r in of)]
@@ -75,8 +75,8 @@ def cost_table(rows, speeds):
 
 
 def quality_table(rows):
-    """What the judge says of each arm. The head of the distance names the number of real images that it was divided
-    by: distances with different numbers cannot be compared."""
+    """What the judge says of each arm. A distance is divided by that of n real images, and the column's head names n.
+    Distances with different n cannot be compared."""
     lines, real = [], " or ".join(f"{n:,.0f}" for n in sorted({r["n"] for r in rows}))
     keys = "arm", "step", "sampler", "steps", "cfg", "n"
     for (arm, step, sampler, steps, cfg, n), of in groups(rows, *keys).items():
@@ -97,7 +97,7 @@ def noise_table(rows):
 
 
 def denoising_table(rows):
-    """PSNR and SSIM of each arm: of the noisy pictures, of the network's first belief, at the best step."""
+    """PSNR and SSIM of each arm: of the noisy pictures, of the network's first estimate, and at the best step."""
     lines = []
     for (metric, T, arm), of in sorted(groups(rows, "metric", "from_step", "arm").items()):
         lines.append([f"{metric.upper()} from step {T:.0f}", arm, digits(of[0]["noisy"]),
@@ -144,7 +144,7 @@ def dots(rows, title):
 
 
 def curves(rows, title, x, y, split=("arm",), scale="log"):
-    """A panel for each y, over x: lines are medians over the seeds, bands go from the lowest to the highest."""
+    """A panel for each y, plotted over x. Lines are medians over the seeds, bands go from the lowest to the highest."""
     figure, axes = panels(len(y), title)
     for axis, key in zip(axes, y):
         for which, of in groups(rows, *split).items():
@@ -184,7 +184,7 @@ def figure_of(name, study, rows):
 
 
 def commands(data, study, rows):
-    """What was run: an arm a line."""
+    """The commands that were run, a line for each arm."""
     lines, done = [], {r["arm"] for r in rows}
     for arm, stages in study.arms.items():
         if arm not in done:
@@ -200,7 +200,7 @@ def commands(data, study, rows):
 
 
 def judge_section(rows):
-    """The judge itself."""
+    """The scores of the judge itself, as text."""
     first, *cases = rows
     return (f"The classifier recognises {100 * first['recognised']:.2f}% of the test images. Half of the test images "
             f"are at distance {digits(first['distance'])} from the other half. Each case below has "
@@ -252,7 +252,7 @@ def section(path):
 
 
 def put(page, name, text):
-    """The text between the lines <!-- name --> and <!-- end --> of the page is replaced. Words outside stay."""
+    """Replace the text between the lines <!-- name --> and <!-- end --> of the page. All other text stays."""
     found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
     if not found.search(page):
         raise UserError(f"the page has no place for {name}: write the lines <!-- {name} --> and <!-- end -->")
@@ -260,7 +260,7 @@ def put(page, name, text):
 
 
 def everything(files):
-    """-> {name: text} of all sections, and of "hours": what the runs took."""
+    """-> {name: text} of all sections, and of "hours": how long the runs took."""
     found = {path.stem: section(path) for path in files}
     training, drawing = (sum(of) / 60 for of in zip((0, 0), *(
         took(read_rows(path)) for path in files if not path.stem.endswith("-judge"))))

@@ -4,7 +4,7 @@
     python benchmarks/judge.py samples.npz --data mnist           uint8 images (N, H, W, C) in arr_0; if there is an
                                                                   arr_1, it holds the classes asked for
     python benchmarks/judge.py FOLDER --data mnist --class-labels all
-                                                                  PNGs; --class-labels as sample.py was told
+                                                                  PNGs; --class-labels as you gave it to sample.py
 
 It prints
     recognised   the share of samples that the classifier takes for the class asked for
@@ -16,12 +16,12 @@ It prints
     recall       the share of real images that lie among samples. (Kynkaanniemi et al. 2019: "among" means closer to
                  some image than its 3rd neighbour is)
 
-Fewer images are farther away, whatever they show. So `distance` and `x real` compare only sets of equally many
-images. They are not FID either: the features are this classifier's, and they are for one data set only.
+With fewer images the distance is larger, whatever they show. So compare `distance` and `x real` only between sets of
+equally many images. They are not FID either: the features are this classifier's, and they are for one data set only.
 
 The classifier of MNIST is in assets/, in half precision. Training it again on another machine changes distances by
 about 10%, by rounding alone. The classifiers of other data sets are trained once and kept in --cache; with --train,
-MNIST's is, too.
+so is a new one of MNIST.
 """
 import sys
 from pathlib import Path
@@ -99,7 +99,7 @@ def share_within(points, of):
 
 
 def path_of(name, image_size, cache, anew=False):
-    """Where the classifier of a data set is, or will be: in the cache; or in assets, if only that has it."""
+    """Where the classifier of a data set is or will be: in the cache, or in assets if it is only there."""
     kept = Path(cache) / f"{name}{f'-{image_size}' if image_size else ''}-judge.pt"
     there = ASSETS / kept.name
     return there if there.exists() and not kept.exists() and not anew else kept
@@ -147,7 +147,7 @@ class Judge:
         return torch.cat(features), torch.cat(logits).argmax(1)
 
     def some_fresh(self, n, seed):
-        """The numbers of n fresh images, equally many of each class."""
+        """The indices of n fresh images, equally many of each class."""
         order = np.random.default_rng(seed).permutation(len(self.fresh))
         labels = self.fresh.labels.numpy()[order]
         rank = np.empty(len(order), int)                        # an image is its class's first, second, ..
@@ -239,8 +239,8 @@ def main(argv=None):
     p.add_argument("--data", default="mnist", help="what the samples should look like")
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--image-size", help="as in train.py")
-    p.add_argument("--class-labels", help="as sample.py was told: all, random, or 0,1,2")
-    p.add_argument("--seed", type=cli.number(int), default=0, help="as sample.py was told")
+    p.add_argument("--class-labels", help="as you gave it to sample.py: all, random, or 0,1,2")
+    p.add_argument("--seed", type=cli.number(int), default=0, help="as you gave it to sample.py")
     p.add_argument("--num-samples", type=cli.number(int, 50), default=1000, help="images in each known case")
     p.add_argument("--cache", default="results", help="where classifiers are kept")
     p.add_argument("--train", action="store_true", help="train a new classifier, into --cache")

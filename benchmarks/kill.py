@@ -32,8 +32,8 @@ def files(folder):
 
 
 def start(command, folder, processes, rng=None, after=1 << 62, delay=0.0):
-    """Start a run and kill it `delay` seconds after its `after`-th new temporary file (0: after its start). -> did it
-    reach its end?, did it leave a temporary file?, the seconds of the start (0) and of each new temporary file."""
+    """Start a run and kill it `delay` seconds after its `after`-th new temporary file (0: after its start). -> whether
+    it reached its end, whether it left a temporary file, the seconds at the start (0) and each new temporary file."""
     begun, seen, moments, said, heard, sign = time.time(), files(folder), [0.0], b"", None, 0
     command = [*command, "--results-dir", os.path.dirname(folder), "--name", os.path.basename(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
@@ -47,7 +47,7 @@ def start(command, folder, processes, rng=None, after=1 << 62, delay=0.0):
         if len(ranks) < processes and not hopeless:             # until torchrun has started them all
             ranks = [int(pid) for pid in subprocess.getoutput(f"pgrep -P {process.pid}").split()]
         elif hopeless or heard is None and len(moments) > after and now > moments[after] + delay:
-            heard = said                                        # from now on torchrun complains
+            heard = said                                        # what comes later is torchrun's complaint
             for pid in [process.pid, *ranks] if hopeless or rng.random() < 0.5 else [rng.choice(ranks)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
@@ -80,7 +80,7 @@ def torture(model, args, out):
                *f"--max-steps {steps} --ckpt-every {every} --log-every 3 --sample-every 0".split(),
                "--set", *options.split()]
     *_, moments = start(command, f"{out}/whole", n)
-    ready, pace = moments[1], (moments[-1] - moments[1]) * every / steps     # seconds; per checkpoint
+    ready, pace = moments[1], (moments[-1] - moments[1]) * every / steps     # seconds; `pace`: per checkpoint
     left, torn, lives, rounds = kills, 0, 0, 0
     while left or not rounds:                   # a run that ends before all kills is followed by another
         folder, step, ended, rounds = f"{out}/killed-{rounds}", 0, False, rounds + 1

@@ -1,9 +1,9 @@
-"""Does support/cost.py tell the truth? Its estimate of memory, beside the peak of a real forward and backward pass.
+"""Is the memory that support/cost.py estimates right? Compares it with the peak of a real forward and backward pass.
 
     python benchmarks/memory.py             takes minutes; on a GPU if there is one, in float32 and bf16
 
-On a CPU (Linux, float32) the peak is that of the memory of the process, on a GPU that of PyTorch's allocator. Each
-line is a process of its own. A first pass, which is not measured, makes the gradients and warms up.
+On a CPU (Linux, float32) the peak is that of the process's memory, on a GPU that of PyTorch's allocator. Each line of
+the table is measured in a new process. A first pass makes the gradients and warms up; it is not measured.
 """
 import argparse
 import os
@@ -20,7 +20,7 @@ from support.checkpoint import load_paper  # noqa: E402
 from support.parallel import recompute  # noqa: E402
 from timing import peak_megabytes  # noqa: E402
 
-# paper, preset, shape, number of images, what else build takes
+# paper, preset, shape, number of images, other arguments of build
 CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
          ("diffussm", "DiffuSSM-S", (4, 32, 32), 4, {"num_classes": 10}),
          ("mdm", "tiny", (3, 32, 32), 32, {"text": "bytes"}),
@@ -29,7 +29,7 @@ CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
 
 
 def measured(model, diffusion, batch, bf16, device):
-    """How many bytes the second forward and backward pass needs at most, on top of what is in use before."""
+    """The most bytes that the second forward and backward pass needs, on top of what was in use before it."""
     batch = {k: torch.ones(v.shape, dtype=v.dtype, device=device) for k, v in batch.items()}
     model.to(device).train()
 
@@ -67,7 +67,7 @@ def main():
     if args.line:
         return line(args.line[0], *map(bool, args.line[1:]), device)
     print("preset       shape      images precision checkpoints  estimate  measured  ratio (MiB)", flush=True)
-    # glibc gives back at once what is freed: then the memory of the process is what is alive
+    # these make glibc give freed memory back at once, so the process holds only what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for case in range(len(CASES)):
         for bf16 in "01" if device == "cuda" else "0":

@@ -1,10 +1,10 @@
-"""One run is done by 1, 2 and 4 processes, with and without accumulation and shards. Are the losses equal? Does a run
-that was made in one of these ways continue in any other?
+"""Trains one run with 1, 2 and 4 processes, with and without accumulation and shards. Are the losses equal?
+Can a run that was begun in one of these ways continue in every other?
 
     python benchmarks/processes.py                          gloo on CPUs, minutes
     python benchmarks/processes.py --device cuda            NCCL, with as many GPUs as processes
 
-Prints the largest difference between the losses of 20 steps and those of one process. Then, for all pairs of ways, the
+It prints the largest difference from the losses of one process, over 20 steps. Then, for all pairs of ways, the
 second takes 4 steps from a checkpoint of the first. On CPUs the exit code is 1 if a difference is above 1e-5.
 """
 import argparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the numbers and pictures of README.md and docs/ again. What is done is not done again: stop it whenever you
-# like, and start it again. It was not run as a whole yet. By the sum of its parts it takes half a day on two cores.
+# Makes the numbers and pictures of README.md and docs/ again. You can stop it at any time: the next start goes on with
+# what is missing. It was not run as a whole yet; its parts add up to half a day on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA [EMOJI]
 #
@@ -29,7 +29,7 @@ cp results/dis-shapes/log.csv assets/shapes.csv
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
 
-# the judge, and all studies; `samplers` and `guidance` look at the weights that `minutes` makes
+# the judge, and all studies; `samplers` and `guidance` judge the weights that `minutes` makes
 step judge python benchmarks/judge.py --data mnist --data-dir "$data" --cache results/evidence
 step speed python benchmarks/evidence.py --speed --data-dir "$data"
 step speed-colour python benchmarks/evidence.py --speed --data shapes

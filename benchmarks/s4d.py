@@ -1,9 +1,9 @@
-"""Compares the S4D of diffussm.py with the textbook's: time, memory kept for backward, error; and the time to sample.
+"""Compares the S4D of diffussm.py with the textbook's: time, memory kept for backward, error, time to sample.
 
     python benchmarks/s4d.py                     6 minutes on two CPU cores
     python benchmarks/s4d.py --sizes 2304x1024
 
-All is float32. Gradients go to log_Abar and CB, and to U. The forms take turns in one process, so on a busy machine
+All numbers are float32. Gradients go to log_Abar, CB and U. The forms take turns in one process, so on a busy machine
 you can trust the ratios, but not the milliseconds.
 """
 import argparse
@@ -23,7 +23,7 @@ diffussm = load_paper("diffussm")
 
 
 def kept_megabytes(function, inputs):
-    """-> what autograd keeps for backward, and the output. Tensors that share memory count once. The inputs exist
+    """-> MB that autograd keeps for backward, and the output. Tensors that share memory count once. The inputs exist
     anyway, so they do not count."""
     kept = {}
 
@@ -38,7 +38,7 @@ def kept_megabytes(function, inputs):
 
 
 def textbook(U, log_Abar, CB, direct):
-    """The common way: a convolution per direction, and one of them between two flips."""
+    """The common way: a convolution for each direction. The second one's input and output are flipped."""
     def one(U, K):
         L = U.shape[1]
         Y_hat = torch.fft.rfft(U.mT, n=2 * L) * torch.fft.rfft(K, n=2 * L)
@@ -57,7 +57,7 @@ def ours(U, log_Abar, CB, direct):
 
 
 def compare(title, forms, inputs, device, rounds):
-    """Prints a line for each form. The first form is what ratios refer to; computed in float64, it gives the errors."""
+    """Prints a line for each form. The first form is the reference for the ratios and, in float64, for the errors."""
     def run(form):
         Y = form(*inputs)
         return torch.autograd.grad(Y, inputs, torch.ones_like(Y))
@@ -99,7 +99,7 @@ def main():
     p.add_argument("--sizes", nargs="*", default=["1152x1024", "1152x4096", "2304x1024"],
                    help="channels x tokens; XL has 2304 channels")
     p.add_argument("--state", type=int, default=64)
-    p.add_argument("--tokens", type=int, default=4096, help="of all images, for the convolution")
+    p.add_argument("--tokens", type=int, default=4096, help="tokens of all images together, for the convolution")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()

@@ -1,11 +1,11 @@
-"""The selective scan (support/scan.py): its time and memory, beside the definition's and other people's.
+"""Compares the selective scan of support/scan.py with its definition and with other libraries: time and memory.
 
     python benchmarks/scan.py                       3 minutes on two CPU cores
     python benchmarks/scan.py --sizes 16x256x768    b x L x e: rows, tokens, channels
 
-Other scans are timed if they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA). All is
-float32. The forms take turns in one process. So their ratios hold on a noisy machine, while milliseconds do not. Memory
-is the peak beside the inputs, forward and backward; on a CPU it is measured in a process for each form.
+Other scans are timed if they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA). All
+numbers are float32. The scans take turns in one process, so on a busy machine you can trust the ratios, but not the
+milliseconds. Memory is the peak of forward and backward, without the inputs; on a CPU each scan has its own process.
 """
 import argparse
 import math
@@ -34,12 +34,12 @@ def inputs(b, L, e, N, device, dtype=torch.float32):
 
 
 def plain(*x):
-    """Ours without the fused kernels: `both` sees to that."""
+    """Our scan without the fused kernels: `both` switches them off."""
     return scan.selective_scan(*x)
 
 
 def forms(device):
-    """{name: function}, those that are there."""
+    """-> {name: function}, for the scans that are installed."""
     found = {"definition": dis.selective_scan_ref}
     if device.type == "cuda":
         found["chunked, PyTorch"] = plain
@@ -70,7 +70,7 @@ def both(function, x):
 
 
 def error(got, want):
-    """The largest error of y and the six gradients, relative to the largest entry."""
+    """The largest error of y and the six gradients, each relative to its largest entry."""
     return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want))
 
 
@@ -78,7 +78,7 @@ def compare(size, args, device):
     """Prints a table of all forms at one size. Ratios are to ours."""
     found, x = forms(device), inputs(*size, args.state, device)
     names, times = list(found), 10 if device.type == "cuda" else 1
-    often = names[1:]               # the definition once, warmed up: it may take half a minute
+    often = names[1:]               # the definition is timed once, warmed up: it may take half a minute
     with torch.no_grad():
         forward = turns([lambda f=found[n]: both(f, x) for n in often], device, args.rounds, times)
         forward.insert(0, [milliseconds(lambda: both(found[names[0]], x), device) for _ in range(2)][1:])
@@ -102,7 +102,7 @@ def compare(size, args, device):
 
 
 def growth(args, device):
-    """How the time of ours, forward and backward, grows with each of b, L, e and N alone."""
+    """How the time of our scan, forward and backward, grows if only one of b, L, e and N grows."""
     start = dict(b=4, L=512, e=256, N=16)
     rows = []
     for name in start:
@@ -116,14 +116,14 @@ def growth(args, device):
 
 
 def bound(size, N, device, took):
-    """On a GPU: the time that the moved bytes would take alone, and that of the computed exps. Their rates are measured
-    here and now, by a copy and by a loop of exps."""
+    """On a GPU: the time to move the bytes alone, and the time to compute the exps alone. A copy and a loop of exps
+    measure first how fast this GPU does each."""
     (b, L, e), T, blocks = size, scan.CHUNK["cuda"][0], -(-size[2] // scan.BLOCK)
     x = torch.empty(2**28, device=device)
     copy, loop = turns([x.clone, exp_loop(device)], device, 5, 10)
     copied, exps = 8e3 * x.numel() / median(copy), 64e3 * 2**22 / median(loop)              # per second
-    # forward: u, delta in, y out; backward: u twice, delta, dy in, du, ddelta out; the states of every chunk
-    # out, and in twice; B, C and the parts of dB, dC
+    # forward reads u, delta and writes y; backward reads u twice, delta, dy and writes du, ddelta; the states of
+    # every chunk are written once and read twice; then B, C and the parts of dB, dC
     numbers = b * L * (9 * e + 3 * N * e / T + 4 * N * blocks + 4 * N)
     count = 2 * b * L * e * N
     move, compute = 4e3 * numbers / copied, 1e3 * count / exps
@@ -144,7 +144,7 @@ if triton is not None:
 
 
 def exp_loop(device, n=2**22):
-    """A function that takes n numbers through 64 exps each."""
+    """-> a function that applies 64 exps to each of n numbers, one after another."""
     x = torch.zeros(n, device=device)
     return lambda: exp_kernel[(n // 256,)](x, 256, num_warps=4)
 

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, and that of sampling; and how it grows with tokens, width and batch.
+"""Where do training and sampling spend their time? How does a training step grow with tokens, width and batch?
 
     python benchmarks/step.py                                   all four papers, some minutes on a CPU
     python benchmarks/step.py --models dis -- --data mnist --data-dir DIR       flags after -- are for train.py
     python benchmarks/step.py --throughput dis:DiS-S/2 diffussm:DiffuSSM-S      32x32x4 latents, on a GPU
 
-The steps are those of train.py itself, with a clock around its functions. "Python" is the time that none of them took.
+The steps are those of train.py itself, with a clock around its functions. "Python" is the time outside all of them.
 The time of a part leaves out the parts inside it. On a GPU the clock waits for every part, so the sum is more than a
 step takes without a clock.
 """
@@ -28,7 +28,7 @@ import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from support import checkpoint, inputs, log  # noqa: E402
 
-# The functions that do what a paper is about, forward and backward. They stand in its file or in support.
+# The functions at the core of a paper, forward and backward. They are in its file or in support.
 CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_backward"],
          "mdm": [], "cunet": []}
 SHAPE = {"dis": (4, 32, 32), "diffussm": (4, 32, 32), "mdm": (3, 64, 64), "cunet": (3, 64, 64)}
@@ -41,7 +41,7 @@ def core(model):
 
 
 class Clock:
-    """parts: seconds by name, for each part without the parts inside it."""
+    """parts: seconds by name. The time of a part leaves out the parts inside it."""
 
     def __init__(self, device):
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -91,7 +91,7 @@ def training(model, flags, device, steps=60, warm=6):
               ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
               ("optimizer", torch.optim.AdamW, "zero_grad"), ("logging", log.Log, "loss"),
               ("logging", log.Log, "step"), ("logging", log.Log, "write")]
-    if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own
+    if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own loss
         places.append(("network", type(paper.build("tiny", (1, 32, 32))[1]), "loss"))
     with tempfile.TemporaryDirectory() as folder, clock.watch(*places), \
             mock.patch.object(inputs, "batches", batches), mock.patch.object(train, "update_ema", ema), \
@@ -168,7 +168,7 @@ def growth(models, device, rounds):
 
 
 def throughput(names, device, batch):
-    """Images per second in training and peak memory, with and without what makes it fast."""
+    """Images per second in training, and peak memory: with and without the fused scan and compilation."""
     dis, rows = checkpoint.load_paper("dis"), []
     scan = sys.modules.get("support.scan", dis)
     for name in names:
@@ -198,9 +198,9 @@ def main():
     p.add_argument("--models", nargs="*", default=list(CORES), choices=list(CORES))
     p.add_argument("--steps", type=int, default=60, help="training steps; the first six do not count")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rounds", type=int, default=5, help="how often each time of the growth is measured")
+    p.add_argument("--rounds", type=int, default=5, help="how often the growth measures each time")
     p.add_argument("--throughput", nargs="+", metavar="PAPER:PRESET", help="measure only the throughput of these")
-    p.add_argument("--batch", type=int, default=64, help="images, for --throughput")
+    p.add_argument("--batch", type=int, default=64, help="images in a step, for --throughput")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = p.parse_args(sys.argv[1:end]), sys.argv[end + 1:]
     device = torch.device(args.device)

@@ -35,7 +35,7 @@ def turns(functions, device, rounds, times=1):
 
 
 def ratio(records, others):
-    """How many times as long the first function took as the second: the median over the rounds."""
+    """The time of the first function divided by that of the second: the median over the rounds."""
     return median(a / b for a, b in zip(records, others))
 
 
@@ -45,7 +45,7 @@ def kilobytes(key):
 
 
 def peak_megabytes(function, device):
-    """How much memory a call needs at most, on top of what is in use before. On a CPU (Linux) the process must be
+    """The most memory that a call needs, on top of what was in use before it. On a CPU (Linux) the process must be
     new: memory that an earlier call used and gave back would not count again."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()

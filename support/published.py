@@ -1,9 +1,9 @@
-"""The network of cU-Net's published code, in one file: preset `published` of cunet.py, to count and to try.
+"""The network of cU-Net's published code, in one file: preset `published` of cunet.py, to try it and to count.
 
 It is what the authors' release (github.com/Sergio20f/cDDPM, cUNet.py) computes, and not what the paper writes: a
 first-order ODE, whose network never sees the diffusion step. docs/cunet.md lists the differences. Three things are
-still ours: sizes that are not multiples of 16 work, and the diffusion around it has the linear schedule and predicts
-eps (the code: a sigmoid schedule, and v; predict=v can be set, the sigmoid cannot).
+still ours: sizes that are not multiples of 16 work, the schedule is linear, and the network predicts eps. The code has
+a sigmoid schedule and predicts v. Here predict=v can be set, but a sigmoid schedule cannot.
 
 Letters: B images, h x w the size of a level, `width` its channels.
 """
@@ -25,11 +25,11 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 
 
 class PublishedBlock(nn.Module):
-    """state (B, width, h, w) at inner time 0 -> at 1, by state' = f(state), with instance norms and no diffusion step.
+    """state(0) -> state(1), both (B, width, h, w), by state' = f(state). f has instance norms and does not see t.
 
-    residual=False is what we take the paper's "wo/R" to be, from its parameter count. There the second convolution is
-    1x1, and the embedding of the diffusion step is added before the block: only this variant sees it. `odeint`,
-    `rk4_step`, `solve` and `nfe` are explained in cunet.py, DynamicBlock. The authors ran torchdiffeq's rk4, one step.
+    residual=False is our reading of the paper's "wo/R", from its parameter count. There the second convolution is 1x1,
+    and the embedding of the diffusion step is added before the block, so only this variant sees it. DynamicBlock in
+    cunet.py explains `odeint`, `rk4_step`, `solve` and `nfe`. The authors ran one step of torchdiffeq's rk4.
     """
 
     def __init__(self, width, residual, solver, steps, rtol, atol, gradients):
@@ -115,10 +115,10 @@ class PublishedAttention(nn.Module):
 
 
 class Published(nn.Module):
-    """(x_t, t) -> prediction, then the channels of a learned variance. There is no class."""
+    """(x_t, t) -> prediction; if the variance is learned, its channels follow. There is no class."""
 
     LEVELS = 4                                  # and one more below, the bottleneck
-    unit = PublishedBlock                       # what FSDP2 gathers at a time, and --grad-checkpointing recomputes
+    unit = PublishedBlock                       # FSDP2 gathers one at a time, --grad-checkpointing recomputes it
 
     def __init__(self, shape, nf: int = 16, num_classes=0, attention: bool = True, residual: bool = True,
                  solver: Literal[FIXED + ADAPTIVE] = "rk4", steps: int = 1, rtol: float = 1e-3, atol: float = 1e-3,
@@ -127,15 +127,15 @@ class Published(nn.Module):
         if num_classes:
             raise UserError("the published layout takes no class: pass --num-classes 0")
         if max(shape[1:]) <= 2**self.LEVELS:
-            raise UserError(f"the published layout norms each channel at 1/{2**self.LEVELS} of the image's size, where "
-                            f"more than one pixel must be left: use images larger than {2**self.LEVELS} px")
+            raise UserError(f"the published layout normalizes each channel at 1/{2**self.LEVELS} of the image's size, "
+                            f"and one pixel is too few for that: use images larger than {2**self.LEVELS} px")
         self.shape, self.num_classes = shape, 0
 
         def block(width):
             return PublishedBlock(width, residual, solver, steps, rtol, atol, gradients)
 
-        # sines on even columns, cosines on odd ones. The code doubles the exponent of the usual embedding, so that
-        # wavelengths reach nearly 2 pi 10^8. A table without gradients: dead weight, but for residual=False
+        # Sines on even columns, cosines on odd ones. The code doubles the exponent of the usual embedding, so
+        # wavelengths reach nearly 2 pi 10^8. The table is not trained, and only residual=False reads it.
         angles = torch.arange(1000)[:, None] * 10_000 ** (-torch.arange(128) / 64)  # (1000, 128)
         table = rearrange([angles.sin(), angles.cos()], "two t j -> t (j two)")     # (1000, 256)
         self.table = nn.Parameter(table, requires_grad=False)
@@ -177,7 +177,7 @@ class Published(nn.Module):
 
     @property
     def nfe(self):
-        """Evaluations of f since the last forward began, a block's mean. train.py logs it."""
+        """How often f was evaluated since the last forward began: the mean of the blocks. train.py logs it."""
         blocks = [m for m in self.modules() if isinstance(m, self.unit)]
         return sum(block.nfe for block in blocks) / len(blocks)
 

@@ -17,7 +17,7 @@ from diffusion import UserError
 
 
 class UNet(nn.Module):
-    """(x_t, t, y) -> prediction (eps, or what the Diffusion says), then the channels of a learned variance.
+    """(x_t, t, y) -> prediction (eps, or what Diffusion asks for); if the variance is learned, its channels follow.
 
     Each of the four levels has two residual blocks and attention. It is linear attention, whose cost is linear in the
     number of positions, except at the lowest level and in the middle. Each level leaves two skips, after its first
@@ -90,11 +90,11 @@ class ResBlock(nn.Module):
         return F.silu(self.norm2(self.conv2(hidden))) + self.residual(x)
 
 
-UNet.unit = ResBlock        # what FSDP2 gathers at a time, and what --grad-checkpointing recomputes
+UNet.unit = ResBlock        # FSDP2 gathers one at a time, --grad-checkpointing recomputes it
 
 
 def group_norm(channels):
-    """8 groups. There are fewer if they would be unequal or have less than 4 channels: a group of one channel would be
+    """1, 2, 4 or 8 groups: the most that are equal and leave each at least 4 channels. A group of one channel would be
     an instance norm, which forgets the mean of every channel."""
     groups = max(d for d in (1, 2, 4, 8) if d == 1 or channels % d == 0 and channels >= 4 * d)
     return nn.GroupNorm(groups, channels)
@@ -120,8 +120,8 @@ class FullAttention(nn.Module):
 
 
 class LinearAttention(FullAttention):
-    """The same task at a cost linear in the positions: a softmax of q over its channels, one of k over the positions,
-    and v k^T first, which is only d x d."""
+    """The same task, at a cost linear in the number of positions: q gets a softmax over its channels, and k one over
+    the positions. So v k^T can be computed first, and it is only d x d."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -147,7 +147,7 @@ class ChannelNorm(nn.Module):
 
 
 def pixels_to_channels(x):
-    """(B, channels, h, w) -> (B, 4 channels, h/2, w/2): each 2 x 2 pixels become channels. An odd edge is repeated."""
+    """(B, channels, h, w) -> (B, 4 channels, h/2, w/2): 2 x 2 pixels become channels. An odd size repeats its edge."""
     x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate")
     return rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=2, p2=2)
 

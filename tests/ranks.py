@@ -43,7 +43,7 @@ def start(folder, world, program, *argv):
 
 
 def launch(folder, world, program, *argv):
-    """The same, to their end, which must be a good one -> what they said. One that fails ends the others."""
+    """Start processes, wait until they end -> what they said. All must succeed; if one fails, the others are killed."""
     processes = start(folder, world, program, *argv)
     while alive := [p.sentinel for p in processes if p.exitcode is None]:
         if any(p.exitcode for p in processes) or not wait(alive, 200):

@@ -1,8 +1,8 @@
-"""The training step in numbers: what train.py must do, whatever files its parts lie in. Only its command line
-and the files of a run are used here. A table holds the first steps of every paper; a model of two weights
-tells what it was given, and its steps are taken again by hand. This file is that model: see `build`.
+"""The training step in numbers. These tests use only the command line of train.py and the files of a run, so its
+parts can lie in any file. A table holds the first steps of every paper. A model of two weights writes down what
+it was given, and a test takes its steps again by hand. This file is that model: see `build`.
 
-    python -m tests.test_golden         prints the table anew, for a change of numbers that is meant
+    python -m tests.test_golden         prints the table anew, after an intended change of numbers
 """
 import contextlib
 import csv
@@ -26,9 +26,9 @@ PAPERS = {"dis": ["--image-size", 8, "--hflip"],
           "diffussm": ["--image-size", 8, "--grad-clip", 0],
           "mdm": ["--image-size", 16, "--hflip", "--cond", "text"],
           "cunet": ["--image-size", 8]}
-# COLUMNS of each step, nan where no t fell into a band; then three norms of the output layer, which begins at
-# 0: of the raw weights, of the averaged, of their difference. They were the same to 5 digits in torch 2.6 and
-# 2.13, on one thread and two, with and without AVX.
+# A line for each step has COLUMNS, and nan where no t fell into a band. The last line has three norms of the output
+# layer, which begins at 0: raw weights, averaged weights, their difference. All these numbers were the same to 5
+# digits in torch 2.6 and 2.13, on one thread and two, with and without AVX.
 GOLDEN = {
     "dis": """
         0.653159  0.52384   0.659959  0.729286  0.666638  0.652315  3.366     0.001
@@ -54,7 +54,7 @@ GOLDEN = {
 
 
 def run(folder, *flags, processes=1):
-    """-> lines of log.csv as floats (steps, columns), what latest.pt holds."""
+    """-> the lines of log.csv as floats (steps, columns), and what latest.pt holds."""
     flags = [str(f) for f in (*COMMON, "--results-dir", folder, *flags)]
     if processes == 1:
         train.main(flags)
@@ -83,14 +83,14 @@ def check(rows, saved, name):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_first_steps_of_every_paper(tmp_path, name):
-    """Most wrong lines show here, but not why; only here those in a paper's own loss or first weights. All
-    gradients but one are above the limit, and DiffuSSM goes without it."""
+    """Most wrong lines of code fail here, without saying why. Those in a paper's own loss or first weights fail only
+    here. All gradients but one are above the limit of clipping; DiffuSSM has no limit."""
     check(*run(tmp_path, "--model", name, *PAPERS[name]), name)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_batch_in_parts_is_the_same_step(tmp_path, processes):
-    """Only here does it show if processes exchange gradients in the first part of a batch, not the last."""
+    """No other test fails if processes exchange gradients in the first part of a batch instead of the last."""
     _, whole = run(tmp_path / "whole", *PAPERS["dis"])
     rows, parts = run(tmp_path / "parts", *PAPERS["dis"], "--grad-accum", 2, processes=processes)
     check(rows, parts, "dis")
@@ -101,7 +101,7 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path, processes):
 # --- two weights ------------------------------------------------------------------------------------------
 
 def probe(folder, *flags):
-    """run() with this file's model -> also a dict for each micro-batch, of what the model was given."""
+    """run() with this file's model -> its results, and for each micro-batch a dict of what the model was given."""
     given = folder / "given"
     given.mkdir(parents=True)
     flags = ["--model", __file__, "--image-size", 8, "--set", f"given={given}", "--lr", 0.1, *flags]
@@ -110,8 +110,8 @@ def probe(folder, *flags):
 
 @pytest.mark.parametrize("clip, parts", [(0.3, 1), (0, 2)])
 def test_every_step_by_hand(tmp_path, clip, parts):
-    """Tells what is wrong if the warm-up begins at zero, the cosine ends above it, a rate comes late, a
-    gradient is not cut, the average is taken before the step, or a line of the log keeps earlier bands."""
+    """Tells what is wrong if the warm-up begins at zero, the cosine ends above zero, a rate comes late, a gradient
+    is not clipped, the average is taken before the step, or a line of the log keeps earlier bands."""
     rows, saved, given = probe(
         tmp_path, "--grad-clip", clip, "--grad-accum", parts, "--max-steps", 7, "--warmup-steps", 3,
         "--beta2", 0.9, "--weight-decay", 0.1, "--ema-decay", 0.3)
@@ -160,18 +160,18 @@ def test_what_the_model_is_given(tmp_path):
 
 
 def test_pictures_are_of_the_averaged_weights(tmp_path):
-    """While it trains and at the end; no other test here looks. A picture shows the first weight."""
+    """During training and at its end. No other test here looks at pictures. A picture shows the first weight."""
     _, last, _ = probe(tmp_path, "--max-steps", 2, "--sample-every", 1, "--ckpt-every", 1, "--lr", 0.3,
                        "--warmup-steps", 0, "--lr-schedule", "constant")
     first = torch.load(tmp_path / "run" / "checkpoints" / "0000001.pt", weights_only=True)
     for weights, picture in ((first, "samples/step_0000001.png"), (last, "samples.png")):
-        grey = np.asarray(Image.open(tmp_path / "run" / picture))[-20, -20] / 127.5 - 1     # of the last one
+        grey = np.asarray(Image.open(tmp_path / "run" / picture))[-20, -20] / 127.5 - 1     # a pixel of the last one
         ema, raw = weights["ema"]["weight"][0].item(), weights["model"]["weight"][0].item()
         assert grey == pytest.approx(ema, abs=0.01) and abs(raw - ema) > 0.02
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    """Though its loss is. Only here: at the next step the loss would tell, so this one is the last."""
+    """The loss of this step is finite. No other test sees this: after one more step the loss would tell."""
     with pytest.raises(SystemExit) as stopped:
         probe(tmp_path, "--preset", "broken", "--max-steps", 1)
     assert stopped.value.code == 2 and "gradient is not finite at step 1" in capsys.readouterr().err
@@ -185,12 +185,12 @@ CONFIGS = {"tiny": {"broken": False}, "broken": {"broken": True}}
 
 
 def slope(noise):
-    """Of each example's loss, in the two weights: (B, C, H, W) -> (B, 2)."""
+    """The slope of each example's loss in the two weights: (B, C, H, W) -> (B, 2)."""
     return noise.flatten(1)[:, :2]
 
 
 class Probe(torch.nn.Module):
-    """Writes down what it is given, a file for each micro-batch. broken: loss finite, gradient not."""
+    """Writes down what it is given, a file for each micro-batch. broken: its loss is finite, its gradient is not."""
 
     def __init__(self, given, broken):
         super().__init__()
@@ -204,7 +204,7 @@ class Probe(torch.nn.Module):
 
 
 class Diffusion:
-    """Of five steps, one in each band of log.csv."""
+    """A diffusion of five steps, one in each band of log.csv."""
     T = 5
 
     def noise_shape(self, shape):

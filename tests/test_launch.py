@@ -16,7 +16,7 @@ import torch, inspect
 assert DiS.__name__ == "DiS" and inspect.isfunction(disassemble)
 print(sum(p.numel() for p in DiS((1, 8, 8), width=32, depth=2).parameters()), "parameters")
 """
-# in a notebook Python's is loaded long before
+# in a notebook Python's dis is loaded long before ours
 NOTEBOOK = """
 import dis, torch, sys
 sys.path.insert(0, "ROOT")
@@ -39,8 +39,8 @@ STEPS = [*TRAIN, "--max-steps", "2"]
 SAMPLE = ["--ckpt", "CKPT", "--num-samples", "1", "--steps", "1", "--device", "cpu", "--out", "RESULTS/a.png"]
 SAFE = {"PYTHONSAFEPATH": "1"}                  # from Python 3.11 on; earlier ones ignore it. `python -I` includes it.
 
-# name: command, what it must say, settings of the environment. ROOT is a copy of the repository, where all start but
-# those "elsewhere": they start in an empty folder.
+# name: command, what it must say, settings of the environment. ROOT is a copy of the repository. All commands start in
+# it, except those "elsewhere": they start in an empty folder.
 LAUNCHES = {
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of", {}),
     "smoke": (["python", "train.py", "--smoke", *TRAIN], "all worked", {}),
