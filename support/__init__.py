@@ -2,9 +2,11 @@
 
     data        datasets, shapes (drawn), text (of captions), latents (of a VAE), inputs (for train.py),
                 prepare (a command)
-    runs        checkpoint, parallel (devices, processes), cli (errors, flags), options (of `build`)
+    runs        checkpoint, parallel (devices, processes), cli (errors, flags), options (of `build`), log
     results     pictures, fid, denoise, cost (multiply-adds, memory)
-    speed       the fast forms of what the papers define
+    speed       scan (of DiS), longconv (of DiffuSSM)
+    baselines   unet, published (both of cU-Net)
+    a name      namesake: lets a file be called dis.py
 
 The papers, train.py and sample.py import from here; nothing here imports them.
 """

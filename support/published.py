@@ -3,7 +3,7 @@
 It is what the authors' release (github.com/Sergio20f/cDDPM, cUNet.py) computes, and not what the paper writes: a
 first-order ODE, whose network never sees the diffusion step. docs/cunet.md lists the differences. Three things are
 still ours: sizes that are not multiples of 16 work, the schedule is linear, and the network predicts eps. The code has
-a sigmoid schedule and predicts v. Here predict=v can be set, but a sigmoid schedule cannot.
+a sigmoid schedule and predicts v. Here predict=v can be set, and there is no sigmoid schedule.
 
 Letters: B images, h x w the size of a level, `width` its channels.
 """
