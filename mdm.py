@@ -11,8 +11,8 @@ the core of a larger one.
     z_t^r = alpha_t^r D_r(x) + sigma_t^r eps^r,    eps^r ~ N(0, I),    r = 1 .. R, one t for all     (Eq. 2)
     loss  = sum over r of omega_t^r |x_theta^r(z_t, t) - D_r(x)|^2,    omega^r / omega^R = N_R / N_r (Eq. 3)
 
-Glossary. B: pictures in a batch. R: resolutions; lists of them begin with the coarsest, as the paper's index r does,
-but count from 0. T: diffusion steps. frames: pictures in a clip, 1 for a picture. L: words in a caption. K: letters in
+Glossary. B: pictures in a batch. R: resolutions. Lists of them begin with the coarsest, like the paper's index r, but
+count from 0. T: diffusion steps. frames: pictures in a clip, 1 for a picture. L: words in a caption. K: letters in
 a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), row, col, l, heads.
 
 | code             | symbol            | shape               | meaning                                                |
@@ -21,26 +21,28 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `reduce`         | D_r               |                     | the picture at resolution r (Section 3.1)              |
 | `z`              | z_t^1 .. z_t^R    | [(B, C, H_r, W_r)]  | the extended space: every resolution, noised           |
 | `levels[r]`      | alpha^r, sigma^r  |                     | its schedule: alpha^2 = alpha_bar = 1 - sigma^2        |
-| `noise`          | eps^1 .. eps^R    | (B, numbers)        | of all resolutions in a row; see `unpack`              |
+| `noise`          | eps^1 .. eps^R    | (B, numbers)        | of all resolutions, one after the other; see `unpack`  |
 | `weights`        | omega^r N_r / N_R | R numbers           | of the mean squared errors; see departure 1            |
 | `h`              |                   | (B frames, C, H, W) | features of a network                                  |
 | `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
-| `e`, `pooled`    |                   | (B, E)              | embedding of t and more; the part that is from `words` |
+| `e`, `pooled`    |                   | (B, E)              | embedding of t and more; its part that is from `words` |
 
 Departures of this file from the paper or from the authors' code. docs/mdm.md has them in full, beside a map of the
 paper's sections.
  1. The loss adds up *means* over pixels. Eq. 3 sums over pixels and weights by N_R / N_r, which is the same.
  2. error="eps" is the code's loss, "x0" the paper's (omega_t = 1); the tiny presets use "v". With "eps" the fine
     resolutions learn least: the network predicts v, and the error of eps is alpha^2 times that of v.
- 3. The shift of schedules is the code's: SNR / (side / coarsest side)^power. The paper has no formula. Frames add none.
+ 3. The shift of schedules is the code's: SNR / (side / coarsest side)^power. The paper has no formula. More frames in a
+    clip shift nothing.
  4. Batches of mixed resolutions are the paper's default. A misplaced key turns them off in the released settings. They
     are off here, too, unless you pass, say, mixed=[1, 0.67].
  5. Text: padding is masked, and a learned token means "no text". The code attends to padding and has an empty prompt.
  6. A class is a caption of one token. In the code it is a one-hot vector, and that path does not run.
  7. Sampling begins at t = T - 1. The code's 50 steps begin at 980, from pure noise.
  8. Video has five dimensions and its attention knows the order of frames. The code folds 16 frames into a mosaic.
- 9. Inputs are never divided by their deviation; the code's 256 px level inside 1024 px is. Group norms differ, too.
-10. The size of the original picture (micro=True) is the code's. The paper's main text does not mention it.
+ 9. No input is divided by its deviation. The code does this in one place: the 256 px level of its 1024 px model. Group
+    norms differ, too.
+10. micro=True tells the network the size of the original picture. The code has this; the paper's main text does not.
 11. No described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come close.
 """
 import copy
@@ -64,7 +66,7 @@ except ImportError:                         # this file and diffusion.py alone: 
 # --- the extended space: Section 3.1 ----------------------------------------------------------------
 
 def reduce(x, shape):
-    """D_r: x (B, C, [frames,] H, W) -> (B, *shape). Means of blocks in space, the first frame in time."""
+    """D_r: x (B, C, [frames,] H, W) -> (B, *shape). Means of blocks. As a picture, a clip is its first frame."""
     if x.ndim > len(shape) + 1:
         x = x[:, :, 0]                                                                # (B, C, H, W)
     k = x.shape[-1] // shape[-1]
@@ -76,8 +78,8 @@ class ExtendedDiffusion:
     call. Authors: ml_mdm/diffusion.py, NestedDiffusion; ml_mdm/samplers.py, NestedSampler.
 
     alpha_bar (T,), the schedule of the coarsest resolution
-    shapes    coarsest first: [(3, 16, 16), (3, 32, 32)]. Of clips (C, frames, H, W), but the coarsest is the first
-              frame alone: [(3, 16, 16), (3, 8, 16, 16), (3, 8, 32, 32)]
+    shapes    coarsest first: [(3, 16, 16), (3, 32, 32)]. Those of clips are (C, frames, H, W), but their coarsest
+              resolution is the first frame alone: [(3, 16, 16), (3, 8, 16, 16), (3, 8, 32, 32)]
     predict   what the network's outputs mean; error: which quantity's squared error is the loss. "v" | "x0" | "eps"
     power     the signal-to-noise ratio of resolution r is the coarsest one's divided by (side_r / side_1)^power
     weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": the finest error alone, the paper's
@@ -95,7 +97,7 @@ class ExtendedDiffusion:
         check_resolutions(self.weights, ones if mixed is None else mixed, self.R)
         self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict) for s in shapes]
         for level in self.levels:
-            # Squared errors as multiples of v's: eps - eps' = alpha (v - v'), x0 - x0' = sigma (v' - v).
+            # Each squared error is a multiple of that of v: eps - eps' = alpha (v - v'), x0 - x0' = sigma (v' - v).
             times_v = {"v": torch.ones_like(alpha_bar), "eps": level.alpha_bar, "x0": 1 - level.alpha_bar}
             level.tables["rescale"] = times_v[error] / times_v[predict]
 
@@ -103,7 +105,7 @@ class ExtendedDiffusion:
         """x0 (B, C, [frames,] H, W), t (B,), noise (B, numbers), see `noise_shape` -> {"loss", "loss_1" .. "loss_R"},
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
         errors = (self.mixed_errors if self.mixed else self.errors)(model, x0, t, noise, **cond)     # [(B,)]
-        # Divided by its chance, a resolution counts on average as much as in unmixed batches.
+        # The division by the chance of a resolution makes it count, on average, as much as in unmixed batches.
         weights = [w / chance for w, chance in zip(self.weights, self.mixed or [1] * self.R)]
         total = sum(w * error for w, error in zip(weights, errors))                        # Eq. 3, (B,)
         return {"loss": total} | {f"loss_{r + 1}": error for r, error in enumerate(errors)}
@@ -119,12 +121,12 @@ class ExtendedDiffusion:
                 for (level, x_r, t_r, eps), out in zip(each, outs)]                        # [(n,)]
 
     def mixed_errors(self, model, x0, t, noise, **cond):
-        """Like `errors`, but a row has resolution r with the chance mixed[r] -> [(B,)], 0 where it has not. Its noise
-        decides which, so the number of processes changes nothing."""
+        """Like `errors`, but a row has resolution r with the chance mixed[r] -> [(B,)], 0 where it has not. The row's
+        noise decides, so the result does not depend on the number of processes."""
         u = torch.special.ndtr(noise[:, -1])                # normal -> uniform in 0 .. 1, (B,)
         order = u.argsort()                                 # rows with the finest resolution first, (B,)
         has = u[order, None] <= torch.tensor(self.mixed, device=t.device)                  # (B, R)
-        # One row at least is computed, even if it does not count: under DDP no weight may go unused.
+        # At least one row is computed, even if it does not count: under DDP every weight must be used.
         rows = has.sum(0).clamp(min=1).tolist()             # on the CPU: waits for the GPU
         cond = {k: v[order] for k, v in cond.items() if v is not None}
         errors = self.errors(model, x0[order], t[order], noise[order], rows, **cond)       # [(n,)]
@@ -132,11 +134,11 @@ class ExtendedDiffusion:
 
     def visible(self, z):
         """What the network may see: zeros for a resolution of weight 0. It is not trained, so in sampling its z would
-        mean nothing. In training it would show a less noisy copy, which sampling does not have."""
+        mean nothing. In training it would show a less noisy copy of the picture, which sampling does not have."""
         return [z_r if w else torch.zeros_like(z_r) for z_r, w in zip(z, self.weights)]
 
     def noise_shape(self, shape):
-        """Of the normal numbers for a row of `loss`: noise for each resolution, all independent (as in the code; the
+        """How many normal numbers a row of `loss` needs: independent noise for each resolution (as in the code; the
         paper writes only the marginals), and one number more, for `mixed`."""
         return (sum(self.sizes) + 1,)
 
@@ -157,8 +159,8 @@ class ExtendedDiffusion:
     @torch.no_grad()
     def sample_levels(self, model, shape, seeds, *, sampler="ddim", steps="50", eta=0.0, cfg_scale=1.0, clip=True,
                       on_step=None, **cond):
-        """Like diffusion.Diffusion.sample, without `start`, but -> every resolution, [(B, *shape_r)]. All are denoised
-        in parallel, by one call of the network a step, each by its own schedule. on_step gets lists."""
+        """Like diffusion.Diffusion.sample, without `start` -> every resolution, [(B, *shape_r)]. One call of the
+        network a step denoises all of them, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
             raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}: ask for that shape")
         short, numbers = self.respaced(steps), (sum(self.sizes),)
@@ -196,10 +198,11 @@ class UNet(nn.Module):
     """The network of the coarsest resolution, and the U that NestedUNet shares. Authors: ml_mdm/models/unet.py, UNet.
 
     shape     (C, H, W) of its pictures, or (C, frames, H, W) of its clips
-    channels, blocks, attention: of each size of the U, largest first. Residual blocks on the way down (one more going
-              up) and layers of attention after each. middle: layers in the middle
+    channels, blocks, attention: a number for each size of the U, largest first. blocks: residual blocks on the way
+              down; there is one more on the way up. attention: layers of attention after each block
+    middle    layers of attention in the middle. None: no middle
     condition a Condition with tokens of width D, or None
-    temporal  from size to size the frames halve, not height and width, and pixels look along time
+    temporal  each smaller size has half the frames, not half the height and width; each pixel looks at all frames
     micro     micro-conditioning: the network is told the original size of each picture
     """
 
@@ -250,12 +253,12 @@ class UNet(nn.Module):
 
     def denoise(self, z, t, words, pooled, size, above=None):
         """z [(B, *shape_1), .., (n, *shape)] up to this resolution -> predictions like z, and features (n frames,
-        C_1, H, W) before the head. above: what the network around this one hands in, for the first rows or all."""
+        C_1, H, W) before the head. above: features that the network around this one adds to all rows or the first."""
         x, t_x, side = z[-1], t[:len(z[-1])], min(self.shape[-2:])
         e = self.embed_t(sinusoid(t_x, self.sines))                                   # (n, E)
         if pooled is not None:
             e = e + pooled[:len(x)]
-        if self.micro:                          # no level is told of more than its own side
+        if self.micro:                          # a level is told at most its own side
             own = torch.full_like(t_x, side) if size is None else size[:len(x)].clamp(max=side)
             e = e + self.micro(sinusoid(own, self.sines))
         h = self.stem(rearrange(x, "b c f row col -> (b f) c row col") if x.ndim == 5 else x)
@@ -271,7 +274,7 @@ class UNet(nn.Module):
                 skips.append(h)
         outs, h = self.inside(h, e, z[:-1], t, words, pooled, size)
         for i, stages in enumerate(self.up):    # i counts from the lowest
-            for stage in stages:                # each with the features from its own height
+            for stage in stages:                # each also gets features of its size from the way down
                 h = stage(torch.cat([h, skips.pop()], dim=1), e, words)               # (n frames, C_i, H_i, W_i)
             if i < len(self.grow):
                 h = self.grow[i](h, len(e), skips[-1])                                # as large as skips[-1]
@@ -280,7 +283,7 @@ class UNet(nn.Module):
         return [*outs, out], h
 
     def inside(self, h, e, z, t, words, pooled, size):
-        """At the bottom of the U -> the predictions of inner networks, and features like h."""
+        """What happens at the bottom of the U -> the predictions of inner networks, and features like h."""
         for stage in self.middle:
             h = stage(h, e, words)
         return [], h
@@ -333,15 +336,15 @@ class NestedUNet(UNet):
 # --- the blocks, in the order the data meets them -----------------------------------------------------
 
 def zero(layer):
-    """Start a layer at zero: what it adds to is at first unchanged."""
+    """Start a layer at zero, so that at first it adds nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def group_norm(C):
-    """At most 32 groups, as many as divide C, each of 4 channels or more where C allows. (A group of one channel
-    would lose its mean. The authors always have 32 groups.)"""
+    """At most 32 groups. Their number divides C, and each has 4 channels or more where C allows: a group of one
+    channel would lose its mean. (The authors always have 32 groups.)"""
     return nn.GroupNorm(math.gcd(C, min(32, max(1, C // 4))), C)
 
 
@@ -399,8 +402,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each position looks at all others and, with the same query, at the words. The two results are added. A small
-    network follows. h (B, C, H, W) -> the same shape. Authors: ml_mdm/models/unet.py, SelfAttention."""
+    """Each position looks at all others and, with the same query, at the words. The two results are added. An MLP
+    follows. h (B, C, H, W) -> the same shape. Authors: ml_mdm/models/unet.py, SelfAttention."""
 
     def __init__(self, C, heads, text_width):
         super().__init__()
@@ -506,8 +509,8 @@ class Condition(nn.Module):
         elif text is None:
             tokens = self.null.expand(len(t), 1, -1)                                  # (B, 1, D)
         else:
-            # In a row without a valid token all become "no text", and the first is made valid: attention over no
-            # token means nothing, and the mean of none, below, would be 0/0.
+            # A row without a valid token gets the token "no text" everywhere, and the first one is made valid: there is
+            # no attention to no token, and the mean over no token, below, would be 0/0.
             none = ~mask.any(dim=1, keepdim=True)                                     # (B, 1)
             tokens = torch.where(none[..., None], self.null, self.source(text))       # (B, L, D)
             mask = torch.cat([mask[:, :1] | none, mask[:, 1:]], dim=1)                # (B, L)
@@ -563,13 +566,13 @@ CONFIGS = {                         # `outer` lists levels from the inside out; 
     "cc12m-64": _RELEASED | dict(outer=()),
     "cc12m-256": _RELEASED | dict(outer=(_X4,)),
     "cc12m-1024": _RELEASED | dict(outer=(_X4, _X16), power=2),
-    # With the paper's two text layers (docs/mdm.md, departure 11). The widths of the temporal level are ours.
+    # With the paper's two text layers; see departure 11 in docs/mdm.md. The widths of the temporal level are ours.
     "paper-256": _PAPER | dict(outer=(_X4,)),
     "paper-128-256": _PAPER | dict(outer=(dict(channels=(128, 256), blocks=(2, 1)),
                                           dict(channels=(64, 128), blocks=(2, 1)))),
     "paper-1024": _PAPER | dict(outer=(_X4, _X16), power=2),
     "paper-video": _PAPER | dict(temporal=dict(channels=(256,) * 5, blocks=(1,) * 5), outer=(_X4,)),
-    # For two CPU cores. The error of v, so that a short training reaches the fine resolutions too.
+    # For two CPU cores. The loss is the error of v, so that a short training reaches the fine resolutions too.
     "tiny": _TINY | dict(outer=(dict(channels=(24, 48), blocks=(1, 1)), dict(channels=(12, 24), blocks=(1, 1)))),
     # {14, 28}, for MNIST. x0 prediction: chosen for minutes on a CPU (docs/results.md).
     "mini": _TINY | dict(channels=(32, 64), embedding=128, predict="x0", error="x0",
@@ -603,7 +606,7 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
              predict: Literal["v", "x0", "eps"] = "v", error: Literal["v", "x0", "eps"] = "eps",
              power: Annotated[float, 0, 10] = 1, weights: Literal["finest"] | list[float] | None = None,
              mixed: list[float] | None = None):
-    """The networks, from the inside out, and their diffusion. support/options.py checks options by these types.
+    """Builds the networks, from the inside out, and their diffusion. support/options.py checks options by these types.
 
     channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it, see levels_for. temporal:
     the level that makes a frame into a clip. side: the coarsest pictures are about so wide. text_width: D. layers: of
@@ -635,8 +638,8 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
 
 
 def levels_for(shape, outer, side):
-    """Which outer levels a picture of `shape` gets: one after the other, from the inside out, while the coarsest
-    pictures stay at least 3/4 of `side` wide -> those, and the ratio of the finest side to the coarsest."""
+    """Chooses the outer levels for a picture of `shape`. It takes one after the other, from the inside out, while the
+    coarsest pictures stay at least 3/4 of `side` wide. -> the levels; the ratio of the finest side to the coarsest."""
     chosen, ratio = [], 1
     for level in outer:
         larger = ratio * 2 ** (len(level["channels"]) - 1)

@@ -1,5 +1,5 @@
-"""What `python dis.py`, `python diffussm.py`, `python mdm.py` and `python cunet.py` print: parameters and multiply-adds of
-their presets, beside the paper's figures. A function for each paper."""
+"""What `python dis.py`, `python diffussm.py`, `python mdm.py` and `python cunet.py` print: parameters and multiply-adds
+of their presets, beside the paper's figures. A function for each paper."""
 import math
 from unittest import mock
 
@@ -18,7 +18,7 @@ DIS = {"S": (28.4, 0.43), "B": (119.1, 1.86), "M": (229.4, 3.70), "L": (404.0, 6
 
 def counted(paper, preset, shape, num_classes=0, mixers=True):
     """Multiply-adds of one forward pass for one image. Each pair of a shallow and a deep block costs the same, so it is
-    enough to count without a pair and with one. mixers: with them, or all but them."""
+    enough to count a model without pairs and one with a pair. mixers: count them, too, or all but them."""
     def at(depth):
         with torch.device("meta"):
             model, diffusion = paper.build(preset, shape, num_classes, depth=depth)
@@ -50,10 +50,10 @@ def dis():
         preset = f"DiS-{size}/2"
         print(f"{preset} {parameters(paper, preset, latents, 1000):13,d}"
               f" {counted(paper, preset, latents, 1000) / 1e9:14.2f}G")
-    print("\nWhy are the paper's GFLOPs a fraction of the multiply-adds? They were counted by hooks on layers, times\n"
-          "two for multiply and add. Mamba's mixers call a kernel that hooks do not see. What is left is the column\n"
-          "'outside the mixers': mostly the linear layers of the long skips. With everything counted, DiS-H/2 costs\n"
-          "about twice DiT-XL/2, not a fraction of it.\n"
+    print("\nWhy are the paper's GFLOPs a fraction of the multiply-adds? They were counted by hooks on layers,\n"
+          "and doubled for multiply and add. Mamba's mixers call a kernel that hooks do not see. What is left is\n"
+          "the column 'outside the mixers': mostly the linear layers of the long skips. With everything counted,\n"
+          "DiS-H/2 costs about twice DiT-XL/2, not a fraction of it.\n"
           "* From memory of the paper's table. The authors' counting script, written anew, gives the same numbers.\n"
           "  Only the paper's 28.4 (S) and 6.57 (L) are 28.457 and 6.579 cut off, not rounded.")
 
@@ -112,10 +112,10 @@ def diffussm():
         print(f"  P = {patch}, M = {ratio}: {everything / 1e9:6.1f}G, {parameters / 1e6:6.1f}M parameters")
     print("""
 The paper's figures do not quite add up, so this is our own count.
-  Units     A flop there is a multiply-add, as in DiT, whose XL/2 has 118.6 G at 256 px and 524.5 at 512.
+  Units     One flop of the paper is one multiply-add, as in DiT, whose XL/2 has 118.6 G at 256 px and 524.5 at 512.
   *         280.3 and 1066.2 are total Gflops divided by images seen, 1.85e11 / 660M and 3.22e11 / 302M, from
             the paper's Table 1 as others quote it.
-  Formula   The paper's for a layer is 13 (L/M) D^2 + L D^2 + FFTs (M = 2). Its first term gives 256.2 and 1024.7,
+  Formula   For a layer the paper has 13 (L/M) D^2 + L D^2 + FFTs (M = 2). Its first term gives 256.2 and 1024.7,
             its first two 295.6 and 1182.3. No matrix in the paper's equations costs the second term.
   Growth    1066.2 is 3.80 times 280.3, though from L = 1024 to 4096 no term grows less than 4 times.
 So one image costs DiffuSSM-XL about twice what it costs DiT-XL/2, in training and in sampling. The saving that the
@@ -152,8 +152,8 @@ MDM_ROWS = [                # preset, shape, condition, what the authors' code h
 def mdm():
     """Prints the table. The token for "no text", which is ours alone, is not counted among the parameters."""
     build = load_paper("mdm").build
-    print(f"Without the token for \"no text\" (2048 or 1024 parameters, ours). Multiply-adds of one picture,\n"
-          f"or clip, and a caption of {WORDS} tokens.\n"
+    print(f"Parameters without the token for \"no text\" (2048 or 1024 more), which is ours. Multiply-adds of one\n"
+          f"picture or clip, and of a caption of {WORDS} tokens.\n"
           f"preset         resolutions                  parameters  mult.-adds   the authors' code, measured")
     for i, (preset, shape, condition, theirs) in enumerate(MDM_ROWS):
         if preset == "tiny" and MDM_ROWS[i - 1][0] != "tiny":
@@ -186,7 +186,7 @@ def cunet():
     print("""\
 For 3 x 64 x 64, unconditional, one step of rk4 where there is an ODE. MB is the size of a checkpoint: weights, their
 average, and Adam's two moments, in float32. The paper's GFLOPs are multiply-adds, too (one is two FLOPs). The authors'
-profiler left out the matrix products of attention and counted instance norms; our column does the reverse.
+profiler counted instance norms, but not the matrix products of attention. We count those products and no norms.
                                    parameters  mult.-adds       MB   the paper""")
     row("unet", "35.7M, 7.21, 545.5", "unet")
     row("published", "8.8M, 2.90 *, 137.9 *", "published")
@@ -198,9 +198,9 @@ profiler left out the matrix products of attention and counted instance norms; o
     row("cunet residual=False", "", "cunet", residual=False)
     row("cunet dynamics=first", "", "cunet", dynamics="first")
     print("""\
-* These numbers fit a network with five attentions. Figure 6's 8.8M, and ours, have two. (Of wo/R, 1.71 is nearer to
-  five, and 92.0 MB fits two.) Both rows without residual are inferred from the number of parameters; with as many
-  attentions they come out 1% below the paper. Their second convolution is 1x1, and that is most of what they save.
+* These numbers fit a network with five attentions. Figure 6's 8.8M, and ours, have two. (In the row wo/R, 1.71
+  is nearer to five, and 92.0 MB fits two.) Both rows without residual are inferred from the number of parameters. With
+  as many attentions, they are 1% below the paper. Their second convolution is 1x1, which is most of what they save.
 
 Evaluations of the acceleration in a block, per forward pass. Preset tiny, random weights, 1 x 28 x 28.""")
     for solver in paper.FIXED + paper.ADAPTIVE:
