@@ -22,30 +22,19 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `z`              | z_t^1 .. z_t^R    | [(B, C, H_r, W_r)]  | the extended space: every resolution, noised           |
 | `levels[r]`      | alpha^r, sigma^r  |                     | its schedule: alpha^2 = alpha_bar = 1 - sigma^2        |
 | `noise`          | eps^1 .. eps^R    | (B, numbers)        | of all resolutions, one after the other; see `unpack`  |
-| `weights`        | omega^r N_r / N_R | R numbers           | of the mean squared errors; see departure 1            |
+| `weights`        | omega^r N_r / N_R | R numbers           | of the mean squared errors; see (1) below              |
 | `h`              |                   | (B frames, C, H, W) | features of a network                                  |
 | `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
 | `e`, `pooled`    |                   | (B, E)              | embedding of t and more; its part that is from `words` |
 
-Departures of this file from the paper or from the authors' code. docs/mdm.md has them in full, beside a map of the
-paper's sections.
- 1. The loss adds up *means* over pixels. Eq. 3 sums over pixels and weights by N_R / N_r, which is the same.
- 2. error="eps" is the code's loss, "x0" the paper's (omega_t = 1); the tiny presets use "v". With "eps" the fine
-    resolutions learn least: the network predicts v, and the error of eps is alpha^2 times that of v.
- 3. The shift of schedules is the code's: SNR / (side / coarsest side)^power. The paper has no formula. More frames in a
-    clip shift nothing.
- 4. Batches of mixed resolutions are the paper's default. A misplaced key turns them off in the released settings. They
-    are off here, too, unless you pass, say, mixed=[1, 0.67].
- 5. Text: padding is masked, and a learned token means "no text". The code attends to padding and has an empty prompt.
- 6. A class is a caption of one token. In the code it is a one-hot vector, and that path does not run.
- 7. Sampling begins at t = T - 1. The code's 50 steps begin at 980, from pure noise.
- 8. Video has five dimensions and its attention knows the order of frames. The code folds 16 frames into a mosaic.
- 9. No input is divided by its deviation. The code does this in one place: the 256 px level of its 1024 px model. Group
-    norms differ, too.
-10. micro=True tells the network the size of the original picture. The code has this; the paper's main text does not.
-11. No described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come close.
+Where this file departs from the paper or the authors' code. docs/mdm.md has all eleven departures in full, beside a
+map of the paper's sections. (1) The loss adds up *means* over pixels, which is the same as the sums of Eq. 3 with its
+weights. (2) error="eps" is the code's loss, "x0" the paper's; the tiny presets use "v". (3) The shift of schedules is
+the code's; the paper has no formula. (4) Batches of mixed resolutions, the paper's default, are off unless you pass,
+say, mixed=[1, 0.67]. (5) Text: padding is masked, and a learned token means "no text". (6) A class is a caption of one
+token. (8) Video has five dimensions, and its attention knows the order of frames. (11) No described setting has the
+paper's 450M parameters for the inner network. The presets "paper-.." come close.
 """
-import copy
 import math
 from typing import Annotated, Literal, TypedDict
 
@@ -58,7 +47,11 @@ from diffusion import SCHEDULES, Diffusion, UserError, fold, normal, shift_snr, 
 
 try:
     from support.options import checked
+    from support.text import Spelling
 except ImportError:                         # this file and diffusion.py alone: options go unchecked
+    def Spelling(D):
+        raise UserError('text="bytes" needs support/text.py: put it beside this file')
+
     def checked(paper, presets, preset, options, *types):
         return {**presets[preset], **options}
 
@@ -82,11 +75,10 @@ class ExtendedDiffusion:
               resolution is the first frame alone: [(3, 16, 16), (3, 8, 16, 16), (3, 8, 32, 32)]
     predict   what the network's outputs mean; error: which quantity's squared error is the loss. "v" | "x0" | "eps"
     power     the signal-to-noise ratio of resolution r is the coarsest one's divided by (side_r / side_1)^power
-    weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": the finest error alone, the paper's
-              "simple DM" with a nested network (Figure 4b, c)
+    weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": 0, .., 0, 1, the paper's "simple DM"
+              with a nested network (Figure 4b, c)
     mixed     the chances that a row has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
-              rows have both. None: all rows have all (Section 3.3)
-    """
+              rows have both. None: all rows have all (Section 3.3)"""
 
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
         self.shapes, self.R, self.T = [tuple(s) for s in shapes], len(shapes), len(alpha_bar)
@@ -94,7 +86,12 @@ class ExtendedDiffusion:
         ones, finest = [1] * self.R, [0] * (self.R - 1) + [1]
         self.weights = ones if weights is None else finest if weights == "finest" else weights
         self.mixed = mixed
-        check_resolutions(self.weights, ones if mixed is None else mixed, self.R)
+        if len(self.weights) != self.R or not any(self.weights):
+            raise UserError(f"weights={weights}: give a list of {self.R} numbers, coarsest first, one or more above 0")
+        falling = mixed is None or [1, *mixed[1:]] == sorted(mixed, reverse=True) and mixed[-1] > 0
+        if not falling or len(mixed or ones) != self.R:
+            raise UserError(f"mixed={mixed}: must be a list of {self.R} numbers, coarsest first, that begin with 1, do "
+                            f"not rise and end above 0, such as {[1] + [0.5] * (self.R - 1)}")
         self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict) for s in shapes]
         for level in self.levels:
             # Each squared error is a multiple of that of v: eps - eps' = alpha (v - v'), x0 - x0' = sigma (v' - v).
@@ -106,8 +103,8 @@ class ExtendedDiffusion:
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
         errors = (self.mixed_errors if self.mixed else self.errors)(model, x0, t, noise, **cond)     # [(B,)]
         # The division by the chance of a resolution makes it count, on average, as much as in unmixed batches.
-        weights = [w / chance for w, chance in zip(self.weights, self.mixed or [1] * self.R)]
-        total = sum(w * error for w, error in zip(weights, errors))                        # Eq. 3, (B,)
+        chances = self.mixed or [1] * self.R
+        total = sum(w / chance * error for w, chance, error in zip(self.weights, chances, errors))   # Eq. 3, (B,)
         return {"loss": total} | {f"loss_{r + 1}": error for r, error in enumerate(errors)}
 
     def errors(self, model, x0, t, noise, rows=None, **cond):
@@ -130,7 +127,8 @@ class ExtendedDiffusion:
         rows = has.sum(0).clamp(min=1).tolist()             # on the CPU: waits for the GPU
         cond = {k: v[order] for k, v in cond.items() if v is not None}
         errors = self.errors(model, x0[order], t[order], noise[order], rows, **cond)       # [(n,)]
-        return [(add_rows(error, len(t)) * has[:, r])[order.argsort()] for r, error in enumerate(errors)]
+        errors = [F.pad(error, (0, len(t) - len(error))) for error in errors]              # [(B,)]
+        return [(error * has[:, r])[order.argsort()] for r, error in enumerate(errors)]
 
     def visible(self, z):
         """What the network may see: zeros for a resolution of weight 0. It is not trained, so in sampling its z would
@@ -150,11 +148,8 @@ class ExtendedDiffusion:
         return self.levels[0].model_t(t)
 
     def respaced(self, spec):
-        """The same process at fewer steps, for sampling; see diffusion.Diffusion.respaced."""
-        short = copy.copy(self)
-        short.levels = [level.respaced(spec) for level in self.levels]
-        short.T = short.levels[0].T
-        return short
+        """The levels at fewer steps, for sampling; see diffusion.Diffusion.respaced."""
+        return [level.respaced(spec) for level in self.levels]
 
     @torch.no_grad()
     def sample_levels(self, model, shape, seeds, *, sampler="ddim", steps="50", eta=0.0, cfg_scale=1.0, clip=True,
@@ -163,14 +158,14 @@ class ExtendedDiffusion:
         network a step denoises all of them, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
             raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}: ask for that shape")
-        short, numbers = self.respaced(steps), (sum(self.sizes),)
+        levels, numbers, ddpm = self.respaced(steps), (sum(self.sizes),), sampler == "ddpm"
         z = self.unpack(normal(fold(seeds, self.T), numbers))                              # [(B, *shape_r)]
         model = guided(model, cfg_scale) if cfg_scale != 1 else model
-        for i in reversed(range(short.T)):
-            t, ddpm = torch.full_like(seeds, i), sampler == "ddpm"
-            outs = model(self.visible(z), short.model_t(t), **cond)
+        for i in reversed(range(levels[0].T)):
+            t = torch.full_like(seeds, i)                                                  # (B,)
+            outs = model(self.visible(z), levels[0].model_t(t), **cond)
             noise = self.unpack(normal(fold(seeds, i), numbers)) if ddpm or eta else [None] * self.R
-            each = list(zip(short.levels, outs, z, noise))
+            each = list(zip(levels, outs, z, noise))
             z = [level.ddpm_step(out, z_r, t, eps, clip) if ddpm else level.ddim_step(out, z_r, t, eps, clip, eta)
                  for level, out, z_r, eps in each]
             if on_step:
@@ -200,55 +195,48 @@ class UNet(nn.Module):
     shape     (C, H, W) of its pictures, or (C, frames, H, W) of its clips
     channels, blocks, attention: a number for each size of the U, largest first. blocks: residual blocks on the way
               down; there is one more on the way up. attention: layers of attention after each block
-    middle    layers of attention in the middle. None: no middle
-    condition a Condition with tokens of width D, or None
+    middle    layers of attention in the middle. None: no middle. condition: None, or one with tokens of width D
     temporal  each smaller size has half the frames, not half the height and width; each pixel looks at all frames
-    micro     micro-conditioning: the network is told the original size of each picture
-    """
+    micro     micro-conditioning: the network is told the original size of each picture"""
 
     def __init__(self, shape, channels, blocks, E, attention=None, middle=None, heads=None, condition=None, D=0,
                  temporal=False, micro=False):
         super().__init__()
         attention = [0] * len(channels) if attention is None else attention
         if not len(channels) == len(blocks) == len(attention) > 0:
-            raise UserError(f"channels={channels}, blocks={blocks} and attention={attention} must be equally long: a "
-                            f"number for each size of the U")
-        self.shape, self.sines, self.nest = shape, E // 4, [self]       # nest: networks, from the innermost to this one
+            raise UserError(f"channels={channels}, blocks={blocks}, attention={attention}: make them equally long")
+        self.shape, self.sines = shape, E // 4
+        self.nest = [self]                      # networks, from the innermost to this one; --init-inner fills one
         self.unit = Stage                       # what support/parallel.py shards and recomputes at a time
         self.embed_t = nn.Sequential(nn.Linear(self.sines, E), nn.SiLU(), nn.Linear(E, E))
         self.micro = micro and nn.Sequential(nn.Linear(self.sines, E), nn.SiLU(), zero(nn.Linear(E, E)))
         self.condition = condition
         self.stem = nn.Conv2d(shape[0], channels[0], 3, padding=1)
 
-        def stage(C_in, C, layers):
-            return Stage(C_in, C, E, layers, heads, D, temporal)
+        def stages(enter, C, layers):           # enter: the channels that come into each
+            return nn.ModuleList(Stage(C_in, C, E, layers, heads, D, temporal) for C_in in enter)
 
-        self.down, self.shrink, skips, C = nn.ModuleList(), nn.ModuleList(), [channels[0]], channels[0]
-        for i, n in enumerate(blocks):
-            enter = [C] + [channels[i]] * (n - 1)
-            self.down.append(nn.ModuleList(stage(C_in, channels[i], attention[i]) for C_in in enter))
-            C = channels[i]
-            skips += [C] * n
-            if i < len(blocks) - 1:
-                self.shrink.append(Shrink(C, temporal))
-                skips.append(C)
-        self.middle = nn.ModuleList([] if middle is None else [stage(C, C, middle), stage(C, C, 0)])
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        for i in reversed(range(len(blocks))):
-            enter = [C] + [channels[i]] * blocks[i]
-            self.up.append(nn.ModuleList(stage(C_in + skips.pop(), channels[i], attention[i]) for C_in in enter))
-            C = channels[i]
+        self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), [channels[0]]
+        for i, (C_in, C, n, layers) in enumerate(zip([channels[0], *channels], channels, blocks, attention)):
             if i > 0:
-                self.grow.append(Grow(C, temporal))
+                self.shrink.append(Resize(C_in, temporal, stride=2))
+                skips.append(C_in)
+            self.down.append(stages([C_in] + [C] * (n - 1), C, layers))
+            skips += [C] * n
+        self.middle = nn.ModuleList() if middle is None else stages([C], C, middle) + stages([C], C, 0)
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for C_in, C, n, layers in reversed([*zip([*channels[1:], C], channels, blocks, attention)]):
+            if len(self.up) > 0:
+                self.grow.append(Resize(C_in, temporal))
+            self.up.append(stages([C_h + skips.pop() for C_h in [C_in] + [C] * n], C, layers))
         self.norm, self.head = group_norm(C), zero(nn.Conv2d(C, shape[0], 3, padding=1))
 
     def forward(self, z, t, y=None, text=None, text_mask=None, size=None):
         """z [(B, *shape_1), .., (B_R, *shape_R)], t (B,) long -> predictions, shaped like z. A finer resolution may
         have fewer rows, those of the first pictures: B_R <= .. <= B. y (B,), or text and text_mask: see Condition.
         size (B,): the shorter side that each picture had before it was resized. None: at least as large as here."""
-        words, pooled = None, None
-        if self.core.condition is not None:     # read once, by the innermost network, for all resolutions
-            *words, pooled = self.core.condition(t, y, text, text_mask)
+        read = self.core.condition              # the innermost network reads the words once, for all resolutions
+        *words, pooled = read(t, y, text, text_mask) if read else [None]
         return self.denoise(z, t, words, pooled, size)[0]
 
     def denoise(self, z, t, words, pooled, size, above=None):
@@ -263,21 +251,21 @@ class UNet(nn.Module):
             e = e + self.micro(sinusoid(own, self.sines))
         h = self.stem(rearrange(x, "b c f row col -> (b f) c row col") if x.ndim == 5 else x)
         if above is not None:                   # rows without a finer resolution get zeros, as if there were none
-            h = h + add_rows(above, len(h))                                           # (n frames, C_1, H, W)
+            h = h + F.pad(above, (0, 0) * 3 + (0, len(h) - len(above)))               # (n frames, C_1, H, W)
         skips = [h]
         for i, stages in enumerate(self.down):
+            if i > 0:                           # half of H_i and W_i or, in a temporal level, of the frames
+                h = self.shrink[i - 1](h, len(e))
+                skips.append(h)
             for stage in stages:
                 h = stage(h, e, words)                                                # (n frames, C_i, H_i, W_i)
                 skips.append(h)
-            if i < len(self.shrink):
-                h = self.shrink[i](h, len(e))   # half of H_i and W_i or, in a temporal level, of the frames
-                skips.append(h)
         outs, h = self.inside(h, e, z[:-1], t, words, pooled, size)
         for i, stages in enumerate(self.up):    # i counts from the lowest
+            if i > 0:
+                h = self.grow[i - 1](h, len(e), skips[-1])                            # as large as skips[-1]
             for stage in stages:                # each also gets features of its size from the way down
                 h = stage(torch.cat([h, skips.pop()], dim=1), e, words)               # (n frames, C_i, H_i, W_i)
-            if i < len(self.grow):
-                h = self.grow[i](h, len(e), skips[-1])                                # as large as skips[-1]
         out = self.head(F.silu(self.norm(h)))                                         # (n frames, C, H, W)
         out = rearrange(out, "(b f) c row col -> b c f row col", b=len(x)) if x.ndim == 5 else out
         return [*outs, out], h
@@ -288,26 +276,10 @@ class UNet(nn.Module):
             h = stage(h, e, words)
         return [], h
 
-    @property
-    def core(self):
-        return self.nest[0]
+    core = property(lambda self: self.nest[0])                                        # the innermost network
 
     def shapes(self):
         return [network.shape for network in self.nest]
-
-    def load_inner(self, state):
-        """Progressive training, Section 3.3: take over all weights of a trained network of fewer resolutions. Raises
-        UserError unless all fit."""
-        if len(self.nest) == 1:
-            raise UserError("nothing is inside a network of one resolution: --init-inner needs a larger --image-size "
-                            "than the checkpoint's")
-        inner = next((n for n in self.nest[:-1] if n.state_dict().keys() == state.keys()), self.core)
-        own = inner.state_dict()
-        wrong = sorted(state.keys() ^ own.keys()) or [k for k in own if own[k].shape != state[k].shape]
-        if wrong:
-            raise UserError(f"{len(wrong)} weights do not fit any inner network ({wrong[0]} is the first): use a "
-                            f"checkpoint of the same preset, options and condition, and of a smaller --image-size")
-        inner.load_state_dict(state)
 
 
 class NestedUNet(UNet):
@@ -315,9 +287,8 @@ class NestedUNet(UNet):
     Authors: ml_mdm/models/nested_unet.py, NestedUNet.
 
     Its own U ends at the side of the inner network's pictures. There its features are added to those of the inner
-    stem, and the inner network's last features to its own. Both ways lead through a convolution that starts at zero.
-    So at first the inner network does exactly what it did alone.
-    """
+    stem, and the inner network's last features to its own. Each passes a convolution that starts at zero, so at first
+    the inner network does exactly what it did alone."""
 
     def __init__(self, inner, shape, channels, blocks, **options):
         if len(channels) < 2:
@@ -337,8 +308,8 @@ class NestedUNet(UNet):
 
 def zero(layer):
     """Start a layer at zero, so that at first it adds nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
 
@@ -346,11 +317,6 @@ def group_norm(C):
     """At most 32 groups. Their number divides C, and each has 4 channels or more where C allows: a group of one
     channel would lose its mean. (The authors always have 32 groups.)"""
     return nn.GroupNorm(math.gcd(C, min(32, max(1, C // 4))), C)
-
-
-def add_rows(x, n):
-    """(rows, ..) -> (n, ..), zeros in the rows that x does not have."""
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, n - len(x)))
 
 
 def sinusoid(t, width):
@@ -452,31 +418,21 @@ class TemporalAttention(nn.Module):
         return h + self.grow(F.interpolate(small, size=h.shape[2:], mode="nearest"))  # (B frames, C, H, W)
 
 
-class Shrink(nn.Module):
-    """h (B frames, C, H, W) -> half the height and width or, if temporal, half the frames: a convolution."""
+class Resize(nn.Module):
+    """h (B frames, C, H, W) -> half the height and width or, if temporal, half the frames (stride 2). With `like`, as
+    large as that: each value is repeated, then comes the convolution (stride 1)."""
 
-    def __init__(self, C, temporal, stride=2):
+    def __init__(self, C, temporal, stride=1):
         super().__init__()
         self.temporal = temporal
         self.conv = (nn.Conv1d if temporal else nn.Conv2d)(C, C, 3, stride=stride, padding=1)
 
-    def forward(self, h, B, repeat=1):
+    def forward(self, h, B, like=None):
         if not self.temporal:
-            return self.conv(h)
+            return self.conv(h if like is None else F.interpolate(h, size=like.shape[2:], mode="nearest"))
         x = rearrange(h, "(b f) c row col -> (b row col) c f", b=B)
-        x = self.conv(x.repeat_interleave(repeat, dim=2) if repeat > 1 else x)        # (B H W, C, frames')
+        x = self.conv(x if like is None else x.repeat_interleave(2, dim=2))           # (B H W, C, frames')
         return rearrange(x, "(b row col) c f -> (b f) c row col", b=B, row=h.shape[2])
-
-
-class Grow(Shrink):
-    """h (B frames, C, H, W) -> as large as `like`: each value is repeated, then a convolution."""
-
-    def __init__(self, C, temporal):
-        super().__init__(C, temporal, stride=1)
-
-    def forward(self, h, B, like):
-        h = h if self.temporal else F.interpolate(h, size=like.shape[2:], mode="nearest")
-        return super().forward(h, B, repeat=2)
 
 
 # --- the condition: words, or a class ---------------------------------------------------------------
@@ -486,17 +442,14 @@ class Condition(nn.Module):
 
     text is (B, L, K) bytes if the model was built with text="bytes". Otherwise it is (B, L, n), embeddings of a frozen
     language model, and n is __init__'s `text`. A class is a caption of one token. "No condition" is a label -1, a row
-    of the mask without a True, or y and text both None. A learned token stands for it.
-    """
+    of the mask without a True, or y and text both None. A learned token stands for it."""
 
     def __init__(self, num_classes, text, D, E, layers):
         super().__init__()
-        self.num_classes = num_classes
-        if num_classes:
-            self.source = nn.Embedding(num_classes + 1, D)          # the last row: no class
-        else:
-            self.source = Spelling(D) if text == "bytes" else nn.Linear(text, D)
-            self.null = nn.Parameter(torch.randn(D))
+        self.num_classes = num_classes          # of the embeddings below, the last one is for "no class"
+        self.source = (nn.Embedding(num_classes + 1, D) if num_classes else
+                       Spelling(D) if text == "bytes" else nn.Linear(text, D))          # Spelling: support/text.py
+        self.null = None if num_classes else nn.Parameter(torch.randn(D))
         self.layers = nn.ModuleList(TextLayer(D) for _ in range(layers))
         self.pool = nn.Linear(D, E, bias=False)
 
@@ -520,21 +473,6 @@ class Condition(nn.Module):
         return tokens, mask, self.pool((tokens * valid).sum(1) / valid.sum(1))
 
 
-class Spelling(nn.Module):
-    """Bytes of words (B, L, K), 0 where there is none -> tokens (B, L, D), learned with the network: the sum of a
-    vector for each letter at its place in the word, and one for the word's place in the caption."""
-
-    def __init__(self, D, L=16, K=12):
-        super().__init__()
-        self.letters = nn.Embedding(256 * K, D)
-        self.places = nn.Parameter(0.1 * torch.randn(L, D))
-        nn.init.normal_(self.letters.weight, std=0.5)       # a word of five letters has about size one
-
-    def forward(self, text):
-        letters = self.letters(text + 256 * torch.arange(text.shape[2], device=text.device))    # (B, L, K, D)
-        return (letters * (text > 0)[..., None]).sum(2) + self.places                           # (B, L, D)
-
-
 class TextLayer(nn.Module):
     """Self-attention among the words, then an MLP: tokens (B, L, D), mask (B, L) -> (B, L, D). Changes nothing at the
     start. Authors: ml_mdm/models/unet.py, SelfAttention1DBlock."""
@@ -554,49 +492,42 @@ class TextLayer(nn.Module):
 
 # --- presets ----------------------------------------------------------------------------------------
 
+def _level(*channels, n=1):         # a level around another: n residual blocks at each size, but one at the smallest
+    return dict(channels=channels, blocks=(n,) * (len(channels) - 1) + (1,))
+
+
 _PAPER = dict(channels=(256, 512, 768), blocks=(2, 2, 2), attention=(0, 1, 5), side=64, text_width=1024, layers=2,
               micro=False, embedding=1024, heads=8, schedule="cosine", predict="v", error="eps", power=1)
 _RELEASED = _PAPER | dict(text_width=2048, layers=0, micro=True)
-_X4 = dict(channels=(64, 128, 256), blocks=(2, 2, 1))           # an outer level, four times as large
-_X16 = dict(channels=(32, 32, 64), blocks=(2, 2, 1))            # around _X4: 16 times the coarsest
+_X4, _X16 = _level(64, 128, 256, n=2), _level(32, 32, 64, n=2)      # 4 times as large; around _X4: 16 times
 _TINY = _PAPER | dict(channels=(48, 96), blocks=(1, 1), attention=(0, 1), side=16, text_width=64, embedding=256,
                       heads=4, error="v")
-CONFIGS = {                         # `outer` lists levels from the inside out; see levels_for
+CONFIGS = {                         # `outer` lists levels from the inside out
     # The released configurations, whose checkpoints were trained on 50M pairs from Flickr.
     "cc12m-64": _RELEASED | dict(outer=()),
     "cc12m-256": _RELEASED | dict(outer=(_X4,)),
     "cc12m-1024": _RELEASED | dict(outer=(_X4, _X16), power=2),
     # With the paper's two text layers; see departure 11 in docs/mdm.md. The widths of the temporal level are ours.
     "paper-256": _PAPER | dict(outer=(_X4,)),
-    "paper-128-256": _PAPER | dict(outer=(dict(channels=(128, 256), blocks=(2, 1)),
-                                          dict(channels=(64, 128), blocks=(2, 1)))),
+    "paper-128-256": _PAPER | dict(outer=(_level(128, 256, n=2), _level(64, 128, n=2))),
     "paper-1024": _PAPER | dict(outer=(_X4, _X16), power=2),
-    "paper-video": _PAPER | dict(temporal=dict(channels=(256,) * 5, blocks=(1,) * 5), outer=(_X4,)),
+    "paper-video": _PAPER | dict(temporal=_level(*[256] * 5), outer=(_X4,)),
     # For two CPU cores. The loss is the error of v, so that a short training reaches the fine resolutions too.
-    "tiny": _TINY | dict(outer=(dict(channels=(24, 48), blocks=(1, 1)), dict(channels=(12, 24), blocks=(1, 1)))),
+    "tiny": _TINY | dict(outer=(_level(24, 48), _level(12, 24))),
+    "tiny-x4": _TINY | dict(outer=(_level(12, 24, 48),)),   # {16, 64}, where tiny has {16, 32, 64}: as in Figure 8b
+    "tiny-video": _TINY | dict(temporal=_level(24, 24, 32, 48, 48), outer=(_level(16, 24),)),
     # {14, 28}, for MNIST. x0 prediction: chosen for minutes on a CPU (docs/results.md).
-    "mini": _TINY | dict(channels=(32, 64), embedding=128, predict="x0", error="x0",
-                         outer=(dict(channels=(16, 32), blocks=(1, 1)),)),
-    # {16, 64}: two resolutions where tiny has three, as Figure 8b compares
-    "tiny-x4": _TINY | dict(outer=(dict(channels=(12, 24, 48), blocks=(1, 1, 1)),)),
-    "tiny-video": _TINY | dict(temporal=dict(channels=(24, 24, 32, 48, 48), blocks=(1,) * 5),
-                               outer=(dict(channels=(16, 24), blocks=(1, 1)),)),
+    "mini": _TINY | dict(channels=(32, 64), embedding=128, predict="x0", error="x0", outer=(_level(16, 32),)),
 }
+Level = TypedDict("Level", {"channels": list[int], "blocks": list[int]})        # a number for each size, largest first
 
 
 def build(preset, shape, num_classes=0, text=0, **options):
     """-> (model, diffusion): all that train.py and sample.py ask of a paper. Raises UserError, with the fix.
 
-    model(z, t, y=None, text=None, text_mask=None) is what diffusion.loss and .sample call. shape: (C, H, W), or
-    (C, frames, H, W) with frames a power of two. num_classes: y is one of so many, or -1 for none. text: "bytes", or
-    the width of a language model's embeddings (see Condition). options: those of `assemble`, in place of the preset's.
-    """
+    shape: (C, H, W), or (C, frames, H, W) with frames a power of two. num_classes: y is one of so many, or -1 for none.
+    text: "bytes", or the width of a language model's embeddings. options: of `assemble`, in place of the preset's."""
     return assemble(shape, num_classes, text, **checked("mdm", CONFIGS, preset, options, assemble, {}))
-
-
-class Level(TypedDict):
-    channels: list[int]     # a number for each size of the level's U, largest first
-    blocks: list[int]
 
 
 def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int], attention: list[Annotated[int, 0]],
@@ -608,20 +539,24 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
              mixed: list[float] | None = None):
     """Builds the networks, from the inside out, and their diffusion. support/options.py checks options by these types.
 
-    channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it, see levels_for. temporal:
-    the level that makes a frame into a clip. side: the coarsest pictures are about so wide. text_width: D. layers: of
-    self-attention for the text. embedding: E. The rest: see UNet and ExtendedDiffusion.
-    """
+    channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it; it takes one after the
+    other while the coarsest pictures stay at least 3/4 of `side` wide. temporal: the level that makes a frame into a
+    clip. text_width: D. layers: of self-attention for the text. embedding: E. See also UNet and ExtendedDiffusion."""
     for key, width in (("text_width", text_width), ("embedding", embedding)):
         if width % 8:
             raise UserError(f"{key}={width}: must be divisible by 8, try {width // 8 * 8 or 8}")
     if num_classes and text:
         raise UserError("a model reads classes or text, not both: drop one")
-    levels, ratio = levels_for(shape, outer, side)
-    D, E = text_width if num_classes or text else 0, embedding
-    condition = Condition(num_classes, text, D, E, layers) if D else None
     C, *frames, H, W = shape
-    H, W = H // ratio, W // ratio
+    ratios = [2 ** sum(len(level["channels"]) - 1 for level in outer[:n]) for n in range(len(outer) + 1)]
+    levels = outer[:sum(min(H, W) / ratio >= 0.75 * side for ratio in ratios[1:])]
+    ratio = ratios[len(levels)]                                 # of the finest side to the coarsest
+    if H % ratio or W % ratio:
+        near = "x".join(str(max(1, round(n / ratio)) * ratio) for n in (H, W))
+        raise UserError(f"image size {H}x{W} is not divisible by {ratio}, the ratio of the finest to the coarsest "
+                        f"resolution: try {near}")
+    D, E, H, W = text_width if num_classes or text else 0, embedding, H // ratio, W // ratio
+    condition = Condition(num_classes, text, D, E, layers) if D else None
     model = UNet((C, H, W), channels, blocks, E, attention, middle, heads, condition, D, micro=micro)
     if frames:
         sizes = {2**k: k + 1 for k in range(1, len(temporal["channels"]))} if temporal else {}
@@ -635,32 +570,6 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
         model = NestedUNet(model, (C, *frames, H, W), **level, E=E, micro=micro)
     diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed)
     return model.to(memory_format=torch.channels_last), diffusion           # the faster layout of convolutions
-
-
-def levels_for(shape, outer, side):
-    """Chooses the outer levels for a picture of `shape`. It takes one after the other, from the inside out, while the
-    coarsest pictures stay at least 3/4 of `side` wide. -> the levels; the ratio of the finest side to the coarsest."""
-    chosen, ratio = [], 1
-    for level in outer:
-        larger = ratio * 2 ** (len(level["channels"]) - 1)
-        if min(shape[-2:]) / larger < 0.75 * side:
-            break
-        chosen, ratio = [*chosen, level], larger
-    if any(n % ratio for n in shape[-2:]):
-        near = "x".join(str(max(1, round(n / ratio)) * ratio) for n in shape[-2:])
-        raise UserError(f"image size {shape[-2]}x{shape[-1]} is not divisible by {ratio}, the ratio of the finest to "
-                        f"the coarsest resolution: try {near}")
-    return chosen, ratio
-
-
-def check_resolutions(weights, mixed, R):
-    for name, values in (("weights", weights), ("mixed", mixed)):
-        if len(values) != R:
-            raise UserError(f"{name}={values}: must be a list of {R} numbers, one for each resolution, coarsest first")
-    if not any(weights):
-        raise UserError(f"weights={weights}: at least one must be above 0")
-    if mixed[0] != 1 or mixed[-1] == 0 or list(mixed) != sorted(mixed, reverse=True):
-        raise UserError(f"mixed={mixed}: must begin with 1, not rise and end above 0, such as {[1] + [0.5] * (R - 1)}")
 
 
 if __name__ == "__main__":          # its presets beside the authors' figures

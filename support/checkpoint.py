@@ -276,7 +276,7 @@ def begin_inside(args, *models):
     """Progressive training: put the averaged weights of args.init_inner into the inner network of each model."""
     path = in_folder(args.init_inner)
     checkpoint = read(path)
-    if not hasattr(models[0], "load_inner"):
+    if not hasattr(models[0], "nest"):
         raise UserError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
     changed = differences(args, checkpoint["args"], {"model", "text", "text_encoder"})
     changed += [f"--set {k}={v}" for k, v in checkpoint["args"]["set"].items()
@@ -284,7 +284,22 @@ def begin_inside(args, *models):
     if changed:
         raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
     for model in models:
-        model.load_inner(checkpoint["ema"])
+        load_inner(model, checkpoint["ema"])
+
+
+def load_inner(model, state):
+    """Put all weights of a trained network into one that is inside the model. Raises UserError unless all fit.
+    model.nest: the networks from the innermost to the model itself."""
+    if len(model.nest) == 1:
+        raise UserError("nothing is inside a network of one resolution: --init-inner needs a larger --image-size than "
+                        "the checkpoint's")
+    inner = next((n for n in model.nest[:-1] if n.state_dict().keys() == state.keys()), model.nest[0])
+    own = inner.state_dict()
+    wrong = sorted(state.keys() ^ own.keys()) or [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(f"{len(wrong)} weights do not fit any inner network ({wrong[0]} is the first): use a "
+                        f"checkpoint of the same preset, options and condition, and of a smaller --image-size")
+    inner.load_state_dict(state)
 
 
 # --- one process at a time ----------------------------------------------------------------------------------

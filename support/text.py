@@ -3,7 +3,8 @@
     encoder = text_encoder(name)
     text, mask = encoder(captions)      mask (B, L): True where there is a token; nowhere, if a caption is empty
 
-    ByteText      "bytes", built in: the bytes of each word, from which the model learns to read. text long (B, 16, 12)
+    ByteText      "bytes", built in: the bytes of each word. text long (B, 16, 12)
+    Spelling      a layer of the model, for "bytes": it learns to read them
     T5Text        a T5 of Hugging Face, by its name or folder. text float32 (B, 128, dim)
     StoredText    what a T5 has made of a folder's captions, from a file that `python -m support.prepare captions` wrote
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from diffusion import UserError
 from support.cli import QUIET
@@ -75,6 +77,21 @@ class ByteText:
                 row[:len(piece)] = list(piece)
         text = torch.from_numpy(text)
         return text, text[:, :, 0] > 0                                              # (B, L, W), (B, L)
+
+
+class Spelling(nn.Module):
+    """Bytes of words (B, L, K), 0 where there is none -> tokens (B, L, D), learned with the network: the sum of a
+    vector for each letter at its place in the word, and one for the word's place in the caption."""
+
+    def __init__(self, D, L=ByteText.L, K=ByteText.W):
+        super().__init__()
+        self.letters = nn.Embedding(256 * K, D)
+        self.places = nn.Parameter(0.1 * torch.randn(L, D))
+        nn.init.normal_(self.letters.weight, std=0.5)       # a word of five letters has about size one
+
+    def forward(self, text):
+        letters = self.letters(text + 256 * torch.arange(text.shape[2], device=text.device))    # (B, L, K, D)
+        return (letters * (text > 0)[..., None]).sum(2) + self.places                           # (B, L, D)
 
 
 class T5Text:

@@ -137,6 +137,8 @@ def test_runs_without_support(monkeypatch):
     assert torch.equal(*losses)
     drawn = diffusion.sample(model, (1, 28, 28), torch.arange(2), steps=2, y=torch.tensor([3, 4]))
     assert drawn.shape == (2, 1, 28, 28)
+    with pytest.raises(ValueError, match="support/text.py"):
+        alone["build"]("mini", (1, 28, 28), text="bytes")
 
 
 # --- the extended space ---
@@ -303,25 +305,25 @@ def test_growing_goes_on_at_the_inner_models_loss_and_checks_every_weight():
     inner, d_inner = small((3, 8, 8), text=12)
     middle, d_middle = small((3, 16, 16), text=12, awake=False)
     x0, t, noise = batch(d_middle, 4)
-    middle.load_inner(inner.state_dict())
+    checkpoint.load_inner(middle, inner.state_dict())
     n = math.prod(d_inner.shapes[0])
     small_x0 = mdm.reduce(x0, d_inner.shapes[0])
     alone = d_inner.loss(inner, small_x0, t, torch.cat([noise[:, :n], noise[:, -1:]], 1), **words(4))["loss"]
     assert torch.equal(d_middle.loss(middle, x0, t, noise, **words(4))["loss_1"], alone)
     large, _ = small((3, 32, 32), text=12)
-    large.load_inner(inner.state_dict())                    # two levels at once
+    checkpoint.load_inner(large, inner.state_dict())                    # two levels at once
     assert torch.equal(large.core.stem.weight, inner.stem.weight)
     clip, _ = small((3, 4, 16, 16), text=12)
-    clip.load_inner(inner.state_dict())                     # a video from a picture
-    large.load_inner(middle.state_dict())
+    checkpoint.load_inner(clip, inner.state_dict())                     # a video from a picture
+    checkpoint.load_inner(large, middle.state_dict())
     for options, name in ((dict(), "condition"), (dict(text=12, layers=2), "layers.1")):
         other, _ = small((3, 8, 8), **options)
         with pytest.raises(ValueError, match=name):
-            large.load_inner(other.state_dict())
+            checkpoint.load_inner(large, other.state_dict())
     with pytest.raises(ValueError, match="weights do not fit"):
-        large.load_inner(small((3, 8, 8), text=12, embedding=16)[0].state_dict())
+        checkpoint.load_inner(large, small((3, 8, 8), text=12, embedding=16)[0].state_dict())
     with pytest.raises(ValueError, match="larger --image-size"):
-        inner.load_inner(inner.state_dict())
+        checkpoint.load_inner(inner, inner.state_dict())
 
 
 # --- sampling ---
