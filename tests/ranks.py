@@ -4,16 +4,29 @@ import multiprocessing
 import os
 import socket
 import sys
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train"])
+CONTEXT.set_forkserver_preload(["train", "sample", "torch._dynamo", "torch.distributed.tensor", "torchdiffeq"])
+
+
+def serve():
+    """Start the process from which all others are forked, if there is none yet. It must start in the repository:
+    Python 3.11 does not tell it where else to look for modules, and it says nothing if it finds none."""
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
 
 
 def be(rank, world, port, program, argv, said, folder):
-    """What each process does, in `folder`: run train.py or sample.py with these flags. What it says goes into the file
-    `said`."""
+    """What each process does, in `folder`: run train.py or sample.py with these flags; or "-c", which takes the program
+    itself as its first flag, like Python's. What it says goes into the file `said`."""
     os.chdir(folder)
     file = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
@@ -25,14 +38,21 @@ def be(rank, world, port, program, argv, said, folder):
     import train
     from support import cli
     sys.argv = [program, *argv]
-    cli.run({"train.py": train, "sample.py": sample}[program].main)
+    if program == "-c":
+        code = sys.argv.pop(1)
+        exec(code, {"__name__": "__main__"})
+    else:
+        cli.run({"train.py": train, "sample.py": sample}[program].main)
 
 
 def start(folder, world, program, *argv):
     """-> the processes; what each says goes into `folder`."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = None
+    if world > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+    serve()
     Path(folder).mkdir()
     flags = [str(flag) for flag in argv]
     processes = [CONTEXT.Process(target=be, args=(r, world, port, program, flags, f"{folder}/{r}", os.getcwd()))

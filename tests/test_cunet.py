@@ -1,7 +1,6 @@
 """cunet.py: counts, the ODE block against exact solutions, gradients three ways, what sees the time."""
 import contextlib
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -12,6 +11,7 @@ import torchdiffeq
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+import ranks
 import train
 from benchmarks import tables
 from diffusion import fold, normal
@@ -510,11 +510,7 @@ def test_evaluations_are_logged(tmp_path):
 def test_two_processes_match_one(tmp_path, options, split):
     flags = [*FLAGS, "--set", "nf=4", *options, "--max-steps", "5", "--log-every", "1"]
     train.main([*flags, "--results-dir", str(tmp_path / "one")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-         *flags, *split, "--results-dir", str(tmp_path / "two")],
-        cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    ranks.launch(tmp_path / "said", 2, "train.py", *flags, *split, "--results-dir", tmp_path / "two")
     folders = [tmp_path / name / "cunet-shapes" for name in ("one", "two")]
     one, two = (torch.load(folder / "latest.pt", weights_only=True) for folder in folders)
     # Adam's running means of the gradients, of the time's layers too (those begin to move at the third step,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ranks
 import train
 from support import checkpoint, cli, parallel
 from test_train import SMALL, losses, run, same
@@ -151,10 +152,12 @@ def test_full_disk_ends_all_processes_and_more_room_continues(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
 def test_a_quota_is_told_in_one_sentence(tmp_path):
     limit = "import resource as r, train; r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); train.main()"
-    done = subprocess.run([sys.executable, "-c", limit, *SMALL, "--results-dir", tmp_path, "--name", "run",
-                           "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.count("error:") == 1 and "error: step 2 could not be saved" in done.stderr
+    [process] = ranks.start(tmp_path / "said", 1, "-c", limit, *SMALL, "--results-dir", tmp_path, "--name", "run",
+                            "--max-steps", "2")
+    process.join(200)
+    said = (tmp_path / "said" / "0").read_text()
+    assert process.exitcode == 2 and "Traceback" not in said, said
+    assert said.count("error:") == 1 and "error: step 2 could not be saved" in said
     assert not list((tmp_path / "run").rglob("*.pt")) and not parts(tmp_path)
 
 
@@ -244,14 +247,22 @@ def offline():
 @pytest.mark.skipif(not offline(), reason="may not hide the network here")
 def test_a_host_without_network(tmp_path):
     """The default data need none. A download that fails is told in one sentence."""
-    cases = ((["--data", "mnist", "--data-dir", tmp_path], 2, "error: cannot download"),
-             (["--max-steps", "1"], 0, ""))
-    processes = [subprocess.Popen(["unshare", "-rn", sys.executable, "train.py", *SMALL, "--results-dir",
-                                   tmp_path, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENV)
-                 for flags, _, _ in cases]
-    for process, (_, code, says) in zip(processes, cases):
-        _, err = process.communicate(timeout=100)
-        assert process.returncode == code and says in err and "Traceback" not in err, err
+    flags = [*SMALL, "--results-dir", str(tmp_path)]
+    both = f"""
+import sys, train
+try:
+    train.main({[*flags, "--data", "mnist", "--data-dir", str(tmp_path)]})
+except SystemExit as told:
+    assert told.code == 2
+    print("and then", file=sys.stderr)
+    train.main({[*flags, "--max-steps", "1"]})
+    print("the end", file=sys.stderr)
+"""
+    done = subprocess.run(["unshare", "-rn", sys.executable, "-c", both], cwd=ROOT, capture_output=True, text=True,
+                          env=ENV, timeout=100)
+    first, second = done.stderr.split("and then\n")
+    assert "error: cannot download" in first and "Traceback" not in first, first
+    assert done.returncode == 0 and second.endswith("the end\n") and "Traceback" not in second, second
 
 
 def test_another_precision_goes_on_and_says_so(good, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Every way to start a program works, although `import torch` needs Python's own `dis` and our file has its name."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def launched(tmp_path_factory):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tests").mkdir()
     shutil.copy(ROOT / "tests/test_dis.py", root / "tests")
+    table = root / "benchmarks/tables.py"               # of one size; test_dis.py has the numbers of all
+    table.write_text(re.sub(r"^DIS = .*", 'DIS = {"H": (900.6, 14.79)}', table.read_text(), flags=re.M))
     (root / "users_script.py").write_text(BOTH)
     (root / "spawn.py").write_text(SPAWN)
     with ThreadPoolExecutor(2) as pool:

@@ -574,13 +574,22 @@ def test_presets_that_make_no_videos_say_so():
 
 # --- the whole way ---
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs do not count multiply-adds, which takes longer than their steps: test_readme.py has runs that do. The last
+    grid is drawn in two steps."""
+    monkeypatch.setattr(cost, "multiply_adds", lambda *args: None)
+    monkeypatch.setattr(train, "final_samples", lambda *args, draw=train.final_samples, **kwargs: draw(
+        *args, "--steps", "2", **kwargs))
+
+
 def train_(folder, *flags, name="run", steps=2):
     train.main(["--model", "mdm", "--results-dir", str(folder), "--name", name, "--max-steps", str(steps),
                 "--sample-every", "0", "--log-every", "1", "--global-batch-size", "4", "--image-size", "16",
                 "--set", "side=8", "channels=(8,8)", "text_width=8", "embedding=16", "heads=2", *map(str, flags)])
 
 
-def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch):
+def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     flags = "--data", "shapes", "--cond", "text", "--hold-out", "red star"
     train_(tmp_path, *flags, steps=4, name="whole")
@@ -605,7 +614,7 @@ def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch):
     assert np.load(tmp_path / "samples_3x16x16x3.npz")["arr_0"].shape == (3, 16, 16, 3)
 
 
-def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
+def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys, quick):
     grow = "--data", "shapes", "--lr", 0, "--init-inner"
     train_(tmp_path, "--image-size", 8, "--data", "shapes", name="small")
     train_(tmp_path, *grow, tmp_path / "small", name="large")
@@ -622,7 +631,7 @@ def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys):
     assert "resumed     at step 2" in capsys.readouterr().out
 
 
-def test_videos_become_moving_pictures(tmp_path, monkeypatch):
+def test_videos_become_moving_pictures(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     thin = "temporal={'channels':(4,4,4,4),'blocks':(1,1,1,1)}", "outer=[{'channels':(4,4),'blocks':(1,1)}]"
     train_(tmp_path, *thin, "--preset", "tiny-video", "--data", "moving", "--cond", "text",
