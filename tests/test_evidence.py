@@ -15,6 +15,7 @@ from support.checkpoint import load_paper
 from support.pictures import to_pil
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
 import figures  # noqa: E402

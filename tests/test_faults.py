@@ -19,6 +19,7 @@ from support import checkpoint, cli, parallel
 from test_train import SMALL, losses, run, same
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import train
 
+pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 COLUMNS = ["loss", "loss_t0", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "grad_norm", "lr"]
 COMMON = ["--global-batch-size", 8, "--max-steps", 3, "--warmup-steps", 1, "--lr", 1e-3, "--log-every", 1,
           "--cond-dropout", 0.4, "--sample-every", 0, "--device", "cpu", "--name", "run"]

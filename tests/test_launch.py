@@ -66,8 +66,10 @@ def launch(name, root, folder):
     for word, path in (("ROOT", root), ("RESULTS", folder), ("CKPT", ROOT / "assets/dis-mnist.pt")):
         command = [part.replace(word, str(path)) for part in command]
     program = str(Path(sys.executable).parent / command[0])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)            # what one launch compiles, the next need not
     return subprocess.run([program, *command[1:]], cwd=folder if "elsewhere" in name else root, timeout=200,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **settings})
+                          capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")

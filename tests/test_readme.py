@@ -20,6 +20,7 @@ import train
 from support.checkpoint import load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
 
