@@ -1,6 +1,7 @@
 """What every test process sets before torch is imported, and which tests stay together in one process. pytest-xdist
 starts one process a core (pyproject.toml)."""
 import os
+from pathlib import Path
 
 # One thread each: the processes share the cores already, and so do the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,12 +13,22 @@ if not torch.cuda.is_available():       # before anything imports Triton: its ke
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items):
-    """The tests of a file with a fixture for all of them stay together: another process would make it again."""
-    for item in items:
-        scopes = {defs[-1].scope for defs in item._fixtureinfo.name2fixturedefs.values() if defs}
-        if "module" in scopes:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)                     # without pytest-xdist there is no such hook
+def pytest_xdist_make_scheduler(config, log):
+    """Each test goes to the first process that is free. Only the tests of a file with a fixture for all of them stay
+    together, because another process would make it again. (Marks of xdist_group would do the same, but in pytest 9.2
+    pytest-xdist 3.8 does not see them.)"""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file in together else nodeid
+    files = Path(__file__).parent.glob("test_*.py")
+    together = {f.relative_to(config.rootpath).as_posix() for f in files if 'scope="module"' in f.read_text("utf8")}
+    return Scheduling(config, log)
 
 
 COUNTS = {}
