@@ -36,7 +36,8 @@ def be(rank, world, port, program, argv, said, folder):
                           MASTER_PORT=str(port))
     import sample
     import train
-    from support import cli
+    from support import cli, cost
+    cost.multiply_adds = lambda *args: None     # each process would count for longer than it trains; other tests count
     sys.argv = [program, *argv]
     if program == "-c":
         code = sys.argv.pop(1)

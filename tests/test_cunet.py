@@ -493,18 +493,21 @@ FLAGS = ["--model", "cunet", "--image-size", "12", "--global-batch-size", "4", "
          "--device", "cpu", "--sample-every", "0"]
 
 
+@pytest.mark.usefixtures("counted_once")
 @pytest.mark.parametrize("flags", [["--set", "nf=4"], ["--preset", "unet-tiny", "--set", "dim=8"]], ids=str)
 def test_trains_and_samples_from_the_command_line(flags, capsys):
     train.main([*FLAGS, *flags, "--smoke"])
     assert "sampling all worked" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_evaluations_are_logged(tmp_path):
     train.main([*FLAGS, "--set", "nf=4", "steps=2", "--max-steps", "2", "--results-dir", str(tmp_path)])
     lines = (tmp_path / "cunet-shapes" / "log.csv").read_text().splitlines()
     assert lines[0].endswith(",nfe") and lines[-1].endswith(",8")
 
 
+@pytest.mark.usefixtures("counted_once")
 @pytest.mark.parametrize("options, split", [([], ["--shard"]), (["steps=4", "gradients=adjoint"], [])],
                          ids=["shards", "adjoint"])
 def test_two_processes_match_one(tmp_path, options, split):

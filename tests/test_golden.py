@@ -58,7 +58,7 @@ def run(folder, *flags, processes=1):
     if processes == 1:
         train.main(flags)
     else:
-        import ranks                            # beside this file: `python -m tests.test_golden` would not find it above
+        import ranks                            # here, since `python -m tests.test_golden` does not find it
         ranks.launch(folder.with_name("said"), processes, "train.py", *flags)
     with open(folder / "run" / "log.csv", newline="") as f:
         rows = [[float(row[c] or "nan") for c in COLUMNS] for row in csv.DictReader(f)]
