@@ -34,6 +34,24 @@ class UserError(ValueError):
     """Something that the user can put right. The message is one sentence that says how."""
 
 
+def check_shape(x_t, shape):
+    """Raises UserError if x_t (B, ..) does not hold images of `shape`. A 14x56 image has as many patches as a 28x28 one:
+    without this check a model would take it for one."""
+    if tuple(x_t.shape[1:]) != tuple(shape):
+        want, got = ("x".join(map(str, size)) for size in (shape, x_t.shape[1:]))
+        raise UserError(f"this model was built for images of {want}, and got {got}: build another, or resize the images")
+
+
+def check_labels(y, num_classes):
+    """Raises UserError if a label of y (B,) is no class. Without this check, label 10 of 10 classes means "no class". It
+    needs the numbers themselves: it looks at a plain tensor on the CPU. To look at a GPU's, the CPU would have to wait.
+    """
+    if (not torch.compiler.is_compiling() and type(y) is torch.Tensor and y.device.type == "cpu"
+            and not torch._C._are_functorch_transforms_active()):
+        for wrong in y[(y < -1) | (y >= num_classes)].tolist():
+            raise UserError(f"label {wrong}, but this model has classes 0 to {num_classes - 1}, and -1 for none")
+
+
 # --- schedules -------------------------------------------------------------------------------------------------------
 # A schedule is a function of T, the number of steps. It returns alpha_bar, (T,), on the CPU and in float64:
 # 1 - alpha_bar is 1e-4 at t = 0, and float32 would keep only three digits of that.

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from diffusion import (Diffusion, bounded, cosine_alpha_bar, discretized_log_likelihood, fold, guided,
-                       linear_alpha_bar, normal, shift_snr, spaced_timesteps, uniform)
+from diffusion import (Diffusion, UserError, bounded, check_labels, check_shape, cosine_alpha_bar,
+                       discretized_log_likelihood, fold, guided, linear_alpha_bar, normal, shift_snr, spaced_timesteps,
+                       uniform)
 
 LINEAR = Diffusion(linear_alpha_bar(1000), "eps", "learned")
 
@@ -184,6 +185,23 @@ def test_unknown_settings_are_refused():
         Diffusion(linear_alpha_bar(1000), "noise")
     with pytest.raises(ValueError, match="more than 20"):
         linear_alpha_bar(10)
+
+
+def test_what_a_model_is_given_must_be_what_it_was_built_for():
+    check_shape(torch.zeros(2, 1, 28, 28), (1, 28, 28))
+    with pytest.raises(UserError, match="images of 1x28x28, and got 1x14x56: build another, or resize"):
+        check_shape(torch.zeros(2, 1, 14, 56), (1, 28, 28))
+    check_labels(torch.tensor([-1, 0, 9]), 10)
+    for wrong in (10, -2):
+        with pytest.raises(UserError, match=f"label {wrong}, but this model has classes 0 to 9, and -1 for none"):
+            check_labels(torch.tensor([3, wrong]), 10)
+
+
+def test_labels_without_numbers_are_not_looked_at():
+    """Those of a plan, and those under torch.func.vmap."""
+    y = torch.tensor([10, 11])
+    check_labels(y.to("meta"), 10)
+    torch.func.vmap(lambda y: (check_labels(y, 10), y)[1])(y)
 
 
 # --- sampling ---
