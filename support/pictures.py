@@ -1,14 +1,18 @@
 """From tensors to pictures, grids and films, and from those to files."""
+import functools
 import os
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from diffusion import UserError
+
+# Pillow's own font has the letters of English. These have others, where a system has them: Linux, macOS, Windows.
+FONTS = "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc", "malgun.ttf"
 
 # --- tensors to pictures ------------------------------------------------------------------------
 
@@ -45,6 +49,32 @@ def to_pil(image):
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
+def has_letters(font, text):
+    """A font draws the same box for each letter that it lacks; no font has U+FFFF."""
+    try:
+        box = bytes(font.getmask("\uffff"))
+        return all(bytes(font.getmask(letter)) != box for letter in set(text))
+    except UnicodeError:                                                                 # Pillow without FreeType
+        return text.isascii()
+
+
+@functools.lru_cache(maxsize=9)
+def labels(names):
+    """A tuple of names -> a font and what it writes beside the rows: the names, without the end of a long one. If no
+    font here has their letters, the numbers of the rows; we then print, once, what they mean."""
+    names = [" ".join(name.split()) for name in names]
+    for file in (None, *FONTS):
+        try:
+            font = ImageFont.truetype(file, 11) if file else ImageFont.load_default()
+        except (OSError, ImportError):
+            continue
+        if has_letters(font, "".join(names)):
+            return font, [name if len(name) <= 40 else name[:36].rstrip() + " ..." for name in names]
+    numbers = [str(row) for row in range(1, len(names) + 1)]
+    tqdm.write(f"rows        {', '.join(map(' '.join, zip(numbers, names)))} (no font here has their letters)")
+    return ImageFont.load_default(), numbers
+
+
 def grid_image(images, rows, names=None, zoom=None):
     """uint8 (B, H, W, C) -> a PIL image with picture i in row i % rows.
 
@@ -61,13 +91,13 @@ def grid_image(images, rows, names=None, zoom=None):
     picture = to_pil(sheet.repeat(zoom, 0).repeat(zoom, 1)[..., :3])
     if not names:
         return picture
-    names = [textwrap.shorten(name, 40, placeholder=" ...") for name in names]           # captions can be long
-    margin = 12 + max(int(ImageDraw.Draw(picture).textlength(name)) for name in names)
+    font, names = labels(tuple(names))
+    margin = 12 + max(int(font.getlength(name)) for name in names)
     labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
     labelled.paste(picture, (margin, 0))
     draw = ImageDraw.Draw(labelled)
     for r, name in enumerate(names):
-        draw.text((6, (r + 0.5) * picture.height / rows - 6), name, fill="black")
+        draw.text((6, (r + 0.5) * picture.height / rows - 6), name, fill="black", font=font)
     return labelled
 
 
