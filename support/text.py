@@ -8,7 +8,8 @@
     T5Text        a T5 of Hugging Face, by its name or folder. text float32 (B, 128, dim)
     StoredText    what a T5 has made of a folder's captions, from a file that `python -m support.prepare captions` wrote
 
-`encoder.dim` tells a model what comes in: "bytes", or the width of the T5.
+`encoder.dim` tells a model what comes in: "bytes", or the width of the T5. `encoder.size(caption)` is the length of a
+caption, of which the encoder reads the first `encoder.L`, counted in `encoder.unit`.
 """
 import hashlib
 import json
@@ -62,18 +63,35 @@ def tidy(caption):
     return caption.replace("\0", "").encode("utf-8", "replace").decode().strip()
 
 
+def cut(encoder, captions, what="captions"):
+    """A sentence that says how many captions are longer than an encoder reads; "" if none is."""
+    sizes = [encoder.size(caption) for caption in captions]
+    longer = sum(size > encoder.L for size in sizes)
+    if not longer:
+        return ""
+    are = "is" if longer == 1 else "are"
+    most = max(sizes)
+    return f"{longer:,} of {len(sizes):,} {what} {are} cut after {encoder.L} {encoder.unit}; the longest has {most}"
+
+
 class ByteText:
     """Words as the bytes that spell them. text: long (B, 16, 12). Each word fills a row, a word of more than 12 bytes
     several rows. 0 means that there is no byte."""
     name = dim = "bytes"
     L, W = 16, 12                                           # words; bytes of a word
+    unit = "words of 12 bytes (a longer word counts as several)"
+
+    def pieces(self, caption):
+        words = [word.encode() for word in tidy(caption).lower().split()]
+        return [word[i:i + self.W] for word in words for i in range(0, len(word), self.W)]
+
+    def size(self, caption):
+        return len(self.pieces(caption))
 
     def __call__(self, captions, half=False):               # half: only StoredText needs it
         text = np.zeros((len(captions), self.L, self.W), np.int64)                  # (B, L, W)
         for rows, caption in zip(text, captions):
-            words = [word.encode() for word in tidy(caption).lower().split()]
-            pieces = [word[i:i + self.W] for word in words for i in range(0, len(word), self.W)]
-            for row, piece in zip(rows, pieces):            # zip ends after L pieces
+            for row, piece in zip(rows, self.pieces(caption)):      # zip ends after L pieces
                 row[:len(piece)] = list(piece)
         text = torch.from_numpy(text)
         return text, text[:, :, 0] > 0                                              # (B, L, W), (B, L)
@@ -99,6 +117,7 @@ class T5Text:
 
     Each caption runs alone, without padding, so its embedding depends on nothing else. A resumed run gets the same
     bits, although it embeds other captions together."""
+    L, unit = TOKENS, "tokens"
 
     def __init__(self, name, device):
         try:
@@ -117,9 +136,12 @@ class T5Text:
         self.name, self.device, self.dim = name, torch.device(device), self.model.config.d_model
         self.memo, self.room = {}, MEMO                     # caption: its embedding; bytes left for more
 
-    def tokens(self, caption):
+    def tokens(self, caption, most=TOKENS):
         caption = tidy(caption)
-        return self.tokenizer(caption, truncation=True, max_length=TOKENS).input_ids if caption else []
+        return self.tokenizer(caption, truncation=True, max_length=most).input_ids if caption else []
+
+    def size(self, caption):
+        return len(self.tokens(caption, 10**6))
 
     def embed(self, caption):
         """-> float16 (n, dim), from memory if this caption came up recently."""
@@ -146,11 +168,15 @@ class T5Text:
 
 class StoredText:
     """Looks embeddings of captions up in a file, without the T5: on the CPU, and in worker processes too."""
+    L, unit = TOKENS, "tokens"
 
     def __init__(self, name, path, captions, lengths):
         self.name, self.path, self.lengths = name, path, np.array(lengths)
         self.dim = np.load(path, mmap_mode="r").shape[2]
         self.row = {caption: row for row, caption in enumerate(captions)}
+
+    def size(self, caption):
+        return int(self.lengths[self.row[caption]])
 
     def __call__(self, captions, half=False):
         """half: text in float16, as it is stored."""
@@ -184,7 +210,7 @@ def stored_text(folder, captions, name):
     if not about.is_file():
         return None
     try:
-        saved = json.loads(about.read_text())
+        saved = json.loads(about.read_text("utf8"))
         if {**saved, **expected} == saved:
             return StoredText(name, path, captions, saved["lengths"])
     except (OSError, ValueError, KeyError, TypeError):      # the file is missing or damaged
