@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files ev
 
 from diffusion import UserError
 from support import checkpoint, denoise, latents
-from support.cli import Parser, choose_labels, number, read_prompts, run, told_plainly
+from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, told_plainly
 from support.fid import fid_samples
 from support.parallel import pick_device
 from support.pictures import (decoder, grid_image, make_folder, save_each, save_gif, save_image, side_by_side,
                               to_uint8)
-from support.text import full_name, text_encoder
+from support.text import cut, full_name, text_encoder
 
 
 def generate(model, diffusion, shape, seeds, cond, batch_size, device,
@@ -212,6 +212,8 @@ def main(argv=None, encode=None):
     prompts = (read_prompts(args.prompt) or trained["prompts"]) if text else []
     if text and not encode:                                             # loading this or a VAE may take a while
         encode = text_encoder(args.text_encoder or trained["text_encoder"], device)
+    if text and (said := cut(encode, prompts, "prompts")) and not QUIET:
+        print(said)
     args.vae = full_name(args.vae) if args.vae else space and space["vae"]
     vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip, cfg_scale=args.cfg_scale)

@@ -252,7 +252,7 @@ def main(argv=None):
 
     # Train. This process has the places lo to hi - 1 of each global batch.
     lo, hi = (args.grad_accum * micro * r for r in (team.rank, team.rank + 1))
-    order = batch_order(len(dataset), args.seed, args.global_batch_size, start, args.max_steps, lo, hi)
+    order = batch_order(len(dataset), args.seed, args.global_batch_size, start, args.max_steps, lo, hi, dataset.several)
     if args.overfit_one_batch:
         order.steps = [0] * len(order)
     batches = inputs.batches(dataset, order, args.num_workers, pinned=device.type == "cuda")

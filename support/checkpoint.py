@@ -39,7 +39,7 @@ VERSION = 1                                     # of the layout above
 FREE_TO_CHANGE = {                              # flags that may differ between a run and its continuation
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "shard", "data_dir",
-    "smoke", "dry_run", "class_names", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae",
+    "smoke", "dry_run", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae",
     "image_size", "frames"}                     # (we compare the shape instead of these two)
 MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}     # for --resume PATH
 
@@ -198,16 +198,21 @@ def load_weights(model, checkpoint, weights, path):
 
 def folder_of(args):
     """The run's folder: --results-dir and --name, or by default <model>-<data>."""
-    name = re.sub(r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(args.latents or args.data).name}")
+    data = os.path.abspath(os.path.expanduser(args.latents or args.data))           # "." has no name
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(args.model).stem}-{Path(data).name}")
     return Path(args.results_dir) / (args.name or name)
 
 
 def differences(args, saved, keys):
     """How the arguments differ from a checkpoint's, such as ["--lr 0.001 (was 0.002)"]. keys: those to compare."""
     flags = {"text": "--cond: text", "shape": "--image-size: shape", "num_examples": "--data: examples",
-             "space": "--latents: from"}
-    return [f"{flags.get(k, '--' + k.replace('_', '-'))} {vars(args)[k]} (was {saved[k]})" for k in vars(args)
-            if k in keys and k in saved and vars(args)[k] != saved[k]]
+             "space": "--latents: from", "class_names": "--data: classes", "identity": "--data: names, sizes or "
+             "classes of the files, digest"}
+    def only(k, a, b):                          # of classes those that changed: there may be 1,000
+        return [name for name in a[k] if name not in b[k]] if k == "class_names" else a[k]
+    now = vars(args)
+    return [f"{flags.get(k, '--' + k.replace('_', '-'))} {only(k, now, saved)} (was {only(k, saved, now)})"
+            for k in now if k in keys and k in saved and now[k] != saved[k]]
 
 
 def resume(args, folder, team):
@@ -251,8 +256,9 @@ def origin(args, folder, say):
     if path is None:
         return None
     saved = checkpoint["args"]
-    if Path(args.data).is_dir() and Path(saved["data"]).name == Path(args.data).name:
-        keys = keys - {"data"}                  # the folder may have moved; the number of examples is compared
+    if Path(args.data).is_dir() and (saved["identity"] == args.identity if "identity" in saved else
+                                     Path(saved["data"]).name == Path(args.data).name):
+        keys = keys - {"data"}                  # the folder may have moved, but it holds the same files
     for flag, given in (("resume", {"auto", "none", saved["resume"]}),
                         ("init_inner", {None, saved.get("init_inner")})):
         if own and getattr(args, flag) not in given:
@@ -261,11 +267,13 @@ def origin(args, folder, say):
                             f"drop --{flag}")
     changed = differences(args, saved, keys)
     if changed:
-        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags; or begin a new run with "
-                        f"--name NEW, or with --name NEW --resume {path} from these weights")
+        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags and data; or begin a new "
+                        f"run with --name NEW, or with --name NEW --resume {path} from these weights")
     if args.max_steps < checkpoint["step"]:
         raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or --name NEW "
                         f"for a new run")
+    if not own and saved.get("identity", args.identity) != args.identity:
+        say(f"data        {path} was trained on other files or classes")
     if own and saved.get("bf16", args.bf16) != args.bf16:
         say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run will differ, by "
             f"rounding, from one that does not change")

@@ -58,6 +58,8 @@ def told_plainly():
 def run(main):
     """Run the `main` of a script, and report the errors that `main` itself does not report."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if hasattr(sys.stdout, "reconfigure"):      # a console may lack the letters of a folder's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         code = 0

@@ -6,9 +6,12 @@
     mnist      1x28x28       60,000  10,000  10 digits       download, 11 MB
     fashion    1x28x28       60,000  10,000  10 garments     download, 29 MB
     cifar10    3x32x32       50,000  10,000  10 things       download, 162 MB
-    a/folder   its images'      all       -  its subfolders  png, jpg, webp, bmp, gif; captions from
-                                                             metadata.csv (columns file_name,text)
+    a/folder   its images'      all       -  its subfolders  png, jpg, webp, bmp, gif; captions from a table
     * or any other size: they are drawn at the size you ask for
+
+The table of captions is metadata.csv, with the columns file_name,text, or metadata.jsonl, with lines such as
+{"file_name": "1.png", "text": "a cat"}. An image may have several captions: several lines, or a list as "text". Each
+step then draws one of them. Hidden files and folders of runs are no part of the data.
 
 `load` returns a Dataset. Index it with a list and you get a whole batch. So a worker process prepares batches, and
 nothing is left to collate:
@@ -23,16 +26,18 @@ does below, and call it in `load`.
 import csv
 import difflib
 import functools
-import glob
 import gzip
 import hashlib
 import http.client
+import json
 import math
 import os
+import posixpath
 import re
 import socket
 import tarfile
 import tempfile
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -55,33 +60,66 @@ class Dataset:
     shape        (C, H, W), or (C, T, H, W) for clips of T frames
     images       uint8 array (N, C, H, W); or a function of B indices -> (B, C, H, W), which must be picklable to reach
                  worker processes
-    labels       N integers; num_classes is 0 without class_names
-    captions     N strings, or None
+    labels       N integers, places in class_names; both or neither
+    captions     None, or for each image a str or a list of several
     texts        None, or a text encoder that is fast enough for workers: batches then hold "text" and "text_mask", too
     latents      None for pictures; else a dict: data, image_shape (of the pictures), vae (its name), scale, shift.
                  Then images are float16 (N, 2C, h, w): means, then standard deviations, of latents (C, h, w)
+    files        None, or a digest of the files' names and sizes: a part of `identity`
+
+    Raises UserError if these do not fit together; images of a function are checked when a batch is made.
     """
 
     def __init__(self, name, shape, images, length, labels=None, class_names=(), captions=None, texts=None,
-                 latents=None):
+                 latents=None, files=None):
         self.name, self.shape, self.images, self.length = name, tuple(shape), images, length
         self.class_names, self.num_classes = list(class_names), len(class_names)
-        self.labels = torch.tensor(labels).long() if self.num_classes else None
         self.captions, self.has_captions, self.texts = captions, captions is not None, texts
-        self.latents = latents
+        self.several = any(not isinstance(caption, str) for caption in (captions if self.has_captions else ()))
+        self.latents, self.files, self.labels = latents, files, None
+        if self.num_classes:
+            y = np.asarray(labels)                                                  # (N,)
+            if y.shape != (length,) or y.dtype.kind not in "iu" or not ((y >= 0) & (y < self.num_classes)).all():
+                raise UserError(f"{name} has {length} images and {self.num_classes} classes: give each image a whole "
+                                f"number from 0 to {self.num_classes - 1} in labels")
+            self.labels = torch.from_numpy(y.astype(np.int64))                      # (N,)
+        elif labels is not None:
+            raise UserError(f"{name} has labels but no class_names: pass both or neither")
+        if self.has_captions and len(captions) != length:
+            raise UserError(f"{name} has {length} images and {len(captions)} captions: give each image one")
+        if not callable(images):
+            self.check(images, length)
+
+    def check(self, x, n):
+        """Raises UserError if x is not n images as training needs them."""
+        C, *size = self.shape
+        shape, kind = ((n, 2 * C, *size), "float16") if self.latents else ((n, C, *size), "uint8")
+        if not isinstance(x, np.ndarray) or x.shape != shape or x.dtype != kind:
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+            raise UserError(f"the images of {self.name} are {found}: make them a NumPy array, {kind} of shape {shape}")
+
+    @property
+    def identity(self):
+        """A digest that is another one for other files, classes or labels, wherever the files are."""
+        labels = None if self.labels is None else digest(self.labels.numpy().astype("<i8").tobytes())
+        return digest(json.dumps([self.files, self.class_names, labels]).encode())[:16]
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, indices):
-        indices = np.asarray(indices)                                               # (B,)
+        """indices: (B,), or (2, B): with numbers that choose among several captions. Without them the first is
+        taken."""
+        indices = np.asarray(indices)
+        indices, draws = indices if indices.ndim == 2 else (indices, np.zeros_like(indices))    # (B,) each
         # numpy, because torch would start threads, which cost more than so few bytes
         x = self.images(indices) if callable(self.images) else self.images[indices]
+        self.check(x, len(indices))
         batch = {"x": torch.from_numpy(x)}                                          # (B, C, H, W)
         if self.num_classes:
             batch["y"] = self.labels[indices]                                       # (B,)
         if self.has_captions:
-            batch["caption"] = [self.captions[i] for i in indices]
+            batch["caption"] = [one_of(self.captions[i], n) for i, n in zip(indices, draws)]
         if self.texts:          # embeddings in float16, to move half the bytes; ByteText gives (B, L, W), (B, L)
             batch["text"], batch["text_mask"] = self.texts(batch["caption"], half=True)     # (B, L, dim), (B, L)
         return batch
@@ -103,7 +141,21 @@ class Dataset:
         labels = self.labels.numpy()[keep] if self.num_classes else None
         captions = [self.captions[i] for i in keep] if self.has_captions else None
         return Dataset(self.name, self.shape, images, len(keep), labels, self.class_names, captions,
-                       self.texts, self.latents)
+                       self.texts, self.latents, self.files)
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def one_of(caption, n=0):
+    """What a Dataset keeps as an image's caption -> the caption, or number n of several."""
+    return caption if isinstance(caption, str) else caption[n % len(caption)]
+
+
+def flat(captions):
+    """All captions of all images -> a list of str."""
+    return [c for caption in captions for c in ([caption] if isinstance(caption, str) else caption)]
 
 
 def images_of(images, keep, indices):
@@ -111,19 +163,19 @@ def images_of(images, keep, indices):
 
 
 def hold_out(dataset, phrases):
-    """The Dataset without the examples whose caption has one of `phrases` in it, as whole words. Raises UserError if a
+    """The Dataset without the examples that have one of `phrases` in a caption, as whole words. Raises UserError if a
     phrase is in no caption, or if no example is left."""
     if not dataset.has_captions:
         raise UserError(f"{dataset.name} has no captions to hold out: use shapes, moving or a folder with a "
-                        f"metadata.csv")
+                        f"metadata.csv or metadata.jsonl")
     keep = np.ones(len(dataset), bool)
     for phrase in phrases:
         words = r"\s+".join(map(re.escape, phrase.split())) or "(?!)"               # (?!) matches nothing
         found = re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE).search    # dark-red is one word
-        held = np.array([found(caption) is not None for caption in dataset.captions])
+        held = np.array([any(map(found, flat([caption]))) for caption in dataset.captions])
         if not held.any():
             raise UserError(f"no caption of {dataset.name} contains {phrase!r}: hold out words as in "
-                            f"{dataset.captions[0]!r}")
+                            f"{one_of(dataset.captions[0])!r}")
         keep &= ~held
     if not keep.any():
         raise UserError(f"without {' and '.join(phrases)} nothing of {dataset.name} is left: hold out less")
@@ -144,7 +196,6 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
     Raises UserError for a name, file or size that is wrong.
     """
     size = None if image_size is None else parse_size(image_size)
-    root = Path(data_dir or "~/.cache/four-denoisers").expanduser()
     if split not in ("train", "test"):
         raise UserError(f"no split {split!r}: choose train or test")
     if name == "moving":
@@ -153,11 +204,10 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
         raise UserError(f"{name} has no frames: drop --frames, or pass --data moving")
     if name == "shapes":
         return Dataset(**shapes.still(size or (32, 32), split))
-    if name in ("mnist", "fashion"):
-        return digits(name, root, size, split)
-    if name == "cifar10":
-        return cifar10(root, size, split)
-    folder = Path(name).expanduser()
+    if name in CLASSES:
+        root = expanded(data_dir or "~/.cache/four-denoisers")
+        return cifar10(root, size, split) if name == "cifar10" else digits(name, root, size, split)
+    folder = expanded(name)
     if not folder.is_dir():
         names = ["shapes", "moving", "mnist", "fashion", "cifar10"]
         close = difflib.get_close_matches(str(name).lower(), names, n=1)
@@ -167,6 +217,15 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
     if split == "test":
         raise UserError(f"folder {name} has no test split: pass the folder of your test images")
     return image_folder(str(name), folder, size, text_encoder)
+
+
+def expanded(path):
+    """The Path; ~ is the home folder. Raises UserError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:                                    # a container's user may have none
+        raise UserError(f"no home folder for {path}: write a path without ~, in --data-dir if it is for "
+                        f"downloads") from None
 
 
 def parse_size(size):
@@ -193,11 +252,11 @@ class batch_order:                      # lower case like range, which it resemb
 
     Slot s of step k is number k * global_batch_size + s of an endless sequence: one shuffled pass over all examples
     after another. There is no state. To resume, pass another first_step; any number of processes split a batch by their
-    lo and hi.
+    lo and hi. draws: (2, hi - lo) instead, with a random number for each index, for a Dataset of several captions.
     """
 
-    def __init__(self, num_examples, seed, global_batch_size, first_step, last_step, lo, hi):
-        self.n, self.seed, self.batch = num_examples, seed, global_batch_size
+    def __init__(self, num_examples, seed, global_batch_size, first_step, last_step, lo, hi, draws=False):
+        self.n, self.seed, self.batch, self.draws = num_examples, seed, global_batch_size, draws
         self.steps, self.slots = range(first_step, last_step), np.arange(lo, hi)
 
     def __len__(self):
@@ -210,6 +269,9 @@ class batch_order:                      # lower case like range, which it resemb
             for e in np.unique(epoch):
                 now = epoch == e
                 indices[now] = permutation(self.seed, int(e), self.n)[place[now]]
+            if self.draws:      # train.py uses 0 to 3 for its own draws, `prepare` 4
+                draws = fold(self.seed, step + 1, torch.from_numpy(self.slots), 5).numpy()          # (hi - lo,)
+                indices = np.stack([indices, draws])                                # (2, hi - lo)
             yield indices                                                           # (hi - lo,)
 
 
@@ -357,20 +419,46 @@ def download(urls, path, sha256):
 
 # --- folders of images -------------------------------------------------------------------------------
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def walk(folder, below="", above=()):
+    """Yields path and bytes of each image below a folder. A link to a folder above it is not followed: there the same
+    images would come again, without end. What train.py has written is left out."""
+    here = os.path.join(folder, below)
+    real = os.path.realpath(here)
+    if real in above:
+        return
+    entries = [e for e in os.scandir(here) if not e.name.startswith(".")]
+    if below and {"args.json", "log.csv"} <= {e.name for e in entries}:             # a run's folder
+        return
+    for e in entries:
+        if e.is_dir():
+            yield from walk(folder, f"{below}{e.name}/", (*above, real))
+        elif e.name.lower().endswith(ENDINGS):
+            yield below + e.name, e.stat().st_size
+
+
+def plain(path):
+    """One spelling for all of a path: "./cats\\é.png " is cats/é.png, whichever of Unicode's two forms é has."""
+    return posixpath.normpath(unicodedata.normalize("NFC", path.strip().replace("\\", "/")))
+
+
 def list_images(folder):
-    """The paths of all images below a folder, relative to it, sorted. Raises UserError if there are none."""
-    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-    found = glob.glob("**/*", root_dir=folder, recursive=True)          # without hidden files
-    files = sorted(f.replace(os.sep, "/") for f in found if f.lower().endswith(endings))
+    """{path: bytes} of all images below a folder; the paths are relative to it, and sorted. Raises UserError if there
+    are none."""
+    found = walk(folder) if folder.is_dir() else ()
+    files = dict(sorted(found, key=lambda f: (plain(f[0]), f[0])))
     if not files:
-        raise UserError(f"no images in {folder}: pass a folder with {' '.join(endings)} files")
+        raise UserError(f"no images in {folder}: pass a folder with {' '.join(ENDINGS)} files")
     return files
 
 
 def image_folder(name, folder, size, text_encoder=None):
     """All images below a folder. Its immediate subfolders, if it has any, are the classes."""
-    files = list_images(folder)
-    top = [f.split("/")[0] if "/" in f else None for f in files]
+    sizes = list_images(folder)
+    files, spelt = list(sizes), [plain(f) for f in sizes]
+    top = [f.split("/")[0] if "/" in f else None for f in spelt]
     class_names = sorted(set(top) - {None})
     if class_names and None in top:
         raise UserError(f"{folder} has images in subfolders, which are classes, and others such as "
@@ -380,28 +468,71 @@ def image_folder(name, folder, size, text_encoder=None):
     mode = "L" if all(is_gray(folder / f) for f in files) else "RGB"
     shape = read_image(folder / files[0], mode, size).shape
     read = functools.partial(read_images, folder, files, mode, size, shape)
-    return Dataset(name, shape, preload(read, len(files), shape), len(files), [place.get(c) for c in top],
-                   class_names, captions,
-                   text.stored_text(folder, captions, text_encoder) if captions and text_encoder else None)
+    return Dataset(name, shape, preload(read, len(files), shape), len(files),
+                   [place[c] for c in top] if class_names else None, class_names, captions,
+                   text.stored_text(folder, flat(captions), text_encoder) if captions and text_encoder else None,
+                   files=digest(json.dumps([spelt, list(sizes.values())]).encode()))
 
 
 def read_captions(folder, files):
-    """The text of each file in folder/metadata.csv, or None if there is no such table."""
-    table = folder / "metadata.csv"
-    if not table.is_file():
+    """The captions of each file, as a Dataset keeps them, from the folder's metadata.csv or metadata.jsonl; None if
+    there is no such table. Raises UserError if any word of it would be lost."""
+    tables = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
+    if not tables:
         return None
+    if len(tables) > 1:
+        raise UserError(f"{folder} has both metadata.csv and metadata.jsonl: keep one")
+    table, found = tables[0], {plain(f): [] for f in files}
     try:
         with open(table, newline="", encoding="utf-8-sig") as f:        # -sig: Excel begins with a byte order mark
-            rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{table} cannot be read ({e}): save it as CSV in UTF-8") from None
-    if not rows or not {"file_name", "text"} <= set(rows[0]):
-        raise UserError(f"{table} lacks lines or columns: its first line must be file_name,text")
-    texts = {row["file_name"]: row["text"] or "" for row in rows}
-    for file in sorted(set(texts) ^ set(files)):
-        raise UserError(f"{table} has no line for {file}: add one or move the image away" if file in files else
-                        f"{table} names {file}, which does not exist: add it or delete the line")
-    return [texts[f] for f in files]
+            for line, file, captions in (csv_lines if table.suffix == ".csv" else json_lines)(f, table):
+                if plain(file) not in found:
+                    raise UserError(f"{table}, line {line} names {file}, which does not exist: add it or delete the "
+                                    f"line")
+                found[plain(file)] += captions
+    except UnicodeDecodeError as e:
+        raise UserError(f"{table} cannot be read ({e}): save it in UTF-8") from None
+    captions = [found[plain(f)] for f in files]
+    if [] in captions:
+        raise UserError(f"{table} has no line for {files[captions.index([])]}: add one or move the image away")
+    return [c[0] if len(c) == 1 else c for c in captions]
+
+
+def csv_lines(f, table):
+    """Yields line number, file and captions for each row of a CSV."""
+    rows, line = csv.reader(f, strict=True), 1
+    try:
+        header = [column.strip() for column in next(rows, [])]
+        if header.count("file_name") != 1 or header.count("text") != 1:
+            raise UserError(f"{table} lacks columns or has them twice: its first line must be file_name,text")
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                raise UserError(f"{table}, line {line} has {len(row)} columns instead of {len(header)}: put a text "
+                                f"with commas into double quotes")
+            if row:                                         # else the line is blank
+                yield line, row[header.index("file_name")], [row[header.index("text")]]
+            line = rows.line_num + 1                        # a text in quotes may have several lines
+    except csv.Error as e:
+        raise UserError(f"{table} cannot be read from line {line} on ({e}): check its double quotes") from None
+
+
+def json_lines(f, table):
+    """Yields line number, file and captions for each line of JSON."""
+    for line, content in enumerate(f, 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+            file, captions = row["file_name"], row["text"]
+            captions = [captions] if isinstance(captions, str) else captions
+            understood = isinstance(captions, list) and all(isinstance(c, str) for c in [file, *captions])
+        except (ValueError, KeyError, TypeError):
+            understood = False
+        if not understood:
+            raise UserError(f'{table}, line {line} is not understood: write {{"file_name": "1.png", "text": "a cat"}}, '
+                            f'or as text a list, ["a cat", "a pet"]')
+        yield line, file, captions
 
 
 def read_images(folder, files, mode, size, shape, indices):

@@ -7,15 +7,17 @@ from torch.utils.data import DataLoader
 from diffusion import UserError
 from support import checkpoint, datasets, latents
 from support.cli import fail
-from support.text import text_encoder
+from support.text import cut, text_encoder
+
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 def for_training(args, paper, device):
     """The command line and the paper's module -> the Dataset, and a function that turns captions into tensors. The
     function is None if the model is told a class or nothing. Raises UserError.
 
-    Writes into args what a checkpoint must say about the data: shape, num_classes, class_names, num_examples, text,
-    prompts, space.
+    Writes into args what a checkpoint must say about the data: shape, num_classes, class_names, num_examples, identity,
+    text, prompts, space.
     """
     if args.latents:
         for flag in ("image_size", "frames", "hold_out", "hflip", "data_dir", "data"):
@@ -41,13 +43,33 @@ def for_training(args, paper, device):
         raise UserError("--hflip would make what moves left move right, against its caption: drop it")
     args.shape, args.num_classes, args.num_examples = list(dataset.shape), classes, len(dataset)
     args.class_names, args.space = list(dataset.class_names) if classes else [], dataset.latents
+    args.identity = dataset.identity
     args.text, args.prompts = encode.dim if encode else 0, some_captions(dataset, args.seed) if encode else []
-    stored = ", stored" * bool(dataset.texts)
-    dataset.condition = (f"{classes} classes" if classes else
-                         f"captions ({args.text_encoder}{stored})" if encode else "no classes")
+    dataset.condition = condition(args, dataset, encode)
     if encode and args.text == "bytes":
         dataset.texts = encode                  # then the workers make the bytes, in memory that a GPU can fetch from
     return dataset, encode
+
+
+def condition(args, dataset, encode):
+    """What the model is told about an image, for the plan. Further lines say what the user may not expect."""
+    names, said = dataset.class_names, "no classes"
+    if encode:
+        most = max(len(datasets.flat([caption])) for caption in dataset.captions)
+        said = f"captions ({args.text_encoder}{', stored' * bool(dataset.texts)})"
+        said += f", up to {most} for an image" * (most > 1)
+    elif args.num_classes:
+        shown = names if len(names) <= 20 else [names[0], "...", names[-1]]
+        said = f"{len(names):,} classes ({', '.join(shown)})"
+    splits = sorted((name for name in names if name.lower() in SPLITS), key=lambda name: "train" in name.lower())
+    if splits and (len(splits) > 1 or len(names) == 1):
+        said += (f"\nnote        all of {', '.join(splits)} is trained on, as classes: if they are parts of a data "
+                 f"set, pass one folder, such as --data {dataset.name}/{splits[-1]}")
+    if encode:                                              # 10,000 captions take a T5's tokenizer a second or two
+        captions = list(dict.fromkeys(datasets.flat(dataset.captions)))[:10_000]
+        cuts = cut(encode, captions, "different captions")
+        said += f"\nnote        {cuts}" * bool(cuts)
+    return said
 
 
 def choose_text(args, dataset, reads, device):
@@ -70,7 +92,8 @@ def choose_text(args, dataset, reads, device):
 def some_captions(dataset, seed, n=8):
     """The first n different captions in a random order, for the grids of samples."""
     order = datasets.permutation(seed, 0, len(dataset))[:1000]
-    return list(dict.fromkeys(dataset.captions[i] for i in order if dataset.captions[i]))[:n] or [""]
+    captions = (datasets.one_of(dataset.captions[i]) for i in order)
+    return list(dict.fromkeys(caption for caption in captions if caption))[:n] or [""]
 
 
 def batches(dataset, order, workers, pinned):

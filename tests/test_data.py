@@ -1,19 +1,29 @@
-"""datasets.py and shapes.py on tiny files made here. No network: mirrors are file:// addresses."""
+"""datasets.py and shapes.py on tiny files made here; what a run knows of its data; words beside pictures. No network:
+mirrors are file:// addresses."""
+import contextlib
 import gzip
 import hashlib
+import io
+import os
 import pickle
+import re
+import shutil
 import socket
+import sys
 import tarfile
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch.utils.data import DataLoader
 
+import train
 from diffusion import UserError
-from support import datasets, shapes
+from support import checkpoint, cli, datasets, inputs, pictures, shapes
 from support.datasets import batch_order, hold_out, load, parse_size
 from support.shapes import draw_shapes
 
@@ -273,6 +283,24 @@ def test_hold_out_needs_captions(tmp_path):
         hold_out(load("mnist", tmp_path), ["red star"])
 
 
+@pytest.mark.parametrize("changes, needed", [
+    (dict(labels=[0, 1, 2]), "a whole number from 0 to 1"), (dict(labels=[0, 1, -1]), "from 0 to 1"),
+    (dict(labels=[0, 1]), "3 images and 2 classes"), (dict(labels=[0, 1, 0.5]), "whole number"),
+    (dict(labels=None), "give each image"), (dict(class_names=()), "labels but no class_names"),
+    (dict(captions=["a", "b"]), "3 images and 2 captions"), (dict(images=np.zeros((3, 1, 4, 4))), "float64 of shape"),
+    (dict(images=np.zeros((3, 4, 4, 1), np.uint8)), r"uint8 of shape \(3, 4, 4, 1\)"),
+    (dict(images=np.zeros((2, 1, 4, 4), np.uint8)), r"uint8 of shape \(3, 1, 4, 4\)"),
+    (dict(images=torch.zeros(3, 1, 4, 4, dtype=torch.uint8)), "Tensor: make them a NumPy array"),
+    (dict(images=lambda i: np.zeros((len(i), 1, 8, 8), np.uint8)), "uint8 of shape"),
+    (dict(latents={}, images=np.zeros((3, 1, 4, 4), np.uint8)), None),
+    (dict(latents={"vae": "v"}, images=np.zeros((3, 1, 4, 4), np.float16)), r"float16 of shape \(3, 2, 4, 4\)")])
+def test_a_dataset_of_ones_own_must_fit_together(changes, needed):
+    good = dict(name="mine", shape=(1, 4, 4), images=np.zeros((3, 1, 4, 4), np.uint8), length=3, labels=[0, 1, 1],
+                class_names=["cat", "dog"])
+    with pytest.raises(UserError, match=needed) if needed else contextlib.nullcontext():
+        datasets.Dataset(**{**good, **changes})[[0, 1]]
+
+
 # --- batch order ---
 
 @pytest.mark.parametrize("n, batch", [(10, 4), (10, 10), (3, 16), (1, 2), (64, 8)])
@@ -297,6 +325,21 @@ def test_resuming_gives_the_tail():
     order = list(batch_order(10, 1, 4, 0, 9, 1, 3))
     tail = list(batch_order(10, 1, 4, 5, 9, 1, 3))
     assert len(tail) == 4 and all(np.array_equal(a, b) for a, b in zip(order[5:], tail))
+
+
+def test_one_of_several_captions_is_drawn_for_each_step():
+    """The same for any number of processes; --overfit-one-batch repeats its draw."""
+    dataset = captioned(["a", "b", "c"], "only")
+    assert dataset.several and not captioned("a").several and dataset[[0, 1]]["caption"] == ["a", "only"]
+    order = [batch_order(2, 1, 6, 0, 20, lo, hi, dataset.several) for lo, hi in ((0, 6), (0, 4), (4, 6))]
+    whole, *parts = [[dataset[i]["caption"] for i in o] for o in order]
+    assert whole == [a + b for a, b in zip(*parts)]
+    drawn = [c for step in whole for c in step if c != "only"]
+    assert all(8 < drawn.count(c) < 32 for c in "abc") and len({tuple(step) for step in whole}) > 10
+    order[0].steps = [0] * 3
+    assert [dataset[i]["caption"] for i in order[0]] == whole[:1] * 3
+    assert hold_out(dataset, ["b"]).captions == ["only"]
+    assert inputs.some_captions(dataset, 0) in (["a", "only"], ["only", "a"])
 
 
 # --- datasets and loaders ---
@@ -501,6 +544,35 @@ def test_captions(tmp_path):
     assert dataset.has_captions and dataset[[1, 0]]["caption"] == ["é, two", "one"]
 
 
+@pytest.mark.parametrize("table", [
+    'file_name, text\n./cats/é.png ,a cat\n"cats\\1.png","a red,\nbig cat"\n\n"cats\\1.png",tom\n',
+    '{"text": "a cat", "file_name": "./cats/é.png "}\n\n'
+    '{"file_name": "cats\\\\1.png", "text": ["a red,\\nbig cat", "tom"]}'], ids=["csv", "jsonl"])
+def test_tables_of_captions(tmp_path, table):
+    """An image may have several; files are found however they are spelt, in either form of é."""
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        folder = tmp_path / form
+        for name in ("1.png", unicodedata.normalize(form, "é.png")):
+            write_image(folder / "cats" / name)
+        name = "metadata.csv" if table.startswith("file_name") else "metadata.jsonl"
+        (folder / name).write_text(unicodedata.normalize(other, table), encoding="utf8")
+        assert load(str(folder)).captions == [["a red,\nbig cat", "tom"], "a cat"]
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    """glob follows each some 40 times, and two of them for ever. Links to other folders are followed."""
+    for name in ("pictures/cat/1.png", "pictures/dog/2.png", "elsewhere/3.png"):
+        write_image(tmp_path / name)
+    root = tmp_path / "pictures"
+    for link, target in ((root / "cat" / "up", root), (root / "dog" / "up", root),
+                         (root / "fox", tmp_path / "elsewhere"), (tmp_path / "elsewhere" / "back", root)):
+        try:
+            link.symlink_to(target, target_is_directory=True)
+        except OSError:
+            pytest.skip("this system makes no links")
+    assert list(datasets.list_images(root)) == ["cat/1.png", "dog/2.png", "fox/3.png"]
+
+
 def test_gray_folder(tmp_path):
     write_image(tmp_path / "a.png", 77, mode="L")
     write_image(tmp_path / "b.png", (0, 0), mode="LA")      # wholly transparent
@@ -569,9 +641,9 @@ def two_images(folder, second="b.png", **options):
     write_image(folder / second, **options)
 
 
-def table(folder, text):
+def table(folder, text, ending="csv"):
     two_images(folder)
-    (folder / "metadata.csv").write_bytes(text.encode("latin-1"))
+    (folder / f"metadata.{ending}").write_bytes(text.encode("latin-1"))
 
 
 def replace_bin(folder, name, content):
@@ -648,6 +720,20 @@ ERRORS = {
                      ["names c.png", "delete the line"]),
     "missing line": (lambda f: table(f, "file_name,text\na.png,x\n"), {}, ["for b.png", "add one"]),
     "encoding": (lambda f: table(f, "file_name,text\na.png,\xe9\n"), {}, ["UTF-8"]),
+    "comma": (lambda f: table(f, "file_name,text\na.png,a cat\nb.png,a red, big cat\n"), {},
+              ["line 3 has 3 columns instead of 2", "double quotes"]),
+    "short line": (lambda f: table(f, "file_name,text\na.png\n"), {}, ["line 2 has 1 columns"]),
+    "lines of a text": (lambda f: table(f, 'file_name,text\na.png,"a\nb\nc"\nd.png,x\n'), {}, ["line 5 names d.png"]),
+    "open quote": (lambda f: table(f, 'file_name,text\na.png,"a cat\nb.png,a dog\n'), {}, ["line 2", "double quotes"]),
+    "column twice": (lambda f: table(f, "file_name,text,text\na.png,x,y\n"), {}, ["twice", "file_name,text"]),
+    "two tables": (lambda f: (table(f, "file_name,text\na.png,x\nb.png,y\n"), (f / "metadata.jsonl").touch()), {},
+                   ["both metadata.csv and metadata.jsonl", "keep one"]),
+    "no json": (lambda f: table(f, '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png"', "jsonl"), {},
+                ["line 2", '"text"']),
+    "no text": (lambda f: table(f, '{"file_name": "a.png", "caption": "x"}', "jsonl"), {}, ["line 1", '"text"']),
+    "empty list": (lambda f: table(f, '{"file_name": "a.png", "text": []}', "jsonl"), {},
+                   ["no line for a.png", "add one"]),
+    "a number": (lambda f: table(f, '{"file_name": "a.png", "text": [1]}', "jsonl"), {}, ["line 1", '"text"']),
 }
 
 
@@ -688,3 +774,125 @@ def test_one_frame_of_a_clip_is_a_picture_and_sixteen_are_a_longer_clip():
     assert a["caption"] == b["caption"] == c["caption"]
     with pytest.raises(UserError, match="--frames"):
         datasets.load("shapes", frames=4)
+
+
+def test_without_a_home_folder(monkeypatch):
+    """As in a container whose user has no name."""
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(UserError, match="no home folder for ~/.cache.*--data-dir"):
+        load("mnist")
+    assert len(load("shapes")) == 65536                         # it needs none
+
+
+# --- what a run knows of its data ---
+
+def arguments(folder, *flags):
+    """What train.py knows before it resumes."""
+    args = train.parse(["--data", str(folder), "--results-dir", str(folder.parent / "results"), "--name", "run",
+                        *flags])
+    args.bf16, dataset = False, inputs.for_training(args, checkpoint.load_paper("dis"), "cpu")[0]
+    return args, dataset
+
+
+def pets(folder):
+    for i in range(4):
+        write_image(folder / ("cat", "dog")[i % 2] / f"{i}.png", size=(16, 16 + i))     # files of other sizes
+    return folder
+
+
+def swap(a, b):
+    a.rename(a.with_name("swapped"))
+    b.rename(a)
+    a.with_name("swapped").rename(b)
+
+
+OTHER = "--data: names, sizes or classes of the files, digest"
+CHANGES = {
+    "same": (lambda f: None, None),
+    "moved": (lambda f: shutil.move(f, f.parent / "elsewhere" / f.name), None),
+    "moved and renamed": (lambda f: shutil.move(f, f.parent / "animals"), None),
+    "renamed class": (lambda f: os.rename(f / "cat", f / "pet"), r"classes \['pet'\] \(was \['cat'\]\)"),
+    "classes swapped": (lambda f: swap(f / "cat", f / "dog"), OTHER),
+    "to another class": (lambda f: os.rename(f / "cat/0.png", f / "dog/0.png"), OTHER),
+    "files swapped": (lambda f: swap(f / "cat/0.png", f / "cat/2.png"), OTHER),
+    "renamed file": (lambda f: os.rename(f / "cat/0.png", f / "cat/4.png"), OTHER)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_with_its_own_files_only(tmp_path, change):
+    """Counts are the same in each case. A run of an earlier version knew only them, the class names and the path."""
+    args, _ = arguments(pets(tmp_path / "pets"), "--image-size", "16")
+    folder, (prepare, needed) = checkpoint.folder_of(args), CHANGES[change]
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoint.save(folder, args, 1, {"model": {}, "ema": {}, "opt": None})
+    moved = Path(prepare(tmp_path / "pets") or tmp_path / "pets")
+    args, _ = arguments(moved, "--image-size", "16", "--results-dir", str(tmp_path / "results"))
+    with pytest.raises(UserError, match=needed) if needed else contextlib.nullcontext():
+        assert checkpoint.origin(args, folder, print)
+    if needed is None and change != "moved and renamed":
+        del args.identity
+        checkpoint.save(folder, args, 2, {"model": {}, "ema": {}, "opt": None})
+        args.identity = "0"
+        assert checkpoint.origin(args, folder, print)
+    checkpoint.let_go()
+
+
+def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
+    args, _ = arguments(pets(tmp_path / "a" / "train"), "--image-size", "16")
+    folder = checkpoint.folder_of(args)
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoint.save(folder, args, 1, {"model": {}, "ema": {}, "opt": None})
+    write_image(pets(tmp_path / "b" / "train") / "dog" / "3.png", size=(16, 90))
+    args, _ = arguments(tmp_path / "b" / "train", "--image-size", "16", "--results-dir", str(folder.parent))
+    with pytest.raises(UserError, match="--data .*b/train .was .*a/train.*--name NEW"):
+        checkpoint.origin(args, folder, print)
+    checkpoint.let_go()
+
+
+def test_a_run_of_this_folder_is_no_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(pets(tmp_path / "pets"))
+    args = train.parse(["--data", "."])
+    folder = checkpoint.folder_of(args)
+    assert folder == Path("results/dis-pets")
+    write_image(folder / "samples" / "step_0000100.png")
+    assert load(".", image_size=16).num_classes == 3            # nobody's yet
+    for name in ("args.json", "log.csv"):
+        (folder / name).touch()
+    assert load(".", image_size=16).class_names == ["cat", "dog"]
+
+
+def test_the_plan_names_the_classes(tmp_path):
+    _, dataset = arguments(pets(tmp_path / "pets"), "--image-size", "16")
+    assert dataset.condition == "2 classes (cat, dog)"
+    os.rename(tmp_path / "pets" / "cat", tmp_path / "pets" / "test")
+    os.rename(tmp_path / "pets" / "dog", tmp_path / "pets" / "Train")
+    _, dataset = arguments(tmp_path / "pets", "--image-size", "16")
+    assert re.search(r"2 classes \(Train, test\)\nnote .*such as --data .*pets/Train$", dataset.condition)
+    for i in range(30):
+        write_image(tmp_path / "many" / f"c{i:02d}" / "1.png")
+    assert arguments(tmp_path / "many")[1].condition == "30 classes (c00, ..., c29)"
+
+
+def test_a_console_may_lack_the_letters_of_a_folders_name(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit):
+        cli.run(lambda: print("data 猫", flush=True))
+    assert console.buffer.getvalue().strip() == b"data \\u732b"
+
+
+# --- words beside pictures ---
+
+def test_labels_have_all_their_letters_or_numbers_that_are_explained(monkeypatch, capsys):
+    pictures.labels.cache_clear()
+    assert pictures.labels(("cat", "a" * 50))[1] == ["cat", "a" * 36 + " ..."]
+    lacking = ImageFont.load_default()
+    assert pictures.has_letters(lacking, "cat") and not pictures.has_letters(lacking, "cat 猫")
+    monkeypatch.setattr(pictures, "FONTS", ())
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    for _ in range(2):                                          # a film has many pictures, but one legend
+        numbered = pictures.grid_image(images, 2, ["猫", "dog"])
+    assert capsys.readouterr().out == "rows        1 猫, 2 dog (no font here has their letters)\n"
+    assert np.array_equal(numbered, pictures.grid_image(images, 2, ["1", "2"]))
