@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from diffusion import UserError
 from support.cli import QUIET
-from support.datasets import Dataset
+from support.datasets import Dataset, expanded
 from support.text import full_name, pretrained
 
 CHUNK = 1024                                                # examples a file: 16 MiB of 4x32x32 latents
@@ -134,7 +134,7 @@ def begin(dataset, folder, vae, hflip=False):
     about = {"vae": vae.name, "scale": vae.scale, "shift": vae.shift, "data": full_name(dataset.name),
              "images": len(dataset), "copies": 2 if hflip else 1, "shape": [vae.C, H // f, W // f],
              "image_shape": [vae.colours, H, W], "class_names": dataset.class_names,
-             "labels": digest(labels), "chunk": CHUNK}
+             "labels": digest(labels), "files": dataset.files, "chunk": CHUNK}
     folder, (rank, world) = Path(folder), ranks()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def begin(dataset, folder, vae, hflip=False):
     used = any(folder.glob("[0-9]*.npy"))                   # look at these first: they are written last
     if used or (folder / "latents.json").exists():
         found = read_description(folder)
-        changed = [k for k in about if found.get(k) != about[k]]
+        changed = [k for k in about if found.get(k, about[k]) != about[k]]         # earlier ones have no "files"
         if changed:
             raise UserError(f"{folder} holds latents made with other settings ({', '.join(changed)}): choose "
                             f"another folder, or delete it")
@@ -185,35 +185,43 @@ def encode(dataset, folder, vae, about, batch_size=32):
 # --- reading -----------------------------------------------------------------------------------
 
 class Chunks:
-    """A function of indices -> float16 (B, 2C, h, w). Each worker maps a file when it first needs it."""
+    """A function of indices -> float16 (B, 2C, h, w). A file is checked when it is first needed. We read it, because a
+    process that maps a file dies (SIGBUS) if another one cuts it."""
 
     def __init__(self, folder, about):
         C, h, w = about["shape"]
         self.folder, self.shape, self.chunk = Path(folder), (2 * C, h, w), about["chunk"]
-        self.n, self.maps = about["copies"] * about["images"], {}
+        self.n, self.starts = about["copies"] * about["images"], {}
         self.paths = [chunk_path(folder, k) for k in range(-(-self.n // self.chunk))]
-
-    def __getstate__(self):                                 # a map would be pickled as all its numbers
-        return {**vars(self), "maps": {}}
 
     def shape_of(self, k):
         return min(self.chunk, self.n - k * self.chunk), *self.shape
 
-    def map(self, k):
-        if k not in self.maps:
+    def start(self, k):
+        """The place in file k, in bytes, where its numbers begin."""
+        if k not in self.starts:
             try:
                 found = np.load(self.paths[k], mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as e:
                 raise UserError(f"{self.paths[k]} cannot be read ({e}): {AGAIN}") from None
             if getattr(found, "shape", None) != self.shape_of(k) or found.dtype != np.float16:
                 raise UserError(f"{self.paths[k]} is no float16 array of shape {self.shape_of(k)}: {AGAIN}")
-            self.maps[k] = found
-        return self.maps[k]                                                         # (n, 2C, h, w)
+            self.starts[k] = found.offset
+        return self.starts[k]
 
     def __call__(self, indices):
         x = np.empty((len(indices), *self.shape), np.float16)
         for row, i in zip(x, indices.tolist()):
-            row[:] = self.map(i // self.chunk)[i % self.chunk]
+            k, i = divmod(i, self.chunk)
+            start = self.start(k)
+            try:
+                with open(self.paths[k], "rb", buffering=0) as f:
+                    f.seek(start + i * row.nbytes)
+                    whole = f.readinto(row) == row.nbytes
+            except OSError as e:
+                raise UserError(f"{self.paths[k]} cannot be read ({e}): {AGAIN}") from None
+            if not whole:
+                raise UserError(f"{self.paths[k]} is cut short: {AGAIN}")
         return x                                                                    # (B, 2C, h, w)
 
 
@@ -233,7 +241,9 @@ def read_description(folder):
 
 def statistics(folder, about):
     """Mean and standard deviation (C,) of the first file, as a network sees it."""
-    mean, std = torch.from_numpy(Chunks(folder, about).map(0).astype(np.float32)).chunk(2, dim=1)
+    chunks = Chunks(folder, about)
+    first = chunks(np.arange(min(chunks.chunk, chunks.n)))                          # (n, 2C, h, w)
+    mean, std = torch.from_numpy(first.astype(np.float32)).chunk(2, dim=1)
     over = (0, 2, 3)
     variance = mean.var(over, correction=0) + std.square().mean(over)               # (C,)
     return (mean.mean(over) - about["shift"]) * about["scale"], variance.sqrt() * about["scale"]
@@ -254,7 +264,7 @@ def summary(folder, about):
 def load(folder):
     """The Dataset of what `python -m support.prepare encode` stored. Its shape is (C, h, w); "x" of a batch is float16
     (B, 2C, h, w), for `Dataset.prepare`. Checks the sizes of the files of latents, but reads none. Raises UserError."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     about = read_description(folder)
     chunks, labels = Chunks(folder, about), None
     sizes = [path.stat().st_size if path.exists() else None for path in chunks.paths]
@@ -274,4 +284,5 @@ def load(folder):
             raise UserError(f"{folder}/labels.npy is missing or damaged: {AGAIN}")
         labels = np.tile(labels, about["copies"])                                   # (copies N,)
     return Dataset(str(folder), about["shape"], chunks, chunks.n, labels, about["class_names"],
-                   latents={k: about[k] for k in ("data", "vae", "scale", "shift", "image_shape")})
+                   latents={k: about[k] for k in ("data", "vae", "scale", "shift", "image_shape")},
+                   files=about.get("files"))

@@ -18,22 +18,25 @@ from tqdm import tqdm
 from diffusion import UserError
 from support import checkpoint, latents
 from support.cli import QUIET, Parser, fail, number, run, told_plainly
-from support.datasets import list_images, load, read_captions
+from support.datasets import expanded, flat, list_images, load, read_captions
 from support.parallel import pick_device
-from support.text import full_name, text_encoder, text_files
+from support.text import TOKENS, cut, full_name, text_encoder, text_files
 
 
 def store_text(folder, name, device):
     """Run T5 `name` once on each caption of a folder -> the path of the file. Raises UserError."""
     captions = read_captions(folder, list_images(folder))
     if captions is None:
-        raise UserError(f"{folder} has no captions: write a metadata.csv with the columns file_name,text")
+        raise UserError(f"{folder} has no captions: write a metadata.csv with the columns file_name,text, or a "
+                        f"metadata.jsonl")
     if name == "bytes":
         raise UserError("bytes needs no file: name a T5, such as google/flan-t5-xl")
-    path, about, captions, description = text_files(folder, captions, name)
+    path, about, captions, description = text_files(folder, flat(captions), name)
     encoder = text_encoder(name, device)
-    lengths = [len(encoder.tokens(caption)) for caption in captions]
-    shape = (len(captions), max(1, *lengths), encoder.dim)
+    if not QUIET and (said := cut(encoder, captions)):
+        print(said)
+    lengths = [encoder.size(caption) for caption in captions]
+    shape = (len(captions), min(TOKENS, max(1, *lengths)), encoder.dim)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(part, "wb") as f:     # not a memory map: on a full disk that would crash
@@ -43,7 +46,7 @@ def store_text(folder, name, device):
                 f.write(row.ljust(2 * shape[1] * shape[2], b"\0"))                  # of (longest, dim)
         about.unlink(missing_ok=True)                       # it must never stand beside a file it does not describe
         os.replace(part, path)
-        part.write_text(json.dumps({**description, "lengths": lengths}))
+        part.write_text(json.dumps({**description, "lengths": lengths}), "utf8")
         os.replace(part, about)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror}): make room, or make the folder writable") from None
@@ -69,16 +72,18 @@ def write_images(dataset, folder):
 def captions(args):
     with told_plainly():
         name = full_name(args.text_encoder)
-        path = store_text(args.folder.expanduser(), name, pick_device(args.device))
+        path = store_text(expanded(args.folder), name, pick_device(args.device))
     print(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MB)")
 
 
 def encode(args):
     torch.backends.cudnn.allow_tf32 = False                 # TF32 rounds to ten bits in every layer
-    folder = args.out.expanduser()
     try:
+        folder = expanded(args.out)
         vae = latents.VAE(full_name(args.vae), pick_device(args.device))
         dataset = load(args.data, args.data_dir, args.image_size)
+        if dataset.has_captions and not QUIET:
+            print("the captions are left out: a model of these latents can be told a class, but no caption")
         about = latents.begin(dataset, folder, vae, args.hflip)
         latents.encode(dataset, folder, vae, about, args.batch_size)
         if not QUIET:
@@ -89,7 +94,7 @@ def encode(args):
 
 def images(args):
     with told_plainly():
-        n = write_images(load(args.data, args.data_dir, args.image_size), args.out)
+        n = write_images(load(args.data, args.data_dir, args.image_size), expanded(args.out))
     print(f"{n} PNGs -> {args.out}")
 
 
@@ -104,7 +109,7 @@ def main(argv=None):
         return parser
 
     c = add(captions, "Stores a T5's embeddings of a folder's captions in that folder.")
-    c.add_argument("folder", type=Path, help="images with a metadata.csv")
+    c.add_argument("folder", type=Path, help="images with a metadata.csv or metadata.jsonl")
     c.add_argument("--text-encoder", metavar="NAME", required=True, default=argparse.SUPPRESS,
                    help="a T5 of Hugging Face, such as google/flan-t5-xl, or its folder")
     e = add(encode, "Stores a VAE's latents of a data set in a folder: 16 KiB for a picture of 256 x 256. If it is "

@@ -244,6 +244,22 @@ def test_a_damaged_chunk_is_told(tmp_path, monkeypatch, damage):
     assert path.read_bytes() == good
 
 
+def test_a_chunk_that_is_cut_while_it_is_read_is_told(tmp_path, monkeypatch):
+    """A memory map would end the process."""
+    monkeypatch.setattr(latents, "CHUNK", 8)
+    out = store(tmp_path / "out", pretend(monkeypatch))
+    dataset = latents.load(out)
+    for cut in (5, 0):
+        dataset[[0, 7]]
+        os.truncate(out / "00000.npy", 128 + cut * 2 * 8 * 64)
+        with pytest.raises(UserError, match=r"00000\.npy is cut short: delete it and run"):
+            dataset[[7]]
+        (out / "00000.npy").unlink()
+        with pytest.raises(UserError, match=r"00000\.npy cannot be read"):
+            dataset[[7]]
+        store(out, "pretend/vae")
+
+
 @pytest.mark.parametrize("damage, needed", [
     ("no json", "no latents.json"), ("half a json", "cannot be read.*new folder"),
     ("key", "cannot be read.*scale"), ("no labels", "labels.npy is missing"), ("labels", "or damaged"),
@@ -276,7 +292,7 @@ def test_pictures_need_no_seeds():
 
 def test_each_draw_is_mean_plus_std_noise():
     info = {"vae": "v", "scale": 0.5, "shift": 3.0, "image_shape": [3, 16, 16]}
-    dataset = Dataset("latents", (2, 8, 8), None, 1, latents=info)
+    dataset = Dataset("latents", (2, 8, 8), np.zeros((1, 4, 8, 8), np.float16), 1, latents=info)
     x = torch.tensor([1.0, -2, 0.5, 4], dtype=torch.float16).view(1, 4, 1, 1).expand(500, 4, 8, 8)
     seeds = fold(0, torch.arange(500))
     x0 = dataset.prepare(x, seeds)
@@ -318,10 +334,13 @@ def run(*arguments):
 def test_the_command(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "pictures")
+    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,text\na/0.png,\nb/1.png,\na/2.png,\nb/3.png,\n")
     for _ in range(2):
         run("pictures", "a/new/folder", "--vae", name, "--hflip", "--image-size", "24x16")
-        assert "8 latents of 4x12x8\nchannels have mean" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "8 latents of 4x12x8\nchannels have mean" in said and "captions are left out" in said
     dataset = latents.load("a/new/folder")
+    assert dataset.files == datasets.load("pictures").files
     assert len(dataset) == 8 and dataset.class_names == ["a", "b"] and dataset.shape == (4, 12, 8)
     assert dataset[[0, 3, 4, 7]]["y"].tolist() == [0, 1, 0, 1]
 
@@ -333,7 +352,8 @@ def test_the_command(name, tmp_path, monkeypatch, capsys):
     (["pictures", "out", "--batch-size", "0"], "--batch-size: 0 must be at least 1"),
     (["pictures", "out", "--vae", "no/vae"], "VAE no/vae cannot be loaded .no/vae is not here.: pass"),
     (["pictures", "out", "--vae"], "--vae: expected one argument"),
-    (["pictures", "used"], "used holds latents.*other settings .data, images, class_names, labels.: choose"),
+    (["pictures", "used"], "used holds latents.*other settings .data, images, class_names, labels, files.: "
+     "choose"),
     (["shapes", "used", "--hflip"], "other settings .images, copies, labels.: choose"),
     (["pictures", "other"], "other has no latents.json.*choose another folder"),
     (["pictures", "a-file"], "cannot write into a-file .File exists.: choose"),
@@ -365,6 +385,11 @@ def test_other_labels_or_another_vae_are_other_settings(tmp_path, monkeypatch):
     source.labels = source.labels.flip(0)
     with pytest.raises(UserError, match=r"other settings \(labels\)"):
         store(out, "pretend/vae", source)
+    about = json.loads((out / "latents.json").read_text())
+    del about["files"]                                          # as in earlier versions
+    (out / "latents.json").write_text(json.dumps(about))
+    source.labels, source.files = some().labels, "any"
+    store(out, "pretend/vae", source)
     config = SimpleNamespace(**{**vars(PretendKL.config), "scaling_factor": 1.0})
     monkeypatch.setattr(PretendKL, "config", config)
     with pytest.raises(UserError, match=r"other settings \(scale\)"):

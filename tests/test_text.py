@@ -3,6 +3,7 @@ embeddings computed beforehand. No network: the T5 is tiny, random and made here
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import sample
+import train
 from diffusion import UserError
 from support import checkpoint, inputs, prepare, text
 from support.datasets import hold_out, load
@@ -47,6 +50,13 @@ def test_bytes_are_cut_at_sixteen_pieces():
     text, mask = text_encoder("bytes")(["x" * 13 + " " + " ".join("abcdefghijklmnopqrst"), "y" * 500])
     assert spell(text, mask)[0] == [b"x" * 12, b"x"] + [bytes([c]) for c in b"abcdefghijklmn"]
     assert spell(text, mask)[1] == [b"y" * 12] * 16 and mask.all()
+
+
+def test_what_is_cut_is_counted():
+    encoder = text_encoder("bytes")
+    assert text.cut(encoder, ["a " * 16, "猫" * 64, ""]) == ""
+    assert re.fullmatch(r"1 of 2 words is cut after 16 words of 12 bytes .*; the longest has 17",
+                        text.cut(encoder, ["猫" * 65, "a"], "words"))
 
 
 @pytest.mark.parametrize("bad, good", [("re\0d \0 star\0", "red star"), ("\0", ""), ("\ud800red", "?red")])
@@ -283,6 +293,23 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, damage):
     assert torch.equal(batch["text_mask"].sum(1), PretendT5()(batch["caption"])[1].sum(1))
 
 
+def test_several_and_long_captions_are_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, "T5Text", PretendT5)
+    folder = Path(pictures(tmp_path / "pictures", SHORT[:2]))
+    (folder / "metadata.csv").write_text(f"file_name,text\n0.png,one\n1.png,two\n0.png,{'word ' * 40}\n")
+    prepare.store_text(folder, "pretend/t5", "cpu")
+    said = "1 of {} captions is cut after 128 tokens; the longest has 200"
+    assert capsys.readouterr().out.strip() == said.format(4)    # "" is the fourth
+    args = train.parse(["--model", "mdm", "--data", str(folder), "--text-encoder", "pretend/t5"])
+    dataset, encode = inputs.for_training(args, checkpoint.load_paper("mdm"), "cpu")
+    assert dataset.condition == ("captions (pretend/t5, stored), up to 2 for an image\nnote        "
+                                 + said.format("3 different"))
+    for draw, (a, b) in enumerate((("one", "two"), ("word " * 40, "two"))):
+        for got, expected in zip((dataset[[0, 1], [draw, draw]][k] for k in ("text", "text_mask")),
+                                 PretendT5()([a, b])):
+            assert torch.equal(got.to(expected.dtype), expected)
+
+
 def test_pictures_may_change_if_captions_do_not(tmp_path, monkeypatch):
     folder = stored(tmp_path, monkeypatch)
     before = load(folder, text_encoder="pretend/t5").texts(SHORT)[0]
@@ -390,10 +417,8 @@ def test_the_command_from_a_shell(tmp_path):
     assert done.stderr.startswith("error: text encoder") and done.stderr.count("\n") == 1
 
 
-def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
+def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch, capsys):
     """From the first step to the last grid; prompts of one's own do need it."""
-    import sample
-    import train
     folder = stored(tmp_path, monkeypatch)
     monkeypatch.setattr(inputs, "text_encoder", None)           # to call it would be an error
     monkeypatch.setattr(sample, "text_encoder", None)
@@ -409,6 +434,7 @@ def test_training_on_stored_text_never_needs_the_t5(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart"])
     monkeypatch.setattr(sample, "text_encoder", PretendT5)
-    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart", "--steps", "1",
+    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a violet heart", "word " * 40, "--steps", "1",
                  "--num-samples", "1", "--out", str(tmp_path / "heart.png")])
     assert (tmp_path / "heart.png").exists()
+    assert "1 of 2 prompts is cut after 128 tokens; the longest has 200\n" in capsys.readouterr().out
