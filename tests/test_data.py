@@ -848,6 +848,9 @@ def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
     args, _ = arguments(tmp_path / "b" / "train", "--image-size", "16", "--results-dir", str(folder.parent))
     with pytest.raises(UserError, match="--data .*b/train .was .*a/train.*--name NEW"):
         checkpoint.origin(args, folder, print)
+    args.name, args.resume, said = "new", str(folder), []       # a new run from these weights may, and is told
+    assert checkpoint.origin(args, checkpoint.folder_of(args), said.append)
+    assert "was trained on other files or classes" in said[0]
     checkpoint.let_go()
 
 
