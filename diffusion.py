@@ -170,15 +170,19 @@ class Diffusion:
             return noise if self.predict == "eps" else x0
         return self.at("signal", t, x0) * noise - self.at("noise", t, x0) * x0
 
-    def split(self, out):
-        """The network's output -> prediction (B, C, ..), variance channels (B, C, ..) or None; float32."""
+    def split(self, out, x):
+        """The network's output -> prediction, shaped like x (B, C, ..), variance channels (B, C, ..) or None; float32.
+        Raises UserError for an output of another shape, which broadcasting would hide."""
+        right = (len(x), x.shape[1] * (2 if self.variance == "learned" else 1), *x.shape[2:])
+        if out.shape != right:
+            raise UserError(f"the model's output is {tuple(out.shape)} for images {tuple(x.shape)}: make it {right}")
         out = out.float()       # autocast's bf16 would lose terms of the sums below when t is small
         return out.chunk(2, dim=1) if self.variance == "learned" else (out, None)           # (B, C, H, W) each
 
     def predict_x0_eps(self, out, x_t, t, clip=False):
         """The (x_0, eps) that the network's output stands for. clip: keep x_0 in [-1, 1], see `bounded`; right for
         pixels, wrong for latents."""
-        pred, _ = self.split(out)
+        pred, _ = self.split(out, x_t)
         signal, noise = self.at("signal", t, x_t), self.at("noise", t, x_t)
         if self.predict == "eps":
             x0, eps = (x_t - noise * pred) / signal, pred
@@ -197,7 +201,7 @@ class Diffusion:
         mean, _, log_small = self.q_posterior(x0, x_t, t)
         if self.variance != "learned":
             return mean, self.at(f"log_{self.variance}", t, x_t)
-        fraction = (self.split(out)[1] + 1) / 2
+        fraction = (self.split(out, x_t)[1] + 1) / 2
         return mean, fraction * self.at("log_beta", t, x_t) + (1 - fraction) * log_small    # IDDPM Eq. 15
 
     # --- training ---
@@ -211,7 +215,7 @@ class Diffusion:
         """The squared error. A learned variance adds the variational term of step t, in bits per dimension. This is
         IDDPM's hybrid loss. In that term the mean is detached, so it trains only the variance. Its weight is 1 at each
         step, which is IDDPM's 0.001 L_vlb at T = 1000."""
-        pred, var = self.split(out)
+        pred, var = self.split(out, x0)
         mse = (pred - self.target(x0, t, noise)).square().flatten(1).mean(1)                # (B,)
         terms = {"mse": mse, "loss": mse}
         if self.min_snr is not None:            # the error of x_0, times min(snr, gamma)
@@ -330,8 +334,10 @@ def bounded(x0, clip):
     if clip is True:
         return x0.clamp(-1, 1)
     part, most = {"imagen": (0.995, 100.0), "deepfloyd": (0.95, 1.5)}[clip]
-    values = x0.abs().flatten(1)                                                            # (B, n)
-    limit = over(values.kthvalue(math.ceil(part * values.shape[1])).values.clamp(1, most), x0)      # (B, 1, 1, 1)
+    values = x0.abs().flatten(1).sort().values                                              # (B, n)
+    place = part * (values.shape[1] - 1)        # as torch.quantile, which takes at most 2^24 values of an image
+    limit = values[:, math.floor(place)].lerp(values[:, math.ceil(place)], place % 1)       # (B,)
+    limit = over(limit.clamp(1, most), x0)                                                  # (B, 1, 1, 1)
     return x0.clamp(-limit, limit) / limit
 
 

@@ -1,12 +1,15 @@
 """diffusion.py against numbers of ADM's published code, and against identities of Gaussians."""
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
 from diffusion import (Diffusion, UserError, bounded, check_labels, check_shape, cosine_alpha_bar,
                        discretized_log_likelihood, fold, guided, linear_alpha_bar, normal, shift_snr, spaced_timesteps,
                        uniform)
+from test_train import Looks
 
 LINEAR = Diffusion(linear_alpha_bar(1000), "eps", "learned")
 
@@ -95,6 +98,17 @@ def test_dynamic_thresholding_scales_what_most_values_lie_within_to_one():
     torch.testing.assert_close(d.q_sample(x0, torch.tensor([500] * 3), eps), x[:, None])
 
 
+@pytest.mark.parametrize("clip, part, most", [("imagen", 0.995, 100), ("deepfloyd", 0.95, 1.5)])
+def test_dynamic_thresholding_is_by_numpys_quantile(clip, part, most):
+    """In a small picture the quantile lies between two values far apart."""
+    x = normal(fold(0, torch.arange(4)), (3, 2, 2)) * torch.tensor([0.1, 0.8, 3, 200])[:, None, None, None]
+    limit = np.quantile(x.abs().flatten(1).numpy(), part, axis=1).clip(1, most)[:, None, None, None]
+    with Looks() as looks:
+        cut = bounded(x, clip)
+    torch.testing.assert_close(cut, torch.from_numpy((x.numpy().clip(-limit, limit) / limit).astype("float32")))
+    assert looks.count == 0                                 # a GPU need not wait
+
+
 def test_respaced_keeps_alpha_bar_and_shows_the_original_t():
     d = LINEAR.respaced("250")
     t = torch.tensor([0, 1, 249])
@@ -140,6 +154,32 @@ def test_variational_term_trains_only_the_variance():
     eps, out = normal(fold(4, t), (1, 2, 2)), torch.randn(2, 2, 2, 2, requires_grad=True)
     LINEAR.loss_terms(out, x0, LINEAR.q_sample(x0, t, eps), t, eps)["vb"].sum().backward()
     assert out.grad[:, 0].abs().max() == 0 and out.grad[:, 1].abs().min() > 0
+
+
+def test_loss_shows_the_network_the_original_t_and_weighs_the_variational_term_by_one():
+    d, shown = LINEAR.respaced("50"), []
+    t = torch.tensor([0, 1, 30, 49])
+    x0, noise, out = (normal(fold(i, t), (c, 2, 2)) for i, c in ((5, 1), (6, 1), (7, 2)))
+    terms = d.loss(lambda x, t: (shown.append(t), out)[1], x0, t, noise)
+    assert torch.equal(shown[0], d.timestep_map[t]) and shown[0].tolist() == [0, 20, 612, 999]
+    torch.testing.assert_close(terms["loss"], (out[:, :1] - noise).square().flatten(1).mean(1) + terms["vb"])
+    assert terms["vb"].min() > 1e-3
+
+
+@pytest.mark.parametrize("variance, right, wrong", [
+    ("small", (2, 3, 4, 4), [(2, 1, 4, 4), (1, 3, 4, 4), (2, 3, 1, 4), (2, 6, 4, 4), (2, 3, 2, 4, 4), (2, 4)]),
+    ("learned", (2, 6, 4, 4), [(2, 3, 4, 4), (2, 2, 4, 4)])])
+def test_an_output_of_another_shape_is_refused_not_broadcast(variance, right, wrong):
+    d, t = Diffusion(linear_alpha_bar(1000), variance=variance), torch.tensor([3, 700])
+    x0 = torch.zeros(2, 3, 4, 4)
+    for shape in wrong:
+        model = lambda x, t, y=None: torch.zeros(*shape)
+        for call in (lambda: d.loss(model, x0, t, x0), lambda: d.sample(model, x0.shape[1:], t, steps="2")):
+            with pytest.raises(UserError, match=re.escape(f"is {shape} for images (2, 3, 4, 4): make it {right}")):
+                call()
+    noise = torch.zeros(2, 3, 4, 4)                         # nor are images of one colour made three by the noise
+    with pytest.raises(UserError, match="make it"):
+        d.loss(lambda x, t: torch.zeros(right), x0[:, :1], t, noise)
 
 
 def test_learned_variance_ends_at_beta_and_posterior():
@@ -206,13 +246,20 @@ def test_labels_without_numbers_are_not_looked_at():
 
 # --- sampling ---
 
-def test_ddim_with_eta_1_adds_the_noise_of_the_posterior():
-    """DDIM Eq. 16 is the square root of DDPM Eq. 7, in respaced schedules too."""
-    for d in (LINEAR, LINEAR.respaced("50")):
-        now, prev = d.alpha_bar, d.tables["alpha_bar_prev"]
-        sigma = ((1 - prev) / (1 - now)).sqrt() * (1 - now / prev).sqrt()
-        torch.testing.assert_close(d.tables["posterior_std"], sigma, rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(sigma.square(), d.tables["posterior_var"], rtol=1e-9, atol=1e-15)
+@pytest.mark.parametrize("steps, clip", [("1000", False), ("50", False), ("50", True)])
+def test_a_step_of_ddim_with_eta_1_is_one_of_ddpm(steps, clip):
+    """DDIM Eq. 12 and 16 beside DDPM's Algorithm 2, the last step included, which adds no noise. Between them, eta = 0.5
+    has half of the noise's deviation, and the same variance altogether."""
+    d = Diffusion(linear_alpha_bar(1000)).respaced(steps)
+    t = torch.tensor([0, 1, d.T // 2, d.T - 1])
+    x, out, noise = (normal(fold(i, t), (1, 2, 2)) for i in (7, 8, 9))
+    torch.testing.assert_close(d.ddim_step(out, x, t, noise, clip, eta=1.0), d.ddpm_step(out, x, t, noise, clip),
+                               rtol=1e-4, atol=1e-4)
+    x0, eps = d.predict_x0_eps(out, x, t, clip)
+    now, prev = (d.tables[name][t].view(-1, 1, 1, 1) for name in ("alpha_bar", "alpha_bar_prev"))
+    sigma = 0.5 * ((1 - prev) / (1 - now) * (1 - now / prev)).sqrt()                     # DDIM Eq. 16
+    expected = prev.sqrt() * x0 + (1 - prev - sigma**2).sqrt() * eps + sigma * noise
+    torch.testing.assert_close(d.ddim_step(out, x, t, noise, clip, eta=0.5), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps, end", [("ddim50", 0.8817020), ("250", 0.8908553),
