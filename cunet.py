@@ -54,7 +54,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import Diffusion, UserError
+from diffusion import Diffusion, UserError, check_labels
 
 try:
     from support.options import checked
@@ -249,10 +249,9 @@ class Conditioning(nn.Module):
 
     def forward(self, t, y):
         e = self.time(sinusoid(t, self.sines))                                      # (B, embedding)
-        if self.label is None:
-            return e
         y = torch.full_like(t, -1) if y is None else y
-        return e + self.label(torch.where(y < 0, self.num_classes, y))
+        check_labels(y, self.num_classes)
+        return e + self.label(torch.where(y < 0, self.num_classes, y)) if self.label else e
 
 
 def sinusoid(t, sines):

@@ -49,7 +49,8 @@ def check_labels(y, num_classes):
     if (not torch.compiler.is_compiling() and type(y) is torch.Tensor and y.device.type == "cpu"
             and not torch._C._are_functorch_transforms_active()):
         for wrong in y[(y < -1) | (y >= num_classes)].tolist():
-            raise UserError(f"label {wrong}, but this model has classes 0 to {num_classes - 1}, and -1 for none")
+            known = f"classes 0 to {num_classes - 1}, and -1 for none" if num_classes else "no classes: drop the labels"
+            raise UserError(f"label {wrong}, but this model has {known}")
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------

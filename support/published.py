@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import UserError
+from diffusion import UserError, check_labels
 
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
@@ -155,7 +155,9 @@ class Published(nn.Module):
         self.head = nn.Conv2d(widths[0], shape[0] * (2 if learn_sigma else 1), 1)
 
     def forward(self, image, t, y=None):
-        """image (B, colours, H, W), t (B,) long -> (B, colours or 2 colours, H, W). y is not read."""
+        """image (B, colours, H, W), t (B,) long -> (B, colours or 2 colours, H, W). y: None, or -1 for each."""
+        if y is not None:
+            check_labels(y, 0)
         e = self.table[t]                                                           # (B, 256)
         state = self.stem(image)                                                    # (B, 2nf, H, W)
         skips = []

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diffusion import UserError
+from diffusion import UserError, check_labels
 
 
 class UNet(nn.Module):
@@ -166,10 +166,9 @@ class Conditioning(nn.Module):
 
     def forward(self, t, y):
         e = self.time(sinusoid(t, self.sines))                                      # (B, width)
-        if self.label is None:
-            return e
         y = torch.full_like(t, -1) if y is None else y
-        return e + self.label(torch.where(y < 0, self.num_classes, y))
+        check_labels(y, self.num_classes)
+        return e + self.label(torch.where(y < 0, self.num_classes, y)) if self.label else e
 
 
 def sinusoid(t, sines):

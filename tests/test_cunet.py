@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ranks
 import train
 from benchmarks import tables
-from diffusion import fold, normal
+from diffusion import UserError, fold, normal
 from support import checkpoint, cost, published
 from support.parallel import recompute
 from test_train import Looks
@@ -350,6 +350,13 @@ def test_class_matters_and_minus_one_is_none():
         none, minus, one = (forward(model, **cond) for cond in ({}, {"y": torch.tensor([-1, -1])},
                                                                {"y": torch.tensor([1, 1])}))
         assert torch.equal(none, minus) and not torch.allclose(none, one)
+        with pytest.raises(UserError, match="label 3, but this model has classes 0 to 2"):
+            forward(model, y=torch.tensor([0, 3]))
+    for preset in ("tiny", "unet-tiny", "published"):
+        model, _ = small((1, 20, 20), 0, preset)
+        assert torch.equal(forward(model), forward(model, y=torch.tensor([-1, -1])))
+        with pytest.raises(UserError, match="label 0, but this model has no classes: drop"):
+            forward(model, y=torch.tensor([0, -1]))
 
 
 def test_odd_widths():
