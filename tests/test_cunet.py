@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchdiffeq
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -300,6 +301,64 @@ def test_wrong_options_are_refused_with_the_fix(options, fix):
 
 
 # --- the networks ---
+
+def by_hand(w, image, t, y, groups, second):
+    """What a cU-Net of one level and one step of Euler computes, written once more. w: its weights by name; groups: of
+    the norms, by width."""
+    def conv(x, name, padding=0):
+        return F.conv2d(x, w[f"{name}.weight"], w.get(f"{name}.bias"), padding=padding)
+
+    def norm(x, name):
+        parts = x.reshape(len(x), groups[x.shape[1]], -1)
+        parts = (parts - parts.mean(2, True)) / (parts.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return parts.reshape(x.shape) * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+
+    def instance(x):
+        return (x - x.mean((2, 3), True)) / (x.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def block(state, name):                                             # Figure 2, with z' = v and v' = a
+        z, v = state.chunk(2, dim=1)
+        scale, shift = linear(F.silu(e), f"{name}.film.1")[:, :, None, None].chunk(2, dim=1)
+        h = F.softplus(conv(norm(state, f"{name}.f.norm1"), f"{name}.f.conv1", 1))
+        h = (1 + scale) * norm(h, f"{name}.f.norm2") + shift
+        a = F.softplus(conv(h, f"{name}.f.conv2", 1))
+        return torch.cat([z + v, v + a + conv(state, f"{name}.f.residual")], dim=1) if second else 2 * state + a
+
+    def attend(state, name):
+        q, k, v = conv(norm(state, f"{name}.norm"), f"{name}.qkv").flatten(2).chunk(3, dim=1)       # (B, 128, h w)
+        heads = [v @ (k.mT @ q / 32**0.5).softmax(1) for q, k, v in zip(*(x.split(32, dim=1) for x in (q, k, v)))]
+        return state + conv(torch.cat(heads, dim=1).unflatten(2, state.shape[2:]), f"{name}.out")
+
+    angles = t[:, None] * 10_000 ** (-torch.arange(64) / 64)
+    e = linear(torch.cat([angles.cos(), angles.sin()], dim=1), "condition.time.0")
+    e = linear(F.silu(e), "condition.time.2") + w["condition.label.weight"][y]
+    z = conv(image, "stem", 1)
+    v = conv(instance(conv(instance(z), "velocity.net.1", 1).relu()), "velocity.net.4")
+    skip = attend(block(torch.cat([z, v], dim=1), "downs.0"), "attend_down")
+    low = block(F.avg_pool2d(F.softplus(conv(skip, "to_wide.0")), 2), "bottleneck")
+    # twice the size: new pixels lie a quarter of an old one from the nearest, three quarters from the next
+    for axis in (2, 3):
+        n = low.shape[axis]
+        before, after = (low.index_select(axis, (torch.arange(n) + i).clamp(0, n - 1)) for i in (-1, 1))
+        low = torch.stack([0.75 * low + 0.25 * before, 0.75 * low + 0.25 * after], dim=axis + 1).flatten(axis, axis + 1)
+    state = block(F.softplus(conv(torch.cat([low, skip], dim=1), "to_narrow.0")), "ups.0")
+    return conv(norm(attend(state, "attend_up"), "norm"), "head")
+
+
+@pytest.mark.parametrize("dynamics", ["second", "first"])
+def test_network_is_what_its_docstring_says(dynamics, monkeypatch):
+    """Order of z and v, scale and shift, resizing, norms, attention, both embeddings: the outputs of `by_hand`."""
+    monkeypatch.setattr(cunet.CUNet, "LEVELS", 1)
+    model, _ = small((2, 4, 6), dynamics=dynamics, solver="euler")
+    weights = {name: p + 0.1 * torch.randn_like(p) for name, p in model.state_dict().items()}       # no gain is 1
+    model.load_state_dict(weights)
+    image, t = torch.randn(3, *model.shape), torch.tensor([3, 500, 999])
+    expected = by_hand(weights, image, t, torch.tensor([0, 2, 3]), {8: 2, 16: 4}, dynamics == "second")
+    torch.testing.assert_close(model(image, t, torch.tensor([0, 2, -1])), expected, rtol=1e-3, atol=1e-4)
+
 
 @pytest.mark.parametrize("preset", ["tiny", "unet-tiny"])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 14), (1, 5, 5), (2, 1, 3)])
