@@ -104,7 +104,8 @@ class DynamicBlock(nn.Module):
         return torch.cat([v, a], dim=1)         # z' = v, v' = a. With z' = v the ODE is of second order
 
     def odeint(self, start, end, state, *condition, steps=1, solver=torchdiffeq.odeint):
-        """The definition. torchdiffeq compares times that lie on the GPU, so there each step waits for the GPU."""
+        """The definition. torchdiffeq compares times that lie on the GPU, so there each step waits for the GPU. Raises
+        UserError if an adaptive solver gives up."""
         def slope(s, state):
             self.nfe += 1
             return self.derivative(s, state, *condition)
@@ -114,7 +115,11 @@ class DynamicBlock(nn.Module):
 
         times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
         options = {"grid_constructor": grid} if self.solver in FIXED else {"dtype": torch.float32}  # no float64 on MPS
-        return solver(slope, state, times, method=self.solver, rtol=self.rtol, atol=self.atol, options=options)[-1]
+        try:
+            return solver(slope, state, times, method=self.solver, rtol=self.rtol, atol=self.atol, options=options)[-1]
+        except AssertionError:                  # "underflow in dt", or a state that is not finite
+            raise UserError(f"{self.solver} found no step small enough: train with solver=rk4, larger rtol and atol, or "
+                            f"a smaller --lr; or draw from an earlier checkpoint") from None
 
     def rk4_step(self, start, end, state, *condition):
         """The same for one step of "rk4", which is Kutta's 3/8 rule. Here times are numbers of Python, so nothing waits

@@ -30,8 +30,8 @@ from support import checkpoint, denoise, latents
 from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, told_plainly
 from support.fid import fid_samples
 from support.parallel import pick_device
-from support.pictures import (decoder, grid_image, make_folder, save_each, save_gif, save_image, side_by_side,
-                              to_uint8)
+from support.pictures import (decoder, grid_image, make_folder, refuse_old, save_each, save_gif, save_image,
+                              side_by_side, to_uint8)
 from support.text import cut, full_name, text_encoder
 
 
@@ -81,7 +81,7 @@ def parse(argv):
     p = Parser(__doc__.splitlines()[0])
     g = p.add_argument_group("what")
     g.add_argument("--ckpt", default="latest", metavar="PATH",
-                   help="a checkpoint, a run's folder, or latest: the newest results/*/latest.pt")
+                   help="a checkpoint, a run's folder, or latest: the newest latest.pt in --results-dir")
     g.add_argument("--results-dir", default="results", help="where latest looks")
     g.add_argument("--model", metavar="PATH",
                    help="the .py file, if you trained a model of your own: a checkpoint never decides which code runs")
@@ -94,7 +94,7 @@ def parse(argv):
     g.add_argument("--prompt", nargs="+", metavar="TEXT",
                    help="what to draw, if the model reads text; @FILE: one on a line (default: captions of its data)")
     g = p.add_argument_group("how")
-    g.add_argument("--cfg-scale", type=float,
+    g.add_argument("--cfg-scale", type=number(float, -1000, 1000),
                    help="guidance: 1 is off; more gives clearer and less varied images (default: 2 if the model was "
                         "trained with classes or captions and --cond-dropout, otherwise 1)")
     g.add_argument("--sampler", choices=["ddim", "ddpm"],
@@ -125,10 +125,10 @@ def parse(argv):
                    help="the VAE that decodes latents (default: the one that encoded them); none: false colours")
     g.add_argument("--gif", action="store_true", help="also write a film of the denoising, beside --out")
     g.add_argument("--levels", action="store_true", help="show every resolution of an mdm, coarsest first")
-    g.add_argument("--save-images", metavar="DIR", help="also write each image by itself, as DIR/000000.png")
+    g.add_argument("--save-images", metavar="DIR", help="also write each image by itself, as DIR/000000.png, beside no older ones")
     g.add_argument("--num-fid-samples", type=number(int), default=0, metavar="N",
                    help="instead of a grid, write N images of random classes, or of --prompt, into the folder "
-                        "--save-images (default: fid-samples) and into one .npz, as FID tools read them")
+                        "--save-images (default: fid-samples) and into an .npz of that name, as FID tools read them")
     args = p.parse_args(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
     args.steps = args.steps or (None if args.denoise else "50")
@@ -201,6 +201,8 @@ def main(argv=None, encode=None):
     check_model(args, diffusion, trained)
     for folder in filter(None, (args.out.resolve().parent, args.save_images)):
         make_folder(folder)
+    if args.save_images and not args.num_fid_samples:
+        refuse_old(args.save_images)
     if args.compile:        # no step changes shapes or looks at numbers, so a GPU can replay CUDA graphs
         model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
     shape, K, text, space = tuple(trained["shape"]), trained["num_classes"], trained.get("text"), trained.get("space")
@@ -248,15 +250,14 @@ def main(argv=None, encode=None):
     elif K and args.class_labels != "random":                           # a class a row
         rows = min(N, K if args.class_labels == "all" else args.class_labels.count(",") + 1)
         names = [trained["class_names"][y] for y in cond["y"][:rows].tolist()]
-    save_image(grid_image(images, rows, names), args.out)
-    print(f"{N} {'videos' if video else 'images'} from {path} -> {args.out}")
-    gif = args.out.with_suffix(".gif")
+    out, gif = save_image(grid_image(images, rows, names), args.out), args.out.with_suffix(".gif")
+    print(f"{N} {'videos' if video else 'images'} from {path} -> {out}")
     if video:
-        save_gif([grid_image(images[:, i], rows, names) for i in range(images.shape[1])], gif, 120)
+        gif = save_gif([grid_image(images[:, i], rows, names) for i in range(images.shape[1])], gif, 120)
         print(f"moving -> {gif}")
     if args.gif:
         frames = [grid_image(to_uint8(x0), rows, names) for x0 in film]
-        save_gif(frames + frames[-1:] * 15, gif, 60)                    # the last one stays for a second
+        gif = save_gif(frames + frames[-1:] * 15, gif, 60)              # the last one stays for a second
         print(f"film of the {len(film)} steps -> {gif}")
     if args.save_images:
         print(f"{N} {save_each(images, args.save_images)} -> {args.save_images}")

@@ -95,9 +95,9 @@ def in_folder(path):
 
 def newest_run(results="results"):
     """The folder of runs -> the latest.pt that was written last. Raises UserError if there is none."""
-    runs = sorted(Path(results).glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
+    runs = sorted(Path(results).rglob("latest.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise UserError(f"no {results}/*/latest.pt here: run `python train.py` first, or pass --ckpt PATH")
+        raise UserError(f"no latest.pt in {results}: run `python train.py` first, or pass --ckpt PATH")
     return runs[-1]
 
 
@@ -141,18 +141,19 @@ def share(path, out):
 def load_paper(name):
     """"dis" -> the module of dis.py, beside train.py; a path to a .py file -> the module of that file.
 
-    It is loaded by its path and gets the name "<file>_paper", because `import dis` may mean Python's own module. Raises
-    UserError if there is no such file, or if the file lacks `CONFIGS` or `build`.
+    It is loaded by its path and gets the name "<file>_paper", because `import dis` may mean Python's own module. A file
+    elsewhere gets a number after that, which tells its folder: two files may be called alike. Raises UserError if there
+    is no such file, or if the file lacks `CONFIGS` or `build`.
     """
     here = Path(__file__).resolve().parents[1]
-    path = Path(name) if name.endswith(".py") else here / f"{name}.py"
+    path = Path(name).resolve() if name.endswith(".py") else here / f"{name}.py"
     papers = sorted(p.stem for p in here.glob("*.py")
                     if re.search(r"^CONFIGS = ", p.read_text("utf8", "replace"), re.M))
     if not path.is_file() or not name.endswith(".py") and name not in papers or (
             path.parent == here and path.stem not in papers):
         raise UserError(f"no model {name!r}: choose {', '.join(papers)}, or a path to a .py file with CONFIGS and "
                         f"build()")
-    key = f"{path.stem}_paper"
+    key = f"{path.stem}_paper" + f"_{zlib.crc32(str(path.parent).encode()):x}" * (path.parent != here)
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
         module = sys.modules[key] = importlib.util.module_from_spec(spec)
@@ -163,7 +164,7 @@ def load_paper(name):
             raise
     module = sys.modules[key]
     if not hasattr(module, "CONFIGS") or not hasattr(module, "build"):
-        raise UserError(f"{path} is no model file: it must define CONFIGS and build()")
+        raise UserError(f"{name} is no model file: it must define CONFIGS and build()")
     return module
 
 

@@ -109,6 +109,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, **options,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
+    def parse_args(self, args=None, namespace=None):
+        """A shell replaces the ~ of `--out ~/a.png`, but not that of `--out=~/a.png`. Here every flag's is."""
+        args = super().parse_args(args, namespace)
+        for name, value in vars(args).items():
+            if isinstance(value, (str, Path)):
+                setattr(args, name, type(value)(os.path.expanduser(value)))
+        return args
+
     def error(self, message):
         fail(f"{message} (--help lists every flag)")
 
@@ -170,7 +178,7 @@ def read_prompts(prompts):
             found.append(prompt)
             continue
         try:                                    # -sig: some editors begin a file with a byte order mark
-            lines = Path(prompt[1:]).read_text("utf-8-sig").splitlines()
+            lines = Path(prompt[1:]).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read {prompt[1:]!r} ({e}): write one prompt a line, in UTF-8") from None
         found += [line for line in lines if line.strip()]

@@ -232,7 +232,7 @@ def main(args, model, diffusion, trained, device, out):
             if name == "ssim":
                 strips.append(strip_image(film, T, best))
                 lines += [[T, k, *(f"{scores[m, k]:.6g}" for m in metrics), f"{seconds[k]:.6g}"] for k in seconds]
-    save_image(Image.fromarray(np.vstack(strips)), out)
+    out = save_image(Image.fromarray(np.vstack(strips)), out)
     with open(out.with_suffix(".csv"), "w", newline="") as f:
         csv.writer(f).writerows(lines)
     print(f"\npictures -> {out}, every step -> {out.with_suffix('.csv')}")

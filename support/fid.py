@@ -21,7 +21,7 @@ from support.pictures import save_image, to_pil, to_uint8
 
 
 def fid_samples(folder, N, batch_size, settings, draw, data_name):
-    """Draw N images into `folder` and into samples_<shape>.npz. All processes of torchrun share the work.
+    """Draw N images into `folder` and into <folder>.npz. All processes of torchrun share the work.
 
     settings   a dict of everything that decides how an image looks. It is kept in settings.json
     draw       numbers of images (B,) -> those images (B, C, H, W) in [-1, 1]
@@ -57,7 +57,7 @@ def fid_samples(folder, N, batch_size, settings, draw, data_name):
     team.any(False)                                         # wait until all processes are done
     if team.rank == 0:
         shape = (N, *np.atleast_3d(np.asarray(Image.open(names[0]))).shape)              # (N, H, W, C)
-        npz = f"samples_{'x'.join(map(str, shape))}.npz"
+        npz = f"{folder}.npz"                               # of its own: other exports may have the same shape
         checkpoint.replace(npz, lambda f: write_npz(f, names, shape))
         print(f"{N} images -> {folder} and {npz} (arr_0, uint8, NHWC)")
         print(fid_commands(folder, npz, data_name, shape))
@@ -86,4 +86,4 @@ def fid_commands(folder, npz, data_name, shape):
 {once * (not known)}\
   fidelity --gpu 0 --fid --isc --input1 {folder} --input2 {real}     # pip install torch-fidelity
   python -c "from cleanfid import fid; print(fid.compute_fid('{folder}', {clean}))"   # pip install clean-fid
-  python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {npz}     # ImageNet: openai/guided-diffusion"""
+  python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {shlex.quote(npz)}     # ImageNet: openai/guided-diffusion"""

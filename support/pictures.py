@@ -1,6 +1,8 @@
 """From tensors to pictures, grids and films, and from those to files."""
 import functools
+import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,9 @@ def grid_image(images, rows, names=None, zoom=None):
 
 # --- pictures to files --------------------------------------------------------------------------
 
+MOST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535}      # pixels a side, as Pillow can write them
+
+
 def make_folder(folder):
     """Make it if it is not there. Raises UserError if we cannot write into it."""
     try:
@@ -113,21 +118,34 @@ def make_folder(folder):
         raise UserError(f"cannot write into {folder}: choose another --out or --save-images")
 
 
+def refuse_old(folder):
+    """Raises UserError if the folder holds images that are named as `save_each` does. They may be the user's own, or
+    more than the new ones, which would then lie among them."""
+    old = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r"\d{6,}\.(png|gif)", name)]
+    if old:
+        raise UserError(f"{folder} already holds {old[0]}: choose another --save-images, or delete its "
+                        f"{len(old)} images")
+
+
 def save_image(image, path, **options):
-    """PIL image -> file. It is written under another name and then renamed: a killed run leaves no half picture.
-    Raises OSError."""
+    """PIL image -> file -> its path. It is written under another name and then renamed: a killed run leaves no half
+    picture. An image too large for the format becomes a PNG, and a film an animated PNG. Raises OSError."""
     path = Path(path)
+    if max(image.size) > MOST.get(path.suffix.lower(), math.inf):
+        print(f"{image.width} x {image.height} pixels are too many for a {path.suffix}: it becomes a PNG")
+        path = Path(f"{path}.png")
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         image.save(part, **options)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+    return path
 
 
 def save_gif(frames, path, milliseconds):
-    """PIL images -> a film that repeats. Each frame is shown for `milliseconds`."""
-    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    """PIL images -> a film that repeats -> its path. Each frame is shown for `milliseconds`."""
+    return save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def save_each(images, folder):

@@ -67,8 +67,12 @@ class PublishedBlock(nn.Module):
         options = {"grid_constructor": grid} if self.solver in FIXED else {"dtype": torch.float32}
         settings = dict(method=self.solver, rtol=self.rtol, atol=self.atol, options=options)
         times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
-        if not adjoint:
-            return torchdiffeq.odeint(f, state, times, **settings)[-1]
+        try:
+            if not adjoint:
+                return torchdiffeq.odeint(f, state, times, **settings)[-1]
+        except AssertionError:                  # "underflow in dt", or a state that is not finite
+            raise UserError(f"{self.solver} found no step small enough: train with solver=rk4, larger rtol and atol, or "
+                            f"a smaller --lr; or draw from an earlier checkpoint") from None
         parameters = (*self.conv1.parameters(), *self.conv2.parameters())
         return torchdiffeq.odeint_adjoint(f, state, times, **settings, adjoint_params=parameters)[-1]
 

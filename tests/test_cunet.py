@@ -190,6 +190,17 @@ def test_adaptive_solver_meets_its_tolerance():
     assert tight < 1e-5 and tight <= loose < 1e-2
 
 
+@pytest.mark.parametrize("solver", cunet.ADAPTIVE)
+def test_an_adaptive_solver_that_gives_up_says_what_to_do(solver):
+    grow = lambda s, state: state.square()                  # reaches infinity at s = 1 / state(0)
+    block = published.PublishedBlock(1, True, solver, 1, 1e-3, 1e-3, "direct")
+    block.f = grow
+    for size in (2.0, float("nan")):
+        for solve in (block.solve, lambda state: solved(grow, state, solver)):
+            with pytest.raises(UserError, match=f"{solver} found no step small enough: train with solver=rk4"):
+                solve(torch.full((1, 1), size))
+
+
 def test_inner_time_reaches_the_acceleration():
     plain, timed = (small(inner_time=on, steps=2)[0] for on in (False, True))
     block = timed.bottleneck

@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 import train
 from diffusion import UserError
-from support import cli, cost, datasets, prepare
+from support import checkpoint, cli, cost, datasets, pictures, prepare
 
 SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
@@ -236,7 +236,10 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/unconditional", "--cfg-scale", "2"], "drop --cfg-scale"),
     (SAMPLE, [*CKPT, "--out", "picture"], "ends in .png"),
     (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--gif"], "drop"),
+    (SAMPLE, [*CKPT, "--cfg-scale", "nan"], "at least -1000"),
+    (SAMPLE, [*CKPT, "--cfg-scale=-inf"], "at least -1000"),
     (SAMPLE, [*CKPT, "--sampler", "euler"], "ddim"),
+    (SAMPLE, [*CKPT, "--save-images", "fid"], "already holds 000000.png: choose another"),
     (SAMPLE, [*CKPT, "--out", "file/x.png"], "file"),
     (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--save-images", "fid"], "choose another"),
     # denoising
@@ -313,6 +316,42 @@ def build(preset, shape, num_classes=0, **options):
         with pytest.raises(expected):
             train.main([*new("--model", f"{error}.py"), "--set"])
     assert capsys.readouterr().err == "error: an odd size: try 32\n"
+
+
+def test_a_tilde_is_the_home_folder_also_after_an_equals_sign():
+    args, home = train.parse(["--results-dir=~/runs", "--resume=~/a.pt", "--name", "a~"]), Path.home()
+    assert [args.results_dir, args.resume, args.name] == [str(home / "runs"), str(home / "a.pt"), "a~"]
+    assert sample.parse(["--out=~/a.png"]).out == home / "a.png"
+
+
+def test_the_newest_run_may_lie_in_a_folder_of_runs(tmp_path):
+    for name, written in (("old", 1), ("exp/new", 3), ("exp/older", 2)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "latest.pt").touch()
+        os.utime(tmp_path / name / "latest.pt", (written, written))
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "exp/new/latest.pt"
+
+
+def test_two_models_of_your_own_may_be_called_alike(tmp_path, monkeypatch):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(f"CONFIGS = {{'tiny': '{folder}'}}\nbuild = None\n")
+    monkeypatch.chdir(tmp_path / "a")
+    models = [checkpoint.load_paper(name) for name in ("net.py", "../b/net.py", str(tmp_path / "a/net.py"))]
+    assert [model.CONFIGS["tiny"] for model in models] == ["a", "b", "a"] and models[0] is models[2]
+    assert checkpoint.load_paper(str(Path(train.__file__).parent / "dis.py")) is checkpoint.load_paper("dis")
+
+
+@pytest.mark.parametrize("suffix, width", [("webp", 16384), ("jpg", 65501), ("gif", 65536)])
+def test_a_picture_too_large_for_its_format_becomes_a_png(tmp_path, capsys, suffix, width):
+    """No picture is lost, and no file that the user did not name."""
+    frames = [Image.new("RGB", (width, 1), colour) for colour in ("red", "blue")]
+    path = pictures.save_image(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    assert path == tmp_path / f"a.{suffix}.png" and os.listdir(tmp_path) == [path.name]
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.size == (width, 1) and image.n_frames == 2
+    assert f"{width} x 1 pixels are too many for a .{suffix}" in capsys.readouterr().out
+    assert pictures.save_image(Image.new("RGB", (width - 1, 1)), tmp_path / f"a.{suffix}").suffix == f".{suffix}"
 
 
 @pytest.mark.parametrize("error, told", [(UserError("x"), True), (FileNotFoundError("x"), True),

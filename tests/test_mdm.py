@@ -611,7 +611,7 @@ def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch, quick):
     again = [np.asarray(Image.open(f)) for f in sorted((tmp_path / "again").iterdir())]
     assert all((a[:, 16:] == b).all() for a, b in zip(images, again, strict=True))
     sample.main([*draw, "--num-fid-samples", "3", "--prompt", "a moon", "--save-images", "fid"])
-    assert np.load(tmp_path / "samples_3x16x16x3.npz")["arr_0"].shape == (3, 16, 16, 3)
+    assert np.load(tmp_path / "fid.npz")["arr_0"].shape == (3, 16, 16, 3)
 
 
 def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys, quick):

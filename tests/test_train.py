@@ -172,8 +172,8 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     flags = ["--ckpt", tmp_path / "run", "--num-fid-samples", 7, "--steps", 2, "--batch-size", 2]
     monkeypatch.chdir(tmp_path)
     said = ranks.launch(tmp_path / "said", 3, "sample.py", *flags, "--save-images", tmp_path / "three")
-    assert "evaluator.py VIRTUAL_imagenet16_labeled.npz samples_7x16x16x3.npz" in said
-    npz = tmp_path / "samples_7x16x16x3.npz"
+    npz = tmp_path / "three.npz"
+    assert f"evaluator.py VIRTUAL_imagenet16_labeled.npz {npz}" in said
     three = npz.read_bytes()
     images = np.load(npz)["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (7, 16, 16, 3)
