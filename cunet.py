@@ -25,8 +25,9 @@ Glossary. B images; C channels of z, and C of v. A level of the U-Net has h x w 
 | `nf`             |                |                  | C at full size; doubled at each level below      |
 
 Where paper, code and this file differ. The long form, with reasons, is in docs/cunet.md.
- 1. The code solves a first-order ODE, state' = f(state), without z' = v. Here dynamics="second" is Eq. 4, and "first"
-    is the code's ODE. Eq. 4's f also reads t~; the f of this file does so only with inner_time=True.
+ 1. The paper writes two ODEs: Eq. 4 is of second order, but Section 4.1 and Figure 2 also have dz/dt = f(t, z),
+    with (v, z) as input. The code solves one of first order, state' = f(state), without z' = v. Here
+    dynamics="second" is Eq. 4, and "first" is the code's ODE. Eq. 4's f reads t~; here only with inner_time=True.
  2. The code's network never sees the diffusion step, nor the image's brightness and contrast. Here every block sees t.
  3. Norms inside the ODE are group norms in the paper and here, instance norms in the code.
  4. Here z(0) is a convolution of the image, and v(0) = g(z(0)) can have either sign. The code's g ends with a
@@ -40,8 +41,7 @@ Where paper, code and this file differ. The long form, with reasons, is in docs/
 10. Classes are ours (the paper has none), and so is the embedding of t. The linear schedule and the prediction of eps
     are those of Ho et al.; the code has a sigmoid schedule and predicts v.
 11. Eq. 2 prints sqrt(beta_t) where DDPM has beta_t. That is a misprint; diffusion.py follows DDPM.
-12. Figure 2 also writes the block as dz/dt = f(t, z). This file solves Eq. 4.
-13. Section 4.3 (the reverse SDE, and the adjoint of its probability-flow ODE) is an argument. It needs no code.
+12. Section 4.3 (the reverse SDE, and the adjoint of its probability-flow ODE) is an argument. It needs no code.
 """
 import functools
 import math
@@ -118,8 +118,8 @@ class DynamicBlock(nn.Module):
         try:
             return solver(slope, state, times, method=self.solver, rtol=self.rtol, atol=self.atol, options=options)[-1]
         except AssertionError:                  # "underflow in dt", or a state that is not finite
-            raise UserError(f"{self.solver} found no step small enough: train with solver=rk4, larger rtol and atol, or "
-                            f"a smaller --lr; or draw from an earlier checkpoint") from None
+            raise UserError(f"{self.solver} found no step small enough: train with solver=rk4, larger rtol and atol, "
+                            f"or a smaller --lr; or draw from an earlier checkpoint") from None
 
     def rk4_step(self, start, end, state, *condition):
         """The same for one step of "rk4", which is Kutta's 3/8 rule. Here times are numbers of Python, so nothing waits
@@ -401,7 +401,7 @@ def check_solver(solver="rk4", steps=1, rtol=1e-3, atol=1e-3, gradients="direct"
         raise UserError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use solver=dopri5")
     if gradients == "adjoint" and (solver != "rk4" or steps < 4):
         raise UserError(f"the adjoint solves the ODE backwards, and the way back differs from the way forward. With "
-                        f"one step of rk4 the gradients of single weights were off by up to 40%; with adaptive solvers "
+                        f"one step of rk4 the gradients of some weights were off by up to 40%; with adaptive solvers "
                         f"the error depends on the tolerance. Instead of {solver} steps={steps} use solver=rk4 "
                         f"steps=4 or more, or gradients=checkpoint, which is exact")
 

@@ -262,7 +262,8 @@ class Diffusion:
                start=None,          # (x (B, C, H, W), t): begin with x at step t, and choose `steps` from t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down to 0
                **cond):             # y=, text=, text_mask=: one row per image
-        """Draw len(seeds) images of `shape` = (C, H, W) -> (B, C, H, W). Image i depends on seeds[i] alone."""
+        """Draw len(seeds) images of `shape` = (C, H, W) -> (B, C, H, W). Image i depends on seeds[i] and row i of cond
+        alone. Raises UserError for wrong `steps`, and if the model's output has another shape than its input."""
         # noise is drawn by number: number T gives the x to begin with, number i what step i adds
         x, last = start or (normal(fold(seeds, self.T), shape), None)                       # (B, C, H, W)
         d = self.respaced(steps, last)

@@ -125,7 +125,8 @@ def parse(argv):
                    help="the VAE that decodes latents (default: the one that encoded them); none: false colours")
     g.add_argument("--gif", action="store_true", help="also write a film of the denoising, beside --out")
     g.add_argument("--levels", action="store_true", help="show every resolution of an mdm, coarsest first")
-    g.add_argument("--save-images", metavar="DIR", help="also write each image by itself, as DIR/000000.png, beside no older ones")
+    g.add_argument("--save-images", metavar="DIR",
+                   help="also write each image by itself, as DIR/000000.png; DIR must hold no older ones")
     g.add_argument("--num-fid-samples", type=number(int), default=0, metavar="N",
                    help="instead of a grid, write N images of random classes, or of --prompt, into the folder "
                         "--save-images (default: fid-samples) and into an .npz of that name, as FID tools read them")

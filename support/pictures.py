@@ -123,8 +123,7 @@ def refuse_old(folder):
     more than the new ones, which would then lie among them."""
     old = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r"\d{6,}\.(png|gif)", name)]
     if old:
-        raise UserError(f"{folder} already holds {old[0]}: choose another --save-images, or delete its "
-                        f"{len(old)} images")
+        raise UserError(f"{folder} already holds {old[0]}: choose another --save-images, or delete those images")
 
 
 def save_image(image, path, **options):

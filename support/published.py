@@ -71,8 +71,8 @@ class PublishedBlock(nn.Module):
             if not adjoint:
                 return torchdiffeq.odeint(f, state, times, **settings)[-1]
         except AssertionError:                  # "underflow in dt", or a state that is not finite
-            raise UserError(f"{self.solver} found no step small enough: train with solver=rk4, larger rtol and atol, or "
-                            f"a smaller --lr; or draw from an earlier checkpoint") from None
+            raise UserError(f"{self.solver} found no step small enough: train with solver=rk4, larger rtol and atol, "
+                            f"or a smaller --lr; or draw from an earlier checkpoint") from None
         parameters = (*self.conv1.parameters(), *self.conv2.parameters())
         return torchdiffeq.odeint_adjoint(f, state, times, **settings, adjoint_params=parameters)[-1]
 

@@ -190,8 +190,8 @@ def test_adaptive_solver_meets_its_tolerance():
     assert tight < 1e-5 and tight <= loose < 1e-2
 
 
-@pytest.mark.parametrize("solver", cunet.ADAPTIVE)
-def test_an_adaptive_solver_that_gives_up_says_what_to_do(solver):
+def test_an_adaptive_solver_that_gives_up_says_what_to_do():
+    solver = "dopri5"
     grow = lambda s, state: state.square()                  # reaches infinity at s = 1 / state(0)
     block = published.PublishedBlock(1, True, solver, 1, 1e-3, 1e-3, "direct")
     block.f = grow

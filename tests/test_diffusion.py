@@ -248,8 +248,8 @@ def test_labels_without_numbers_are_not_looked_at():
 
 @pytest.mark.parametrize("steps, clip", [("1000", False), ("50", False), ("50", True)])
 def test_a_step_of_ddim_with_eta_1_is_one_of_ddpm(steps, clip):
-    """DDIM Eq. 12 and 16 beside DDPM's Algorithm 2, the last step included, which adds no noise. Between them, eta = 0.5
-    has half of the noise's deviation, and the same variance altogether."""
+    """DDIM Eq. 12 and 16 beside DDPM's Algorithm 2, the last step included, which adds no noise. With eta = 0.5 the
+    noise has half the deviation, and all together has the same variance."""
     d = Diffusion(linear_alpha_bar(1000)).respaced(steps)
     t = torch.tensor([0, 1, d.T // 2, d.T - 1])
     x, out, noise = (normal(fold(i, t), (1, 2, 2)) for i in (7, 8, 9))
