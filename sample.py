@@ -70,7 +70,7 @@ def preview(model, diffusion, args, encode, vae, device):
     if encode:
         cond = dict(zip(("text", "text_mask"), encode(args.prompts * columns)))
     images = generate(model, diffusion, tuple(args.shape), torch.arange(columns * rows), cond, columns * rows,
-                      device, progress=False, steps="25", clip=not args.space,
+                      device, progress=False, steps=str(min(25, diffusion.T)), clip=not args.space,
                       decode=decoder(args.space, vae), cfg_scale=2.0 if cond and args.cond_dropout else 1.0)
     return grid_image(to_uint8(images), rows, args.class_names[:rows] or args.prompts)
 
@@ -78,7 +78,7 @@ def preview(model, diffusion, args, encode, vae, device):
 # --- command line -----------------------------------------------------------------------------
 
 def parse(argv):
-    p = Parser(__doc__.splitlines()[0])
+    p = Parser(__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--ckpt", default="latest", metavar="PATH",
                    help="a checkpoint, a run's folder, or latest: the newest latest.pt in --results-dir")
@@ -100,7 +100,7 @@ def parse(argv):
     g.add_argument("--sampler", choices=["ddim", "ddpm"],
                    help="how to step from noise to image (default: ddim; ddpm with --denoise)")
     g.add_argument("--steps", help="50: so many, evenly spaced; 10,15,20: so many in each third; ddim50: every "
-                                   "(T / 50)-th step (default: 50; with --denoise, every step)")
+                                   "(T / 50)-th step (default: 50, or T if it is less; with --denoise, every step)")
     g.add_argument("--eta", type=number(float), default=0.0, help="DDIM's noise: 0: none; 1: as much as DDPM's")
     g.add_argument("--clip", choices=["hard", "imagen", "deepfloyd", "none"],
                    help="how to keep the predicted pixels in range at every step. hard, the default, cuts them off; "
@@ -132,7 +132,6 @@ def parse(argv):
                         "--save-images (default: fid-samples) and into an .npz of that name, as FID tools read them")
     args = p.parse_args(argv)
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
-    args.steps = args.steps or (None if args.denoise else "50")
     args.out = Path(args.out or ("denoise.png" if args.denoise else "samples.png"))
     return args
 
@@ -186,6 +185,7 @@ def check_model(args, diffusion, trained):
         (args.cfg_scale not in (None, 1) and not guides,
          "this model never saw images without their class or caption, so it cannot be guided: drop --cfg-scale"))
     if not args.denoise:
+        args.steps = args.steps or str(min(50, diffusion.T))
         diffusion.respaced(args.steps)                      # refuses a bad --steps before any work
     if args.cfg_scale is None:
         args.cfg_scale = 2.0 if guides else 1.0

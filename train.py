@@ -20,7 +20,6 @@ that `build` returns may have some of these attributes, but needs none:
 import argparse
 import copy
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files ev
 import sample
 from diffusion import UserError, fold, normal, uniform
 from support import checkpoint, cost, inputs, latents, parallel
-from support.cli import Parser, number, option, run, told_plainly
+from support.cli import Parser, number, option, processes, run, several, told_plainly
 from support.datasets import batch_order
 from support.log import Log, plan
 from support.text import full_name
@@ -42,7 +41,7 @@ from support.text import full_name
 # --- command line -------------------------------------------------------------------------------------------
 
 def parse(argv):
-    p = Parser(__doc__.splitlines()[0])
+    p = Parser(__doc__)
     switch, count, below_1 = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
     add = p.add_argument_group("what").add_argument
     add("--model", default="dis", help="dis, diffussm, mdm, cunet, or a path to a .py file")
@@ -111,7 +110,7 @@ def parse(argv):
     add("--overfit-one-batch", action=switch, default=False,
         help="the same images and noise in every step: the loss must fall towards 0")
     add("--smoke", action="store_true",
-        help="try everything: one step, save, resume, one more step, sample. Leaves nothing behind")
+        help="try everything: three steps, save, resume, a grid, sample. Leaves nothing behind")
     add("--dry-run", type=count, nargs="?", const=0, default=None, metavar="GPUS",
         help="print the plan and, for a number of GPUs, the memory that each needs; then exit")
     args = p.parse_args(argv)
@@ -172,21 +171,22 @@ def final_samples(folder, args, *flags, encode=None):
 
 
 def smoke(argv, args):
-    """One step of everything, in a temporary folder."""
-    if args.dry_run is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    """A little of everything, in a temporary folder."""
+    if args.dry_run is not None or several():
         raise UserError("--smoke does not work with --dry-run or torchrun: drop them")
     with tempfile.TemporaryDirectory() as folder:
-        for steps in "1", "2":
+        for steps in "1", "3":
             main([*(a for a in argv if a != "--smoke"), "--results-dir", folder, "--name", "smoke", "--resume", "auto",
-                  "--sample-every", "0", "--log-every", "1", "--ckpt-every", "1", "--max-steps", steps])
-        final_samples(Path(folder) / "smoke", args, "--steps", "2", "--num-samples", "4")
-    print("smoke: one step, save, resume, one step and sampling all worked")
+                  "--sample-every", "1", "--log-every", "1", "--ckpt-every", "1", "--max-steps", steps],
+                 ["--steps", "1", "--num-samples", "4"])
+    print("smoke: steps, save, resume, a grid and sampling all worked")
 
 
 # --- training, from top to bottom ---------------------------------------------------------------------------
 
 @told_plainly()
-def main(argv=None):
+def main(argv=None, drawing=()):
+    """drawing: more flags for the pictures at the end."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.smoke:
@@ -195,7 +195,7 @@ def main(argv=None):
     # Processes. torchrun starts one for each GPU and tells it its rank; without torchrun there is one. Each takes
     # an equal part of every batch and splits it into --grad-accum micro-batches.
     planned = args.dry_run is not None
-    world = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))            # a dry run plans for any number
+    world = args.dry_run or processes()[1]                                  # a dry run plans for any number
     parts = world * args.grad_accum
     micro, rest = divmod(args.global_batch_size, parts)
     if rest:
@@ -235,7 +235,7 @@ def main(argv=None):
         checkpoint.load_weights(model, saved, "model", path)
         checkpoint.load_weights(ema, saved, "ema", path)
     elif args.init_inner:
-        checkpoint.begin_inside(args, model, ema)
+        checkpoint.begin_inside(args, folder, team, model, ema)
         team.say(f"begun       from the network of {args.init_inner}")
     net = team.spread(model, ema, args.compile, args.shard)                 # what forward and backward go through
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
@@ -257,8 +257,8 @@ def main(argv=None):
         order.steps = [0] * len(order)
     batches = inputs.batches(dataset, order, args.num_workers, pinned=device.type == "cuda")
     model.train()
-    step, loss = start, None
-    for step, batch in enumerate(batches, start + 1):                       # steps are counted from 1
+    step, batch = start, next(batches, None)
+    for step in range(start + 1, args.max_steps + 1):                       # steps are counted from 1
         seeds = fold(args.seed, 0 if args.overfit_one_batch else step, torch.arange(lo, hi))        # (hi - lo,)
         torch.manual_seed(int(fold(args.seed, step, team.rank)))            # for dropout, if a model has any
         rate = learning_rate(step - 1, args)
@@ -280,8 +280,8 @@ def main(argv=None):
         log.step(norm)
 
         # Each process gets its own signal to stop, but all stop at the same step: none may wait for one that has left.
-        stopping = team.any(stop.asked)
-        at_end = stopping or step == args.max_steps
+        batch = stop.next(batches)                                          # None after the last one or a signal
+        at_end = team.any(batch is None)
 
         # Once in a while, all processes: look at the numbers. This waits for the GPU.
         if step % args.log_every == 0 or step % args.ckpt_every == 0 or at_end:
@@ -302,7 +302,7 @@ def main(argv=None):
                     picture = sample.preview(ema, diffusion, args, encode, vae, device)
                 if team.rank == 0:
                     log.picture(picture, step)
-        if stopping:
+        if at_end:
             break
 
     # The end. `net` (DDP) and `loss` (its graph) use the process group, so free them first. Otherwise the group's
@@ -318,7 +318,7 @@ def main(argv=None):
     team.say(f"trained     {step} of {args.max_steps} steps. To go on, pass a larger --max-steps: the learning rate "
              f"then follows the longer schedule.")
     if team.rank == 0 and args.sample_every and not stop.asked:
-        final_samples(folder, args, encode=encode)
+        final_samples(folder, args, *drawing, encode=encode)
 
 
 if __name__ == "__main__":

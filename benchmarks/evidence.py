@@ -334,7 +334,7 @@ def speed(args, turns=3):
 
 @cli.told_plainly()
 def main(argv=None):
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("studies", nargs="*", metavar="STUDY", help=f"any of {', '.join(STUDIES)} (default: all)")
     p.add_argument("--data", default="mnist", help="what to train on")
     p.add_argument("--data-dir", help="as in train.py")

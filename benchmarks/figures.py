@@ -270,7 +270,7 @@ def everything(files):
 
 @cli.told_plainly()
 def main(argv=None):
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-ode (default: all)")
     p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="where the scores are")
     p.add_argument("--into", type=Path, metavar="PAGE", help="write the tables into this page instead of printing them")

@@ -234,7 +234,7 @@ def read_samples(path, class_labels, num_classes, seed):
 
 @cli.told_plainly()
 def main(argv=None):
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("samples", nargs="*", help="folders of PNGs, or .npz files (none: cases with known answers)")
     p.add_argument("--data", default="mnist", help="what the samples should look like")
     p.add_argument("--data-dir", help="as in train.py")

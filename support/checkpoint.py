@@ -55,7 +55,7 @@ def check(path):
 
 
 def sums(path):
-    """A number that changes with any bit of a checkpoint."""
+    """A number that changes with any bit of a checkpoint. It reads only the archive's own checksums."""
     with zipfile.ZipFile(path) as archive:
         return zlib.crc32(repr([record.CRC for record in archive.infolist()]).encode())
 
@@ -71,7 +71,7 @@ def read(path, checked=False):
             warnings.simplefilter("ignore")             # the errors below say it better
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train first, or pass --ckpt PATH") from None
+        raise UserError(f"no checkpoint at {path}: train first, or give the path of another") from None
     except pickle.UnpicklingError:                      # stands first, so that it does not count as damage
         raise UserError(f"{path} contains more than numbers and text (perhaps code), or is not a checkpoint: use one "
                         f"that train.py wrote") from None
@@ -218,7 +218,7 @@ def differences(args, saved, keys):
 
 def resume(args, folder, team):
     """-> (the checkpoint where training begins, its path), or (None, None) to begin with fresh weights. Makes the run's
-    folder. The first process looks, and all processes read what it found. Raises UserError if the command line and the
+    folder. The first process looks, and all processes get what it found. Raises UserError if the command line and the
     files do not agree."""
     if args.init_inner and args.resume not in ("auto", "none"):
         raise UserError("--resume PATH and --init-inner both begin from weights: drop one")
@@ -230,7 +230,7 @@ def resume(args, folder, team):
     path = team.first(look)
     if path is None:
         return None, None
-    checkpoint = read(path, checked=True)
+    checkpoint = received(path, folder, team)
     if folder in path.parents:                  # the run goes on: it keeps the record of how it began
         args.init_inner = checkpoint["args"].get("init_inner")
         if args.resume == "auto" and checkpoint["args"]["resume"] != "none":
@@ -281,10 +281,35 @@ def origin(args, folder, say):
     return path
 
 
-def begin_inside(args, *models):
+def received(path, folder, team):
+    """The first process's checkpoint, for all. A machine that has not the same file there gets it through the network:
+    the first of its processes writes a copy into its own `folder`, all of them open it, and it is deleted."""
+    def mark():
+        with contextlib.suppress(OSError, zipfile.BadZipFile):
+            return sums(path)
+    whole = team.first(mark)
+    here = team.rank == 0 or whole is not None and mark() == whole
+    if not team.any(not here):
+        return read(path, checked=True)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    copy = folder / f"{team.rank - local}.copy.tmp"             # a name for each machine: two may share the folder
+    writes = not here and local == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    team.copy(path, copy if writes else os.devnull)
+    checkpoint = read(path if here else copy, checked=True)
+    team.any(False)                                             # wait until all have opened it
+    if writes:
+        with contextlib.suppress(PermissionError):              # Windows keeps what is open
+            copy.unlink()
+    return checkpoint
+
+
+def begin_inside(args, folder, team, *models):
     """Progressive training: put the averaged weights of args.init_inner into the inner network of each model."""
     path = in_folder(args.init_inner)
-    checkpoint = read(path)
+    team.first(lambda: read(path).keys())
+    checkpoint = received(path, folder, team)
     if not hasattr(models[0], "nest"):
         raise UserError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
     changed = differences(args, checkpoint["args"], {"model", "text", "text_encoder"})
@@ -372,6 +397,7 @@ def save(folder, args, step, state):
     has been read back and is good, delete the older ones; args.keep_ckpts files stay. The OSError it may raise tells
     the fix."""
     path = folder / "checkpoints" / f"{step:07d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)              # somebody may have deleted the folder
     whole = {"version": VERSION, **state, "step": step, "images": step * args.global_batch_size, "args": vars(args)}
     try:
         replace(path, lambda f: torch.save(whole, f))

@@ -6,6 +6,7 @@ the `main` of each command.
 import argparse
 import ast
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -23,6 +24,26 @@ QUIET = os.environ.get("RANK", "0") != "0"      # only the first of torchrun's p
 
 # What gloo and NCCL say when they no longer hear from a process.
 LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
+SAID = {                                        # what libraries say, and what we say instead
+    "underflow in dt": "the adaptive solver found no step small enough, perhaps because the weights have become too "
+                       "large: try a smaller --lr, or --set solver=rk4",
+    r"No working C\+\+ compiler|Failed to find C compiler": "torch.compile needs a compiler, and finds none: install one "
+                                                           "(apt install g++), or drop --compile",
+    "Expected to have finished reduction in the prior": "a parameter of this model has no part in its loss, and several "
+        "processes wait for the gradient of each: use it, or set requires_grad = False, or train with one process"}
+
+
+def processes():
+    """The number of this process and how many there are: what torchrun says, or 0 and 1. Raises UserError."""
+    rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise UserError(f"RANK={rank} needs a WORLD_SIZE above it, not {world}: start several processes by torchrun, "
+                        f"which sets both, or unset both for one process")
+    return int(rank), int(world)
+
+
+def several():
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
 # --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------------------
@@ -35,7 +56,7 @@ def fail(message, every_process=False):
     every_process: True for an error that one process may meet alone. Then it speaks at once, whichever it is.
     """
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and not every_process:
+    if rank != "0" and several() and not every_process:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     where = "" if rank == "0" else f" on process {rank}"
@@ -45,26 +66,59 @@ def fail(message, every_process=False):
 
 @contextlib.contextmanager
 def told_plainly():
-    """`@told_plainly()` above a `main`: a UserError, or an OSError of a file, becomes one sentence. Python makes a lost
-    connection an OSError, too, but that has nothing to do with a file: we leave it to `run`."""
+    """`@told_plainly()` above a `main`: a UserError, an OSError of a file, or what is in SAID becomes one sentence.
+    Python makes a lost connection an OSError, too, but that has nothing to do with a file: we leave it to `run`."""
     try:
         yield
     except ConnectionError:
         raise
     except (UserError, OSError) as e:
         fail(e)
+    except Exception as e:
+        for theirs, ours in SAID.items():
+            if re.search(theirs, str(e)):
+                fail(ours)
+        raise
+
+
+class Stream:
+    """Standard output or error. If nobody reads it any more (`train.py | head`, a terminal that closed), that is no
+    reason to stop: it falls silent."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")           # None: it was closed from the beginning (2>&-)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nobody:
+                os.dup2(nobody.fileno(), self.stream.fileno())
+
+
+def end(workers):
+    """Kill the processes that read data. Python and PyTorch would send them a signal, which they ignore, and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # otherwise PyTorch complains of their death
+    for worker in workers:
+        worker.kill()
 
 
 def run(main):
     """Run the `main` of a script, and report the errors that `main` itself does not report."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if hasattr(sys.stdout, "reconfigure"):      # a console may lack the letters of a folder's name
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    at_once = several()
     try:
         main()
         code = 0
     except SystemExit as e:
-        code = e.code
+        code, at_once = e.code, True
     except KeyboardInterrupt:
         code = 130                              # the code that shells use for Ctrl-C
     except torch.OutOfMemoryError:
@@ -72,11 +126,12 @@ def run(main):
               "a smaller --global-batch-size; draw with a smaller --batch-size", file=sys.stderr)
         code = 2
     except Exception as e:
-        if several and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
+        if several() and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
             reason = f"process {os.environ['RANK']} lost another process, whose own message says why"
         elif isinstance(e, ConnectionError) or "DataLoader worker" in str(e):
-            reason = "a process that reads data has ended, perhaps for lack of memory: try fewer --num-workers"
-        elif several:
+            reason = ("a process that reads data has ended, perhaps for lack of memory: try fewer --num-workers, or in a "
+                      "container a larger --shm-size")
+        elif several():
             reason = None
         else:
             raise
@@ -86,14 +141,10 @@ def run(main):
             traceback.print_exc()
         code = 1
     finally:
-        # At its exit Python sends the workers a signal and waits for them. They ignore that signal, so end them here.
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # otherwise PyTorch complains of their death
-        for worker in multiprocessing.active_children():
-            worker.kill()
-    if several:
-        # Nothing is left to do, so leave at once. The interpreter would free models and connections in any order, and
-        # we saw it hang or abort.
+        end(multiprocessing.active_children())
+    if at_once:
+        # Nothing is left to do. The interpreter would free models and connections in any order, and we saw it hang or
+        # abort; or it would wait for torch.compile.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)
@@ -103,9 +154,11 @@ def run(main):
 # --- flags ----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help, and reports an error in one line instead of a page of usage."""
+    """Shows defaults in --help, and reports an error in one line instead of a page of usage. description: of which the
+    first line is shown, such as __doc__."""
 
     def __init__(self, description, **options):
+        description = (description or "").partition("\n")[0]                # None under python -OO
         super().__init__(description=description, allow_abbrev=False, **options,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
@@ -138,14 +191,19 @@ def number(kind, low=0, high=2**62, below=None):
 
 
 def option(text):
-    """For a flag's type=: reads KEY=VALUE -> (key, value). The value is a Python literal, or else a word."""
+    """For a flag's type=: reads KEY=VALUE -> (key, value). The value is a Python literal that JSON has, or a word."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE, for example patch=8")
     try:
-        return key, ast.literal_eval(value)
+        found = ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return key, value
+    try:
+        json.dumps(found)                       # as args.json will have it
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"{text}: write a number, a word, or a list such as {key}=[1,2]") from None
+    return key, found
 
 
 # --- which images ---------------------------------------------------------------------------------------------

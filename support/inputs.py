@@ -2,11 +2,12 @@
 import inspect
 import signal
 
+import torch
 from torch.utils.data import DataLoader
 
 from diffusion import UserError
 from support import checkpoint, datasets, latents
-from support.cli import fail
+from support.cli import end, fail
 from support.text import cut, text_encoder
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -99,20 +100,34 @@ def some_captions(dataset, seed, n=8):
 def batches(dataset, order, workers, pinned):
     """The batches of `order`. workers: the number of other processes that read them; 0: this process reads. pinned: put
     them into memory that a GPU can fetch from. If an image cannot be read, the error names it."""
-    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pinned,
-                        worker_init_fn=leave_signals_to_the_main_process)
+    loader = iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pinned,
+                             collate_fn=hand_over if workers else None,
+                             worker_init_fn=leave_signals_to_the_main_process))
     try:
         yield from loader
     except ConnectionError:
         raise
     except (UserError, OSError) as e:           # the message of a worker is its traceback; the last line counts
         fail(str(e).splitlines()[-1].removeprefix("diffusion.UserError: "), every_process=True)
+    finally:                                    # a worker may still wait for its data
+        end(getattr(loader, "_workers", []))
+
+
+def hand_over(batch):
+    """What each worker does with a batch: put it into memory that the main process sees. PyTorch would do that later
+    itself, in a thread whose errors nobody hears; the main process would wait for ever."""
+    try:
+        return {k: v.share_memory_() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    except RuntimeError as e:
+        raise UserError(f"no room for a batch in the memory that processes share ({str(e).splitlines()[0]}): try fewer "
+                        f"--num-workers, or give the container more, as in docker run --shm-size=8g") from None
 
 
 def leave_signals_to_the_main_process(worker):
-    """What each worker does first. A scheduler sends its signals to workers, too. A worker that ended then would take
+    """What each worker does first. Schedulers and terminals send their signals to workers, too. A worker that ended then would take
     the last step's batch with it. Workers must not keep the run's folder locked, either. This function is at module
     level, because spawned workers import it."""
     checkpoint.let_go()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):               # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

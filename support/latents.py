@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion import UserError
-from support.cli import QUIET
+from support.cli import QUIET, processes
 from support.datasets import Dataset, expanded
 from support.text import full_name, pretrained
 
@@ -88,11 +88,6 @@ def chunk_path(folder, k):
     return Path(folder) / f"{k:05d}.npy"
 
 
-def ranks():
-    """The number of this process, and how many there are. Processes share files, and send each other nothing."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def digest(labels):
     return None if labels is None else hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
@@ -105,7 +100,7 @@ def put(path, content):
         buffer.write(content.encode())
     else:
         np.save(buffer, content, allow_pickle=False)
-    part = path.with_name(f".{path.name}.rank{ranks()[0]}.part")
+    part = path.with_name(f".{path.name}.rank{processes()[0]}.part")
     try:
         with open(part, "xb") as f:
             f.write(buffer.getbuffer())
@@ -135,7 +130,7 @@ def begin(dataset, folder, vae, hflip=False):
              "images": len(dataset), "copies": 2 if hflip else 1, "shape": [vae.C, H // f, W // f],
              "image_shape": [vae.colours, H, W], "class_names": dataset.class_names,
              "labels": digest(labels), "files": dataset.files, "chunk": CHUNK}
-    folder, (rank, world) = Path(folder), ranks()
+    folder, (rank, world) = Path(folder), processes()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob(".*.part"):                 # left by killed runs, perhaps with more processes
@@ -160,7 +155,7 @@ def begin(dataset, folder, vae, hflip=False):
 
 def encode(dataset, folder, vae, about, batch_size=32):
     """Write this process's share of the missing files. about: what `begin` returned. Raises UserError."""
-    (rank, world), N, n = ranks(), len(dataset), about["copies"] * len(dataset)
+    (rank, world), N, n = processes(), len(dataset), about["copies"] * len(dataset)
     todo = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)][rank::world]
     todo = [chunk for chunk in todo if not chunk_path(folder, chunk[0] // CHUNK).exists()]
     # it takes longer to read pictures than to encode them on a GPU; PIL lets several threads decode at once

@@ -47,7 +47,8 @@ class Log:
         if team.rank == 0:
             fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BANDS)), "grad_norm", "lr",
                       "images_per_s", "memory_mb"] + ["nfe"] * hasattr(model, "nfe")
-            self.file = open_csv(folder / "log.csv", fields, start)
+            self.fields, self.warned = fields, False
+            begin_csv(folder / "log.csv", fields, start)
         self.begin(start)
 
     def begin(self, step):
@@ -97,14 +98,28 @@ class Log:
                    f"{parallel.memory_mb(self.team.device):.0f}"]
             if hasattr(self.model, "nfe"):
                 row.append(f"{self.model.nfe:.4g}")
-            write_line(self.file, row)
+            self.line(row)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
         self.begin(step)
+
+    def line(self, row):
+        """Append to log.csv. A full disk, or a file that became read-only, costs the line, not the run."""
+        path = self.folder / "log.csv"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)      # somebody may have deleted it
+            lines = [row] if path.exists() else [self.fields, row]
+            with open(path, "a", newline="") as f:
+                f.write("".join(",".join(map(str, line)) + "\r\n" for line in lines))
+        except OSError as e:
+            if not self.warned:
+                self.bar.write(f"step {row[0]}: no line in log.csv ({e}), and training goes on")
+            self.warned = True
 
     def picture(self, image, step):
         """A PIL image -> samples/step_<step>.png. A full disk costs the picture, not the run."""
         path = self.folder / "samples" / f"step_{step:07d}.png"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image, path)
         except OSError as e:
             path = f"no picture ({e})"
@@ -112,26 +127,13 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.team.rank == 0:
-            self.file.close()
 
 
-def open_csv(path, fields, step):
-    """log.csv without the lines after `step`, since those steps will be taken again -> the file, open to append."""
+def begin_csv(path, fields, step):
+    """Write log.csv without the lines after `step`, since those steps will be taken again."""
     rows = []
     if path.exists() and step:
         with open(path, newline="") as f:       # a kill may have left half a line at its end
             rows = [r for r in csv.reader(f) if len(r) == len(fields) and r[0].isdigit() and int(r[0]) <= step]
     text = "".join(",".join(row) + "\r\n" for row in [fields, *rows])
     replace(path, lambda f: f.write(text.encode()))
-    return open(path, "a", newline="")
-
-
-def write_line(file, values):
-    """Append to log.csv. Raises OSError, with the fix."""
-    try:
-        file.write(",".join(map(str, values)) + "\r\n")
-        file.flush()
-    except OSError as e:
-        raise OSError(f"cannot write {file.name} ({e.strerror}): make room and run the same command again, which "
-                      f"continues from the last checkpoint") from None

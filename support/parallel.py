@@ -23,23 +23,22 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import UserError
-from support.cli import fail
+from support.cli import fail, processes, several
 
 # --- devices ------------------------------------------------------------------------------------------------
 
 def pick_device(name):
     """The flag --device -> a torch.device. "auto" is CUDA, else Apple's MPS, else the CPU. Each of torchrun's processes
     gets a GPU of its own. Raises UserError."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     found = {"cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available() and not several, "cpu": True}
+             "mps": torch.backends.mps.is_available() and not several(), "cpu": True}
     if name == "auto":
         name = next(d for d in found if found[d])
     kind, _, index = name.partition(":")
     if not found.get(kind) or index and not (kind == "cuda" and index.isdigit()
                                              and int(index) < torch.cuda.device_count()):
         raise UserError(f"device {name!r} is not available here: choose {' or '.join(d for d in found if found[d])}")
-    if kind == "cuda" and several:
+    if kind == "cuda" and several():
         index = os.environ["LOCAL_RANK"]
         if int(index) >= torch.cuda.device_count():
             fail(f"process {index} has no GPU, because this machine has {torch.cuda.device_count()}: pass "
@@ -81,11 +80,14 @@ class Team:
 
     def __init__(self, device):
         self.device = device
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = processes()
         if self.world > 1:
             # Small agreements go through gloo, on GPUs too: to read a number from NCCL is to wait for the GPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(minutes=30))
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                        timeout=datetime.timedelta(minutes=30))
+            except ValueError as e:             # one of torchrun's variables is missing
+                raise UserError(f"{e}: start several processes by torchrun") from None
 
     def say(self, text):
         """Print, once for all processes."""
@@ -122,6 +124,19 @@ class Team:
         if error is not None:
             raise UserError(error)
         return answer
+
+    def copy(self, path, to):
+        """Send the file `path` of the first process to the others, each of which writes it into `to`."""
+        size = self.first(os.path.getsize, path)
+        with open(path, "rb") if self.rank == 0 else open(to, "wb") as f:
+            for start in range(0, size, 2**26):
+                part = torch.empty(min(2**26, size - start), dtype=torch.uint8)                 # 64 MiB
+                if self.rank == 0:
+                    f.readinto(part.numpy())
+                dist.broadcast(part, 0)
+                if self.rank > 0:
+                    f.write(part.numpy())
+        self.any(False)                         # wait until all have written it
 
     def spread(self, model, average, compiled, shard):
         """Put a model and the average of its weights on the device -> the module to train with: the model, compiled if
@@ -203,7 +218,7 @@ def whole(state):
     if not isinstance(state, torch.Tensor):
         return state
     tensor = full(state)
-    return tensor.cpu() if int(os.environ.get("RANK", 0)) == 0 else None
+    return tensor.cpu() if processes()[0] == 0 else None
 
 
 def load_optimizer(optimizer, state):
@@ -221,18 +236,36 @@ def load_optimizer(optimizer, state):
 # --- signals ------------------------------------------------------------------------------------------------
 
 class Interruption:
-    """Ctrl-C, or the SIGTERM of a scheduler: finish the step, save, leave. `asked` tells that one came. A second Ctrl-C
-    ends the process at once. A second SIGTERM does not: a scheduler and torchrun may well send one each."""
+    """Ctrl-C, the SIGTERM of a scheduler, or the SIGHUP of a terminal that closes: finish the step, save, leave.
+    `asked` tells that one came. A second Ctrl-C ends the process at once. A second SIGTERM does not: a scheduler and
+    torchrun may well send one each. Before the first `next` there is nothing to save, and signals mean what they
+    always do."""
 
     def __init__(self):
-        self.asked, self.handlers = False, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.ask)
+        self.asked, self.waiting, self.handlers = False, False, {}
+
+    def next(self, batches):
+        """The next of `batches`. None after the last one, or if a signal came, also while this process waits for the
+        batch: the data may lie on a machine that no longer answers."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP") if not self.handlers else ():
+            number = getattr(signal, name, None)                # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:           # nohup ignores it
+                self.handlers[number] = signal.signal(number, self.ask)
+        try:
+            self.waiting = True
+            batch = None if self.asked else next(batches, None)
+            self.waiting = False
+            return batch
+        except KeyboardInterrupt:
+            return None
 
     def ask(self, number, _):
         self.asked = True
         if number == signal.SIGINT:
             signal.signal(number, self.handlers[number])
+        if self.waiting:                        # only an exception ends a read()
+            self.waiting = False
+            raise KeyboardInterrupt
 
     def over(self):
         """Signals mean again what they meant before."""

@@ -24,7 +24,7 @@ def serve():
         os.chdir(here)
 
 
-def be(rank, world, port, program, argv, said, folder):
+def be(rank, local, world, port, program, argv, said, folder):
     """What each process does, in `folder`: run train.py or sample.py with these flags; or "-c", which takes the program
     itself as its first flag, like Python's. What it says goes into the file `said`."""
     os.chdir(folder)
@@ -32,7 +32,7 @@ def be(rank, world, port, program, argv, said, folder):
     os.dup2(file, 1)
     os.dup2(file, 2)
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
     import sample
     import train
@@ -46,8 +46,9 @@ def be(rank, world, port, program, argv, said, folder):
         cli.run({"train.py": train, "sample.py": sample}[program].main)
 
 
-def start(folder, world, program, *argv):
-    """-> the processes; what each says goes into `folder`."""
+def start(folder, world, program, *argv, machines=None):
+    """-> the processes; what each says goes into `folder`. machines: {a folder: how many of them run in it}, as if each
+    folder were a machine of its own; None: all run here."""
     port = None
     if world > 1:
         with socket.socket() as s:
@@ -56,16 +57,17 @@ def start(folder, world, program, *argv):
     serve()
     Path(folder).mkdir()
     flags = [str(flag) for flag in argv]
-    processes = [CONTEXT.Process(target=be, args=(r, world, port, program, flags, f"{folder}/{r}", os.getcwd()))
-                 for r in range(world)]
+    places = [(place, i) for place, n in (machines or {os.getcwd(): world}).items() for i in range(n)]
+    processes = [CONTEXT.Process(target=be, args=(r, local, world, port, program, flags, f"{folder}/{r}", place))
+                 for r, (place, local) in enumerate(places)]
     for process in processes:
         process.start()
     return processes
 
 
-def launch(folder, world, program, *argv):
+def launch(folder, world, program, *argv, **options):
     """Start processes, wait until they end -> what they said. All must succeed; if one fails, the others are killed."""
-    processes = start(folder, world, program, *argv)
+    processes = start(folder, world, program, *argv, **options)
     while alive := [p.sentinel for p in processes if p.exitcode is None]:
         if any(p.exitcode for p in processes) or not wait(alive, 200):
             break

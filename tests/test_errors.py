@@ -120,6 +120,7 @@ WRONG = [
     (TRAIN, new("--set", "skip=residual"), "concat or add or none"),
     (TRAIN, new("--set", "colour=3"), "dis has .*width"),
     (TRAIN, new("--set", "skip"), "KEY=VALUE"),
+    (TRAIN, new("--set", "width={1,2}"), r"such as width=\[1,2\]"),
     (TRAIN, new("--set", "patch=0"), "whole number, at least 1"),
     (TRAIN, new("--set", "width=abc"), "whole number, at least 1"),
     (TRAIN, new("--set", "label_std=x"), "must be a number"),
@@ -162,7 +163,7 @@ WRONG = [
     (TRAIN, new("--results-dir", "results", "--name", "run", "--set", "width=64"), "--name"),
     (TRAIN, new("--results-dir", "results", "--name", "run", "--resume", "half.pt"), "--name"),
     (TRAIN, new("--results-dir", "cut", "--name", "run"), "damaged or cut short"),
-    (TRAIN, new("--resume", "missing.pt"), "no checkpoint"),
+    (TRAIN, new("--resume", "missing.pt"), "no checkpoint at missing.pt: (?!.*--ckpt)"),
     (TRAIN, new("--resume", "code.pt"), "perhaps code"),
     (TRAIN, new("--resume", "other/unconditional/latest.pt"), "trained differently"),
     (SAMPLE, ["--results-dir", "nothing"], "train.py"),
@@ -295,7 +296,8 @@ def test_wrong_input_gets_one_sentence(world, monkeypatch, capsys, call, argv, f
 
 @pytest.mark.parametrize("env, fix", [
     (dict(RANK="0", WORLD_SIZE="3", LOCAL_RANK="0"), "cannot be split over 3 processes.*try 6"),
-    (dict(RANK="0", WORLD_SIZE="16", LOCAL_RANK="0"), "try 16")])
+    (dict(RANK="0", WORLD_SIZE="16", LOCAL_RANK="0"), "try 16"),
+    (dict(RANK="1"), "needs a WORLD_SIZE above it"), (dict(RANK="", WORLD_SIZE="2"), "RANK expected.* by torchrun")])
 def test_bad_world_size_gets_one_sentence(world, monkeypatch, capsys, env, fix):
     monkeypatch.chdir(world)
     for key, value in env.items():
@@ -355,7 +357,10 @@ def test_a_picture_too_large_for_its_format_becomes_a_png(tmp_path, capsys, suff
 
 
 @pytest.mark.parametrize("error, told", [(UserError("x"), True), (FileNotFoundError("x"), True),
-                                         (ValueError("x"), False), (ConnectionResetError("x"), False)])
+                                         (ValueError("x"), False), (ConnectionResetError("x"), False),
+                                         (AssertionError("underflow in dt 0.0"), True),
+                                         (RuntimeError("y: No working C++ compiler found in x"), True),
+                                         (RuntimeError("Expected to have finished reduction in the prior step"), True)])
 def test_which_errors_are_told_in_a_sentence(error, told):
     @cli.told_plainly()
     def main():

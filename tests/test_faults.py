@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 
 import ranks
 import train
-from support import checkpoint, cli, parallel
+from support import checkpoint, cli, inputs, parallel
 from test_train import SMALL, losses, run, same
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +120,39 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         assert path.read_text() == "old" and not parts(tmp_path)
 
 
+def test_a_checkpoint_that_the_disk_kept_badly_replaces_nothing(tmp_path, monkeypatch):
+    """It is read back before older ones are deleted."""
+    args, save = SimpleNamespace(global_batch_size=1, keep_ckpts=1), torch.save
+    state = {"model": {"w": torch.ones(2000)}, "ema": {}, "opt": {}}
+    checkpoint.save(tmp_path, args, 1, state)
+
+    def badly(what, f):
+        save(what, f)
+        f.seek(f.tell() // 2)
+        f.write(b"!")
+    monkeypatch.setattr(torch, "save", badly)
+    with pytest.raises(OSError, match="step 2 could not be saved"):
+        checkpoint.save(tmp_path, args, 2, state)
+    assert checkpoint.read(tmp_path / "latest.pt")["step"] == 1
+    assert (tmp_path / "checkpoints" / "0000001.pt").exists()
+
+
+def test_a_deleted_folder_is_made_again_and_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
+    save, log = checkpoint.save, tmp_path / "run" / "log.csv"
+
+    def meddle(folder, args, step, state):
+        save(folder, args, step, state)
+        if step == 2:
+            shutil.rmtree(tmp_path)
+        if step == 4:
+            assert losses(tmp_path).keys() == {3, 4}
+            log.unlink()
+            log.mkdir()
+    monkeypatch.setattr(checkpoint, "save", meddle)
+    assert run(tmp_path, "--max-steps", 6, "--ckpt-every", 2, "--log-every", 1)["step"] == 6
+    assert capsys.readouterr().out.count("no line in log.csv") == 1
+
+
 def mounts():
     return shutil.which("unshare") and subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
@@ -210,6 +245,55 @@ def test_preemption_before_the_first_step_exits_0(tmp_path):
     assert process.returncode == 0 and "Traceback" not in err
 
 
+class Stuck:
+    """The first example is there. The second lies where nobody answers: a pipe."""
+
+    def __init__(self):
+        self.answer, self.write = os.pipe()
+
+    def __getitem__(self, indices):
+        return {"x": torch.zeros(1) if indices == [0] else os.read(self.answer, 1)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_is_heard_while_data_do_not_come(workers):
+    """Not before the first `next`; and then, as later ones, it ends nothing."""
+    dataset, stop, heard = Stuck(), parallel.Interruption(), []
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(number, lambda *_: heard.append(1)) for number in numbers]
+    signal.raise_signal(signal.SIGTERM)
+    given = inputs.batches(dataset, [[0], [1]], workers, pinned=False)
+    assert stop.next(given)["x"] == 0 and heard == [1]
+    late = threading.Timer(3, os.write, (dataset.write, b"x"))
+    late.start()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    began = time.monotonic()
+    assert stop.next(given) is None and stop.asked
+    given.close()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)
+    assert time.monotonic() - began < 2.5 and heard == [1]
+    signal.raise_signal(signal.SIGINT)
+    stop.over()
+    assert heard == [1, 1] and stop.next(given) is None         # what was asked stays asked
+    stop.over()
+    late.cancel()
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_memory_that_is_too_small_for_workers_is_told(monkeypatch, capfd):
+    """/dev/shm of a container has 64 MB."""
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file: No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(SystemExit):
+        next(inputs.batches(Stuck(), [[0]], 1, pinned=False))
+    said = capfd.readouterr().err
+    assert said.startswith("error: no room") and "--shm-size" in said and said.count("\n") == 1
+
+
 def children(pid):
     tasks = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(c) for c in tasks.read_text().split()]
@@ -296,6 +380,14 @@ def test_a_new_run_from_a_checkpoint_takes_the_command_lines_decays(good, tmp_pa
 
 # --- agreement ---
 
+def test_one_process_stops_all(tmp_path, monkeypatch, capsys):
+    """Another one got a signal after the second step."""
+    votes = iter([False, True])
+    monkeypatch.setattr(parallel.Team, "any", lambda team, yes: next(votes))
+    assert run(tmp_path, "--max-steps", 9)["step"] == 2
+    assert "stopped     at step 2, saved. The same command continues" in capsys.readouterr().out
+
+
 def test_one_process_agrees_with_itself():
     team = parallel.Team(torch.device("cpu"))
     assert team.any(True) and not team.any(False) and team.first(lambda: 3) == 3
@@ -311,3 +403,13 @@ def test_numbers_and_options_of_the_command_line():
     with pytest.raises(SystemExit):
         train.parse(["--beta2", "1"])
     assert train.parse(["--beta2", "0.5", "--set", "a=[1, 2]"]).set == {"a": [1, 2]}
+    assert cli.Parser(None).description == ""                   # python -OO has no docstrings
+
+
+def test_what_nobody_reads_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)                                            # train.py | head
+    cut = cli.Stream(open(writer, "w"))
+    for _ in range(2):
+        print("a line", file=cut, flush=True)
+    print("a line", file=cli.Stream(None), flush=True)          # train.py 2>&-

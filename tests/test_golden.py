@@ -139,13 +139,14 @@ def test_every_step_by_hand(tmp_path, clip, parts):
 
 
 def test_what_the_model_is_given(tmp_path):
-    """Tells what is wrong if t is never T - 1, two draws come from one counter, pictures are mirrored upside
+    """Tells what is wrong if pixels are not in [-1, 1], t is never T - 1, two draws come from one counter, pictures are mirrored upside
     down, or classes and captions are hidden too often, too rarely or never."""
     flags = ["--global-batch-size", 256, "--max-steps", 2, "--cond-dropout", 0.2]
     runs = [probe(tmp_path / str(i), *flags, *more)[2]
             for i, more in enumerate([[], ["--hflip"], ["--cond", "text"]])]
     plain, flipped, words = ({k: torch.cat([g[k] for g in given]) for k in given[0]} for given in runs)
     x0, t, noise, y, mirrored = plain["x0"], plain["t"], plain["noise"], plain["y"], flipped["x0"]
+    assert x0.min() == -1 and 0.5 < x0.max() <= 1
     assert set(t.tolist()) == {0, 1, 2, 3, 4} and t.float().mean() == pytest.approx(2, abs=0.2)
     assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
     assert set(y.tolist()) == {-1, *range(8)}
@@ -213,9 +214,11 @@ class Diffusion:
         return {"loss": net(x0=x0, t=t, noise=noise, **cond)}
 
     def respaced(self, steps):
+        assert int(steps) <= self.T             # grids and final pictures ask for no more
         return self
 
-    def sample(self, model, shape, seeds, **options):
+    def sample(self, model, shape, seeds, steps, **options):
+        self.respaced(steps)
         return model.weight[0].detach().expand(len(seeds), *shape)
 
 

@@ -44,7 +44,7 @@ SAFE = {"PYTHONSAFEPATH": "1"}                  # from Python 3.11 on; earlier o
 # it, except those "elsewhere": they start in an empty folder.
 LAUNCHES = {
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of", {}),
-    "smoke": (["python", "train.py", "--smoke", *TRAIN], "all worked", {}),
+    "smoke": (["python", "train.py", "--smoke", *TRAIN], "samples/step_0000002.png", {}),
     "table": (["python", "dis.py"], "900,558,432", {}),
     "train": (["python", "train.py", *STEPS], "trained     2 of 2", {}),
     "train elsewhere": (["python", "ROOT/train.py", *STEPS], "trained     2 of 2", {}),

@@ -1,6 +1,7 @@
 """train.py and sample.py as a user runs them: exact resume, processes, seeds, stopping."""
 import csv
 import json
+import os
 import re
 import shlex
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ranks
 import sample
 import train
-from support import checkpoint, cost, latents
+from diffusion import Diffusion, cosine_alpha_bar, fold
+from support import checkpoint, cost, datasets, latents
 from support.pictures import grid_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +54,9 @@ def same(a, b):
 
 def losses(folder):
     with open(folder / "run" / "log.csv", newline="") as f:
-        return {int(r["step"]): float(r["loss"]) for r in csv.DictReader(f)}
+        rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(f)]
+    assert rows == sorted(dict(rows).items())           # no step twice
+    return dict(rows)
 
 
 # --- resume ---
@@ -132,9 +137,14 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
 # --- processes, accumulation, batches ---
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has shards on GPUs only")
-def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path):
-    """A run goes from one process, with accumulation, to 4 with shards, and back to one. Its losses and all that it
-    saves are those of one process. benchmarks/processes.py tries every model and every pair of ways."""
+def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path, monkeypatch):
+    """A run goes from one process, with accumulation, to 4 with shards, on two machines that share no folder, and back
+    to one. Its losses and all that it saves are those of one process. benchmarks/processes.py tries every model and
+    every pair of ways."""
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other" / "relay" / "run"        # on the second machine, with a file of an old run
+    other.mkdir(parents=True)
+    (other / "latest.pt").write_bytes(b"old")
     flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant"]
     whole = run(tmp_path / "whole", *flags, "--max-steps", 20)
     ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,)]
@@ -143,8 +153,9 @@ def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(
         if processes == 1:
             run(tmp_path / "relay", *now)
             continue
-        ranks.launch(tmp_path / "said", processes, "train.py", *SMALL, "--results-dir", tmp_path / "relay",
-                     "--name", "run", *now)
+        ranks.launch(tmp_path / "said", processes, "train.py", *SMALL, "--results-dir", "relay", "--name", "run", *now,
+                     machines={tmp_path: 2, tmp_path / "other": 2})
+    assert [p.name for p in other.iterdir()] == ["latest.pt"]
     relay = torch.load(tmp_path / "relay" / "run" / "latest.pt", weights_only=True)
     for step, loss in losses(tmp_path / "whole").items():
         assert losses(tmp_path / "relay")[step] == pytest.approx(loss, abs=1e-5), step
@@ -181,6 +192,8 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     assert [p.name for p in names] == [f"00000{i}.png" for i in range(7)]
     assert np.array_equal(images[4], np.asarray(Image.open(names[4])))
 
+    given, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args, **more: given.append(args[3:5]) or generate(*args, **more))
     names[3].unlink()                                            # continues where it stopped
     (tmp_path / "three" / ".99.000003.png").write_bytes(b"killed")
     kept = names[2].stat().st_mtime_ns
@@ -188,6 +201,8 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     sample.main([*map(str, flags), "--save-images", str(tmp_path / "three")])
     assert npz.read_bytes() == three
     assert names[2].stat().st_mtime_ns == kept and not list((tmp_path / "three").glob(".*"))
+    [(seeds, cond)] = given                                      # classes are drawn, not in turn
+    assert seeds.tolist() == [2, 3] and torch.equal(cond["y"], fold(seeds, 8) % 8) and cond["y"].tolist() != [2, 3]
 
 
 class Looks(TorchDispatchMode):
@@ -252,6 +267,42 @@ def test_overfit_one_batch(tmp_path):
         "--global-batch-size", 4, "--image-size", "8")
     curve = losses(tmp_path)
     assert curve[10] > 0.3 and curve[80] < 0.05
+
+
+def test_a_latent_is_drawn_apart_from_the_noise_on_it():
+    """Tells what is wrong if both draws come from one counter."""
+    ones = np.concatenate([np.zeros((2, 4, 8, 8)), np.ones((2, 4, 8, 8))], 1, dtype=np.float16)     # means, then stds
+    dataset = datasets.Dataset("latents", (4, 8, 8), ones, 2, latents={"shift": 0, "scale": 1})
+    args = SimpleNamespace(hflip=False, cond_dropout=0, num_classes=0)
+    z, _, noise, _ = train.make_batch(dataset[[0, 1]], torch.arange(2), dataset, Diffusion(cosine_alpha_bar(10)), args,
+                                      None, "cpu")
+    assert torch.corrcoef(torch.stack([z.flatten(), noise.flatten()]))[0, 1].abs() < 0.15
+
+
+@pytest.mark.parametrize("space", [None, {"vae": "none", "scale": 1, "shift": 0, "data": "x"}])
+def test_pictures_are_clipped_and_latents_are_not(tmp_path, monkeypatch, space):
+    """By the grids of train.py and by sample.py. Both take all T steps if there are few."""
+    seen = []
+
+    class Asked(Diffusion):
+        def sample(self, model, shape, seeds, clip, steps, **options):
+            seen.append((clip, steps))
+            return torch.zeros(len(seeds), *shape)
+    trained = {"shape": [4, 8, 8], "num_classes": 0, "cond_dropout": 0, "space": space, "prompts": [],
+               "class_names": []}
+    diffusion = Asked(cosine_alpha_bar(20))
+    monkeypatch.setattr(checkpoint, "load_run", lambda *args: (None, diffusion, trained))
+    sample.preview(None, diffusion, SimpleNamespace(**trained), None, None, "cpu")
+    sample.main(["--ckpt", "run", "--out", str(tmp_path / "a.png"), *["--vae", "none"] * bool(space)])
+    assert seen == [(not space, "20")] * 2
+
+
+def test_the_newest_run_is_the_one_written_last(tmp_path):
+    for name, age in ("a", 3), ("b", 1), ("c", 2):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latest.pt").touch()
+        os.utime(tmp_path / name / "latest.pt", (0, 100 - age))
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "b" / "latest.pt"
 
 
 # --- what is written ---
@@ -380,6 +431,8 @@ def test_weights_to_share(tmp_path, capsys):
     checkpoint.main([str(tmp_path / "run"), str(slim)])
     assert slim.stat().st_size < whole.stat().st_size / 4
     assert str(tmp_path) not in repr(checkpoint.read(slim)["args"])
+    raw, ema, half = *(checkpoint.read(whole)[w] for w in ("model", "ema")), checkpoint.read(slim)["model"]
+    assert same(half, {k: v.half() for k, v in ema.items()}) and not same(raw, ema)
     out, pictures = tmp_path / "a.png", []
     for path in (whole, slim):
         sample.main(["--ckpt", str(path), "--num-samples", "4", "--steps", "3", "--out", str(out)])
