@@ -20,17 +20,19 @@ import torch
 
 from diffusion import UserError, fold
 
-QUIET = os.environ.get("RANK", "0") != "0"      # only the first of torchrun's processes shows progress
+QUIET = (os.environ.get("RANK") or "0") != "0"  # only the first of torchrun's processes shows progress
 
 # What gloo and NCCL say when they no longer hear from a process.
 LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
 SAID = {                                        # what libraries say, and what we say instead
-    "underflow in dt": "the adaptive solver found no step small enough, perhaps because the weights have become too "
-                       "large: try a smaller --lr, or --set solver=rk4",
-    r"No working C\+\+ compiler|Failed to find C compiler": "torch.compile needs a compiler, and finds none: install one "
-                                                           "(apt install g++), or drop --compile",
-    "Expected to have finished reduction in the prior": "a parameter of this model has no part in its loss, and several "
-        "processes wait for the gradient of each: use it, or set requires_grad = False, or train with one process"}
+    "underflow in dt":
+        "the adaptive solver found no step small enough, perhaps because the weights have become too large: try a "
+        "smaller --lr, or --set solver=rk4",
+    r"No working C\+\+ compiler|Failed to find C compiler":
+        "torch.compile needs a C++ compiler, and finds none: install one, such as g++, or drop --compile",
+    "Expected to have finished reduction in the prior":
+        "a parameter of this model has no part in its loss, and several processes wait for the gradient of each: use "
+        "it, or set requires_grad = False, or train with one process"}
 
 
 def processes():
@@ -55,8 +57,8 @@ def fail(message, every_process=False):
     ends the others. A process that is still there after ten seconds has met an error of its own, so it speaks, too.
     every_process: True for an error that one process may meet alone. Then it speaks at once, whichever it is.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0" and several() and not every_process:
+    rank = several() and os.environ.get("RANK") or "0"
+    if rank != "0" and not every_process:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     where = "" if rank == "0" else f" on process {rank}"
@@ -129,8 +131,8 @@ def run(main):
         if several() and isinstance(e, RuntimeError) and re.search(LOST, str(e), re.I):
             reason = f"process {os.environ['RANK']} lost another process, whose own message says why"
         elif isinstance(e, ConnectionError) or "DataLoader worker" in str(e):
-            reason = ("a process that reads data has ended, perhaps for lack of memory: try fewer --num-workers, or in a "
-                      "container a larger --shm-size")
+            reason = ("a process that reads data has ended, perhaps for lack of memory: try fewer --num-workers, or in "
+                      "a container a larger --shm-size")
         elif several():
             reason = None
         else:

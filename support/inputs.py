@@ -119,14 +119,14 @@ def hand_over(batch):
     try:
         return {k: v.share_memory_() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     except RuntimeError as e:
-        raise UserError(f"no room for a batch in the memory that processes share ({str(e).splitlines()[0]}): try fewer "
-                        f"--num-workers, or give the container more, as in docker run --shm-size=8g") from None
+        raise UserError(f"no room for a batch in the memory that processes share ({str(e).splitlines()[0]}): try "
+                        f"fewer --num-workers, or give the container more, as in docker run --shm-size=8g") from None
 
 
 def leave_signals_to_the_main_process(worker):
-    """What each worker does first. Schedulers and terminals send their signals to workers, too. A worker that ended then would take
-    the last step's batch with it. Workers must not keep the run's folder locked, either. This function is at module
-    level, because spawned workers import it."""
+    """What each worker does first. Schedulers and terminals send their signals to workers, too. A worker that ended
+    then would take the last step's batch with it. Workers must not keep the run's folder locked, either. This function
+    is at module level, because spawned workers import it."""
     checkpoint.let_go()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):               # Windows has no SIGHUP

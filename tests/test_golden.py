@@ -139,8 +139,8 @@ def test_every_step_by_hand(tmp_path, clip, parts):
 
 
 def test_what_the_model_is_given(tmp_path):
-    """Tells what is wrong if pixels are not in [-1, 1], t is never T - 1, two draws come from one counter, pictures are mirrored upside
-    down, or classes and captions are hidden too often, too rarely or never."""
+    """Tells what is wrong if pixels are not in [-1, 1], t is never T - 1, two draws come from one counter, pictures
+    are mirrored upside down, or classes and captions are hidden too often, too rarely or never."""
     flags = ["--global-batch-size", 256, "--max-steps", 2, "--cond-dropout", 0.2]
     runs = [probe(tmp_path / str(i), *flags, *more)[2]
             for i, more in enumerate([[], ["--hflip"], ["--cond", "text"]])]
