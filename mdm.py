@@ -4,9 +4,9 @@ Jiatao Gu, Shuangfei Zhai, Yizhe Zhang, Josh Susskind, Navdeep Jaitly. arXiv 231
 
 The idea. Denoise a picture and smaller copies of it together, in one process, without an autoencoder and without a
 cascade of models. The networks are nested like Matryoshka dolls: the network of a larger copy contains the network of
-the next smaller one. At the same t a larger copy has more noise in each pixel, so the small copies become readable
-first and guide the large ones. Most weights work at the smallest resolution, and a network trained there alone becomes
-the core of a larger one.
+the next smaller one. At the same t a larger copy has more noise in each pixel. So, pixel for pixel, the small copies
+become readable first and guide the large ones. Most weights work at the smallest resolution, and a network trained
+there alone becomes the core of a larger one.
 
     z_t^r = alpha_t^r D_r(x) + sigma_t^r eps^r,    eps^r ~ N(0, I),    r = 1 .. R, one t for all     (Eq. 2)
     loss  = sum over r of omega_t^r |x_theta^r(z_t, t) - D_r(x)|^2,    omega^r / omega^R = N_R / N_r (Eq. 3)
@@ -27,13 +27,13 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
 | `e`, `pooled`    |                   | (B, E)              | embedding of t and more; its part that is from `words` |
 
-Where this file departs from the paper or the authors' code. docs/mdm.md has all eleven departures in full, beside a
-map of the paper's sections. (1) The loss adds up *means* over pixels, which is the same as the sums of Eq. 3 with its
-weights. (2) error="eps" is the code's loss, "x0" the paper's; the tiny presets use "v". (3) The shift of schedules is
-the code's; the paper has no formula. (4) Batches of mixed resolutions, the paper's default, are off unless you pass,
-say, mixed=[1, 0.67]. (5) Text: padding is masked, and a learned token means "no text". (6) A class is a caption of one
-token. (8) Video has five dimensions, and its attention knows the order of frames. (11) No described setting has the
-paper's 450M parameters for the inner network. The presets "paper-.." come close.
+Where this file departs from the paper or the authors' code. docs/mdm.md has all eleven in full, and a map of the
+paper's sections. (1) The loss adds up *means* over pixels, which is the same as the sums of Eq. 3 with its weights. (2)
+error="eps" is the code's loss, "x0" the paper's; the tiny presets use "v". (3) The shift of schedules is the code's,
+which counts frames like pixels; the paper has no formula. (4) Batches of mixed resolutions, the paper's default, are
+off unless you pass, say, mixed=[1, 0.67]. (5) Text: padding is masked, and a learned token means "no text". (6) A class
+is a caption of one token. (8) Video has five dimensions, and its attention knows the order of frames. (11) No described
+setting has the paper's 450M parameters for the inner network. The presets "paper-.." come close.
 """
 import math
 from typing import Annotated, Literal, TypedDict
@@ -74,7 +74,8 @@ class ExtendedDiffusion:
     shapes    coarsest first: [(3, 16, 16), (3, 32, 32)]. Those of clips are (C, frames, H, W), but their coarsest
               resolution is the first frame alone: [(3, 16, 16), (3, 8, 16, 16), (3, 8, 32, 32)]
     predict   what the network's outputs mean; error: which quantity's squared error is the loss. "v" | "x0" | "eps"
-    power     the signal-to-noise ratio of resolution r is the coarsest one's divided by (side_r / side_1)^power
+    power     the signal-to-noise ratio of resolution r is the coarsest one's divided by ratio^power, with ratio =
+              sqrt(N_r / N_1): of pictures the ratio of their sides; 4 for 16 frames of the coarsest size
     weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": 0, .., 0, 1, the paper's "simple DM"
               with a nested network (Figure 4b, c)
     mixed     the chances that a row has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
@@ -92,7 +93,8 @@ class ExtendedDiffusion:
         if not falling or len(mixed or ones) != self.R:
             raise UserError(f"mixed={mixed}: must be a list of {self.R} numbers, coarsest first, that begin with 1, do "
                             f"not rise and end above 0, such as {[1] + [0.5] * (self.R - 1)}")
-        self.levels = [Diffusion(shift_snr(alpha_bar, s[-1] / shapes[0][-1], power), predict) for s in shapes]
+        ratios = [math.sqrt(N / self.sizes[0]) for N in self.sizes]
+        self.levels = [Diffusion(shift_snr(alpha_bar, ratio, power), predict) for ratio in ratios]
         for level in self.levels:
             # Each squared error is a multiple of that of v: eps - eps' = alpha (v - v'), x0 - x0' = sigma (v' - v).
             times_v = {"v": torch.ones_like(alpha_bar), "eps": level.alpha_bar, "x0": 1 - level.alpha_bar}

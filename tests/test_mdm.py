@@ -159,13 +159,18 @@ def test_shifted_schedules_are_the_released_ones_to_five_digits(ratio, power):
         assert abs(ours - float(theirs)) <= 0.6 * 10.0**digit, (ours, theirs)
 
 
-def test_each_resolution_has_its_own_schedule_and_the_coarsest_the_plain_one():
-    _, d = small((3, 32, 32), power=2)
+@pytest.mark.parametrize("shapes, ratios", [
+    ([(3, 8, 8), (3, 16, 16), (3, 32, 32)], (1, 2, 4)), ([(1, 8, 12), (1, 32, 48)], (1, 4)),
+    # 16 frames are a 4 x 4 mosaic to the authors' code, 4 frames a 2 x 2 mosaic
+    ([(3, 8, 8), (3, 16, 8, 8), (3, 16, 32, 32)], (1, 4, 16)), ([(3, 8, 8), (3, 4, 8, 8)], (1, 2))], ids=str)
+def test_each_resolution_has_its_own_schedule_and_the_coarsest_the_plain_one(shapes, ratios):
     base = cosine_alpha_bar(1000)
-    for level, ratio in zip(d.levels, (1, 2, 4)):
-        torch.testing.assert_close(level.alpha_bar / (1 - level.alpha_bar), base / (1 - base) / ratio**2)
-    _, video = small((3, 4, 16, 16))
-    assert torch.equal(video.levels[0].alpha_bar, video.levels[1].alpha_bar)        # time is not shifted
+    for power in (1, 2):
+        levels = mdm.ExtendedDiffusion(base, shapes, power=power).levels
+        for level, ratio in zip(levels, ratios, strict=True):
+            torch.testing.assert_close(level.alpha_bar / (1 - level.alpha_bar), base / (1 - base) / ratio**power)
+        # at each t the signal of a pixel is weaker than in the next coarser resolution
+        assert all((coarse.alpha_bar > fine.alpha_bar).all() for coarse, fine in zip(levels, levels[1:]))
 
 
 def test_reduction_takes_block_means_and_the_first_frame():
