@@ -27,14 +27,14 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
 | `e`, `pooled`    |                   | (B, E)              | embedding of t and more; its part that is from `words` |
 
-Where this file departs from the paper or the authors' code. docs/mdm.md has all eleven in full, and a map of the
+Where this file departs from the paper or the authors' code. docs/mdm.md has all twelve in full, and a map of the
 paper's sections. (1) The loss adds up *means* over pixels, which is the same as the sums of Eq. 3 with its weights. (2)
 error="eps" is the code's loss, "x0" the paper's; the presets "tiny.." and "mini" predict x0. (3) The shift of schedules
 is the code's, which counts frames like pixels; the paper has no formula. (4) Batches of mixed resolutions, the paper's
 default, are off unless you pass, say, mixed=[1, 0.67]. (5) Text: padding is masked, and a learned token means "no
 text". (6) A class is a caption of one token. (8) Video has five dimensions, and its attention knows the order of
 frames. (11) No described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come
-close.
+close. (12) A resolution without weight is hidden from the network.
 """
 import math
 from typing import Annotated, Literal, TypedDict
@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diffusion import SCHEDULES, Diffusion, UserError, fold, normal, shift_snr, with_and_without
+from diffusion import (SCHEDULES, Diffusion, UserError, check_labels, check_shape, fold, normal, shift_snr,
+                       with_and_without)
 
 try:
     from support.options import checked
@@ -104,6 +105,7 @@ class ExtendedDiffusion:
     def loss(self, model, x0, t, noise, **cond):
         """x0 (B, C, [frames,] H, W), t (B,), noise (B, numbers), see `noise_shape` -> {"loss", "loss_1" .. "loss_R"},
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
+        check_shape(x0, self.shapes[-1])
         errors = (self.mixed_errors if self.mixed else self.errors)(model, x0, t, noise, **cond)     # [(B,)]
         # The division by the chance of a resolution makes it count, on average, as much as in unmixed batches.
         chances = self.mixed or [1] * self.R
@@ -117,8 +119,8 @@ class ExtendedDiffusion:
         each = [(level, x_r, t[:n], eps[:n]) for level, x_r, n, eps in zip(self.levels, x, rows, noise)]
         z = [level.q_sample(x_r, t_r, eps) for level, x_r, t_r, eps in each]               # Eq. 2
         outs = model(self.visible(z), self.model_t(t), **cond)                             # [(n, *shape)]
-        return [level.at("rescale", t_r, t_r) * (out.float() - level.target(x_r, t_r, eps)).square().flatten(1).mean(1)
-                for (level, x_r, t_r, eps), out in zip(each, outs)]                        # [(n,)]
+        return [level.at("rescale", t_r, t_r) * level.loss_terms(out, x_r, z_r, t_r, eps)["mse"]
+                for (level, x_r, t_r, eps), z_r, out in zip(each, z, outs, strict=True)]   # [(n,)]
 
     def mixed_errors(self, model, x0, t, noise, **cond):
         """Like `errors`, but a row has resolution r with the chance mixed[r] -> [(B,)], 0 where it has not. The row's
@@ -200,7 +202,8 @@ class UNet(nn.Module):
               down; there is one more on the way up. attention: layers of attention after each block
     middle    layers of attention in the middle. None: no middle. condition: None, or one with tokens of width D
     temporal  each smaller size has half the frames, not half the height and width; each pixel looks at all frames
-    micro     micro-conditioning: the network is told the original size of each picture"""
+    micro     micro-conditioning: the network is told the original size of each picture. Nothing here passes it; your
+              own code can, as `size` to `loss` and `sample`"""
 
     def __init__(self, shape, channels, blocks, E, attention=None, middle=None, heads=None, condition=None, D=0,
                  temporal=False, micro=False):
@@ -237,8 +240,11 @@ class UNet(nn.Module):
     def forward(self, z, t, y=None, text=None, text_mask=None, size=None):
         """z [(B, *shape_1), .., (B_R, *shape_R)], t (B,) long -> predictions, shaped like z. A finer resolution may
         have fewer rows, those of the first pictures: B_R <= .. <= B. y (B,), or text and text_mask: see Condition.
-        size (B,): the shorter side that each picture had before it was resized. None: at least as large as here."""
+        size (B,): the shorter side that each picture had before it was resized. None: at least as large as here.
+        Raises UserError for another shape, and for a label that is no class."""
         read = self.core.condition              # the innermost network reads the words once, for all resolutions
+        if y is not None:
+            check_labels(y, read.num_classes if read else 0)
         *words, pooled = read(t, y, text, text_mask) if read else [None]
         return self.denoise(z, t, words, pooled, size)[0]
 
@@ -246,6 +252,7 @@ class UNet(nn.Module):
         """z [(B, *shape_1), .., (n, *shape)] up to this resolution -> predictions like z, and features (n frames,
         C_1, H, W) before the head. above: features that the network around this one adds to all rows or the first."""
         x, t_x, side = z[-1], t[:len(z[-1])], min(self.shape[-2:])
+        check_shape(x, self.shape)
         e = self.embed_t(sinusoid(t_x, self.sines))                                   # (n, E)
         if pooled is not None:
             e = e + pooled[:len(x)]
@@ -506,7 +513,7 @@ _X4, _X16 = _level(64, 128, 256, n=2), _level(32, 32, 64, n=2)      # 4 times as
 _TINY = _PAPER | dict(channels=(48, 96), blocks=(1, 1), attention=(0, 1), side=16, text_width=64, embedding=256,
                       heads=4, predict="x0", error="x0")
 CONFIGS = {                         # `outer` lists levels from the inside out
-    # The released configurations, whose checkpoints were trained on 50M pairs from Flickr.
+    # The released sizes, but not quite the released function (departures 5 and 9): those weights do not work here.
     "cc12m-64": _RELEASED | dict(outer=()),
     "cc12m-256": _RELEASED | dict(outer=(_X4,)),
     "cc12m-1024": _RELEASED | dict(outer=(_X4, _X16), power=2),
