@@ -305,7 +305,8 @@ class BidirectionalS4D(nn.Module):
 
     def forward(self, U):
         K = self.K
-        if K is None or self.training or torch.is_grad_enabled():
+        replaced = not isinstance(self.C, nn.Parameter)     # by other weights, which torch.func.functional_call brings
+        if K is None or self.training or torch.is_grad_enabled() or replaced:
             K = self.impulse_response(U.shape[1])
         return convolve(U.to(K.dtype), K).to(U.dtype)
 

@@ -9,24 +9,49 @@ It gives the same numbers as `diffussm.convolve_ref`, which says in nine lines w
   and it stores spectra. This one stores U and K;
 - it is an operator of its own. torch.compile takes it as one step and asks only for its shapes. (Inductor has no code
   for complex numbers.)
+
+Forward-mode AD, second derivatives and the transforms of torch.func take `plain`, which is convolve_ref again.
 """
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
+
+from diffusion import UserError
 
 TILE = {"cpu": 2**18}                   # how many numbers of U a tile may have; other devices have no limit
 
 
-@torch.library.custom_op("longconv::convolve", mutates_args=())
-def convolve(U: Tensor, K: Tensor) -> Tensor:
+def convolve(U, K):
     """U (b, L, 2D), K (2D, L), both float32 or both float64 -> Y (b, L, 2D). The first D channels are read from the
     left, the others from the right:
 
         from the left     Y_l = sum_{i <= l} K_i U_{l-i}
         from the right    Y_l = sum_{i < L-l} K_i U_{l+i}
+
+    Raises UserError if the shapes do not fit.
     """
+    if K.shape != (U.shape[2], U.shape[1]) or len(K) % 2:
+        raise UserError(f"U {tuple(U.shape)} and K {tuple(K.shape)} do not fit: make them (b, L, 2D) and (2D, L)")
+    return plain(U, K) if transformed() else convolution(U, K)
+
+
+def transformed():
+    """As in scan.py."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def plain(U, K):
+    """`convolve_ref` of diffussm.py, which PyTorch can differentiate in all its ways."""
+    from_left, from_right = rfft(K).chunk(2)                                           # 2 x (D, L+1)
+    return irfft(rfft(U.mT) * torch.cat([from_left, from_right.conj()])).mT            # (b, L, 2D)
+
+
+@torch.library.custom_op("longconv::convolution", mutates_args=())
+def convolution(U: Tensor, K: Tensor) -> Tensor:
+    """`convolve` in tiles."""
     Y = torch.empty_like(U)
     for channels, right, batches in tiles(U):
         K_hat = spectrum(K[channels], mirrored=right)                                  # (channels, L+1)
@@ -37,7 +62,7 @@ def convolve(U: Tensor, K: Tensor) -> Tensor:
 
 @torch.library.custom_op("longconv::convolve_backward", mutates_args=())
 def convolve_backward(dY: Tensor, U: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of Y, and what `convolve` was given -> the gradients of U and K. They are convolutions and
+    """The gradient of Y, and what `convolution` was given -> the gradients of U and K. They are convolutions and
     correlations, so spectra (_hat) are multiplied. In a correlation one of the two is conjugated:
 
         from the left     dU_l = sum_i K_i dY_{l+i}    conj(K_hat) dY_hat
@@ -57,13 +82,19 @@ def convolve_backward(dY: Tensor, U: Tensor, K: Tensor) -> tuple[Tensor, Tensor]
     return dU, dK
 
 
-convolve.register_fake(lambda U, K: torch.empty_like(U))
+def differentiate(ctx, dY):
+    if torch.is_grad_enabled() or transformed():            # create_graph=True: this, too, will be differentiated
+        return torch.func.vjp(plain, *ctx.saved_tensors)[1](dY)
+    return convolve_backward(dY, *ctx.saved_tensors)
+
+
+convolution.register_fake(lambda U, K: torch.empty_like(U))
 convolve_backward.register_fake(lambda dY, U, K: (torch.empty_like(U), torch.empty_like(K)))
-convolve.register_autograd(lambda ctx, dY: convolve_backward(dY, *ctx.saved_tensors),
-                           setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+convolution.register_autograd(
+    differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
-@register_flop_formula(torch.ops.longconv.convolve)
+@register_flop_formula(torch.ops.longconv.convolution)
 def operations(U_shape, K_shape, **_):
     """For PyTorch's FLOP counter: FLOPs, twice the multiply-adds. For each image and channel: two real FFTs of n = 2L
     numbers, at 2.5 n log2 n each, and L + 1 complex products, at 6 each. The FFT of K is left out: all images share it.

@@ -6,13 +6,15 @@
     y_t = C_t h_t + D u_t                                     what is read from it
 
 The definition keeps all states for backward. They are a (b, L, e, N) tensor, N times as large as the input. The
-scans here keep one of every T states, and compute the others again in backward. Tests compare each of the three with
-the definition:
+first three scans here keep one of every T states, and compute the others again in backward. Tests compare each with the
+definition:
 
     chunked    PyTorch, on any device. A sequence is cut into chunks, and work is done one chunk at a time.
-    segments   For a few long sequences. Each is cut into segments. One of the other two scans the segments side by
-               side, as if they were rows of the batch.
+    segments   For a few long sequences. Each is cut into segments. Chunked or fused scans the segments side by side,
+               as if they were rows of the batch.
     fused      Triton, on CUDA. `chunked` as one kernel: a decay never leaves its register.
+    plain      The definition again, slow, for derivatives that the others do not have: forward-mode AD, second
+               derivatives, and all transforms of torch.func. It is chosen by itself.
 
 Letters.
 
@@ -34,6 +36,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from diffusion import UserError
@@ -52,7 +55,30 @@ def selective_scan(u, delta, A, B, C, D):
     u, delta (b, L, e); A (e, N); B, C (b, L, N); D (e,) -> y (b, L, e). Raises UserError if the shapes do not fit.
     Inputs may be bfloat16. y is float32 (or float64), and so is all work in between: bfloat16 keeps 8
     significant bits, and the rounding errors of hundreds of decays would add up."""
-    return scan(u, delta, A, B, C, D)[0]
+    (b, L, channels), N = u.shape, A.shape[1]
+    fits = u.shape, channels, (b, L, N), (b, L, N), (channels,)
+    if (delta.shape, len(A), B.shape, C.shape, D.shape) != fits:
+        raise UserError("the shapes of u, delta, A, B, C, D do not fit: see selective_scan_ref in dis.py")
+    return plain(u, delta, A, B, C, D) if transformed() else scan(u, delta, A, B, C, D)[0]
+
+
+def transformed():
+    """Is forward-mode AD or a transform of torch.func active? They look into what is computed, and PyTorch's custom
+    operators are closed to them: forward-mode AD would even take every derivative for 0, without an error."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def plain(u, delta, A, B, C, D):
+    """`selective_scan_ref` of dis.py, without an operation in place. All states stay in memory."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, A, B, C, D = (v.to(dtype) for v in (u, delta, A, B, C, D))
+    decays = (delta[:, :, None, :] * A.T).exp()                               # (b, L, N, e)
+    enter = (delta * u)[:, :, None, :] * B[:, :, :, None]                     # (b, L, N, e)
+    h, hs = torch.zeros_like(enter[:, 0]), []                                 # (b, N, e)
+    for a_t, x_t in zip(decays.unbind(1), enter.unbind(1)):
+        h = a_t * h + x_t
+        hs.append(h)
+    return (torch.stack(hs, dim=1) * C[:, :, :, None]).sum(2) + D * u         # (b, L, e)
 
 
 # --- chunked: PyTorch, on any device -----------------------------------------------------------------
@@ -196,11 +222,8 @@ def entering(ends, delta, A, S):
 # --- the operator around them -------------------------------------------------------------------------
 
 def scan_forward(u, delta, A, B, C, D):
-    """-> y (b, L, e), and for backward `starts` (b S, chunks + 1, N, e). Raises UserError if the shapes do not fit."""
+    """-> y (b, L, e), and for backward `starts` (b S, chunks + 1, N, e)."""
     (b, L, channels), S, N = u.shape, segments(u), A.shape[1]
-    fits = u.shape, channels, (b, L, N), (b, L, N), (channels,)
-    if (delta.shape, len(A), B.shape, C.shape, D.shape) != fits:
-        raise UserError("the shapes of u, delta, A, B, C, D do not fit: see selective_scan_ref in dis.py")
     dtype = torch.promote_types(u.dtype, torch.float32)
     # A custom operator runs under its caller's autocast, which would turn the products in here into bf16.
     with torch.autocast(u.device.type, enabled=False):
@@ -291,7 +314,11 @@ def keep(ctx, inputs, output):
 
 
 def differentiate(ctx, dy, _):
-    return (None,) * 6 if dy is None else scan_grad(dy, *ctx.saved_tensors)
+    if dy is None:
+        return (None,) * 6
+    if torch.is_grad_enabled() or transformed():            # create_graph=True: this, too, will be differentiated
+        return torch.func.vjp(plain, *ctx.saved_tensors[:6])[1](dy)
+    return scan_grad(dy, *ctx.saved_tensors)
 
 
 scan.register_autograd(differentiate, setup_context=keep)
@@ -457,11 +484,20 @@ def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
 # --- somebody else's kernel --------------------------------------------------------------------------
 
 def mamba_ssm_scan(u, delta, A, B, C, D):
-    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Its arrays have tokens last."""
+    """`selective_scan` by the CUDA kernel of Mamba's authors (pip install mamba-ssm). Its arrays have tokens last.
+    Raises UserError in backward if a second derivative is asked for, which it lacks."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (v.to(dtype).mT.contiguous() for v in (u, delta, B, C))            # (b, ., L)
-    return selective_scan_fn(u, delta, A, B, C, D).mT                                   # (b, L, e)
+    y = selective_scan_fn(u, delta, A, B, C, D).mT                                      # (b, L, e)
+    if y.requires_grad:
+        y.register_hook(refuse_second_derivatives)
+    return y
+
+
+def refuse_second_derivatives(dy):
+    if torch.is_grad_enabled():                 # create_graph=True
+        raise UserError("the scan of mamba_ssm has no second derivatives: drop scan=mamba_ssm, since ours has")
 
 
 def choose_scan(name):
@@ -473,4 +509,4 @@ def choose_scan(name):
         raise UserError("scan=mamba_ssm needs that package, which needs CUDA's compiler: pip install mamba-ssm, or "
                         "drop scan=mamba_ssm, since the built-in scan is fused on GPUs, too")
     theirs = torch.compiler.disable(mamba_ssm_scan)     # as a decorator, it would import the compiler at each start
-    return lambda u, *rest: (theirs if u.is_cuda else selective_scan)(u, *rest)
+    return lambda u, *rest: (theirs if u.is_cuda and not transformed() else selective_scan)(u, *rest)

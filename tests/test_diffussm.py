@@ -233,11 +233,18 @@ def test_fast_convolution_equals_the_plain_one():
             assert (fast - plain).norm() <= 1e-6 * plain.norm()
 
 
+@pytest.mark.parametrize("channels, kernel", [(5, (5, 4)), (6, (6, 3)), (6, (6, 5)), (6, (4, 4))])
+def test_kernels_that_do_not_fit_are_refused(channels, kernel):
+    """The tiles of an odd number of channels leave one as it was in memory. A kernel of another size would be cut."""
+    with pytest.raises(ValueError, match="do not fit: make them"):
+        longconv.convolve(torch.zeros(2, 4, channels), torch.zeros(kernel))
+
+
 def test_operators_are_what_pytorch_expects():
     """Their shapes without numbers are right, and they change none of their inputs."""
     U, K = torch.randn(3, 5, 6, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     tests = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(longconv.convolve, (U, K), test_utils=tests)
+    torch.library.opcheck(longconv.convolution, (U, K), test_utils=tests)
     torch.library.opcheck(longconv.convolve_backward, (U.detach(), U.detach(), K.detach()), test_utils=tests)
 
 
