@@ -35,17 +35,17 @@ class UserError(ValueError):
 
 
 def check_shape(x_t, shape):
-    """Raises UserError if x_t (B, ..) does not hold images of `shape`. A 14x56 image has as many patches as a 28x28 one:
-    without this check a model would take it for one."""
+    """Raises UserError if x_t (B, ..) does not hold images of `shape`. Without this check a model of 28x28 images takes
+    one of 14x56, which has as many patches."""
     if tuple(x_t.shape[1:]) != tuple(shape):
         want, got = ("x".join(map(str, size)) for size in (shape, x_t.shape[1:]))
-        raise UserError(f"this model was built for images of {want}, and got {got}: build another, or resize the images")
+        raise UserError(f"this model was built for images of {want}, and got {got}: build another, or resize the "
+                        f"images")
 
 
 def check_labels(y, num_classes):
-    """Raises UserError if a label of y (B,) is no class. Without this check, label 10 of 10 classes means "no class". It
-    needs the numbers themselves: it looks at a plain tensor on the CPU. To look at a GPU's, the CPU would have to wait.
-    """
+    """Raises UserError if a label of y (B,) is no class. Without this check, label 10 of 10 classes means "no class".
+    Only a plain tensor on the CPU is looked at. To look at one on a GPU, the CPU would have to wait for it."""
     if (not torch.compiler.is_compiling() and type(y) is torch.Tensor and y.device.type == "cpu"
             and not torch._C._are_functorch_transforms_active()):
         for wrong in y[(y < -1) | (y >= num_classes)].tolist():

@@ -61,7 +61,7 @@ else:
     from einops import rearrange
     from torch import nn
 
-    from diffusion import Diffusion, UserError
+    from diffusion import Diffusion, UserError, check_labels, check_shape, fold, uniform
 
     try:
         from support.options import checked
@@ -134,6 +134,7 @@ class DiS(nn.Module):
         self.shape, self.patch, self.num_classes, self.depth = shape, patch, num_classes, depth
         self.time, self.pos_init, self.label_std, self.drop_path = time, pos_init, label_std, drop_path
         self.unit = Block               # activation checkpointing recomputes, and FSDP2 gathers, one unit at a time
+        self.seeded = drop_path > 0     # then train.py passes seeds
         self.out_channels = 2 * channels if learn_sigma else channels
         J = H * W // patch**2
         L = J + (1 + (num_classes > 0)) * (time == "token")
@@ -145,10 +146,7 @@ class DiS(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, L, width))
         half = depth // 2
         mixer = dict(expand=expand, state=state, conv=conv, scan=scan)
-        # Block i drops what block i - 1 made. The first has nothing to drop, and `forward` drops the last one's.
-        rates = [0.0] + [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        blocks = [Block(width, skip if i > half else "none", time == "adaln", rates[i], **mixer)
-                  for i in range(2 * half + 1)]
+        blocks = [Block(width, skip if i > half else "none", time == "adaln", **mixer) for i in range(2 * half + 1)]
         self.shallow, self.deep = nn.ModuleList(blocks[:half]), nn.ModuleList(blocks[half + 1:])
         self.middle = blocks[half]
         self.norm = nn.RMSNorm(width, eps=1e-5)                                                 # departure 11
@@ -157,9 +155,11 @@ class DiS(nn.Module):
         self.final = nn.Linear(width, patch**2 * self.out_channels)
         self.init_weights()
 
-    def forward(self, x_t, t, y=None):
+    def forward(self, x_t, t, y=None, seeds=None):
         """x_t (b, c, H, W), t (b,) long, y (b,) long or None. A label of -1 means "no class". y=None
-        means it for every image (the authors' code then crashes). -> (b, c or 2 c, H, W)"""
+        means it for every image (the authors' code then crashes). seeds (b,) long: see `survivors`.
+        -> (b, c or 2 c, H, W). Raises UserError for images of another shape, and for a label that is no class."""
+        check_shape(x_t, self.shape)
         p, (_, H, W) = self.patch, self.shape
         patches = rearrange(x_t, "b c (row p1) (col p2) -> b (row col) (p1 p2 c)", p1=p, p2=p)  # (b, J, p p c)
         tokens = self.patch_embed(patches)                                                      # (b, J, d)
@@ -167,20 +167,21 @@ class DiS(nn.Module):
         extra, cond = [step], step
         if self.num_classes:
             y = torch.full_like(t, -1) if y is None else y
+            check_labels(y, self.num_classes)
             label = self.label_embed(torch.where(y < 0, self.num_classes, y))                   # (b, d)
             extra, cond = [label, step], step + label
         if self.time == "token":                                # in this order: class, step, patches
             tokens = torch.cat([*(v[:, None] for v in extra), tokens], dim=1)                   # (b, L, d)
         hidden, residual = tokens + self.pos_embed, None                                        # (b, L, d)
 
-        skips = []
+        skips, keep = [], iter(self.survivors(t, seeds))
         for block in self.shallow:
-            hidden, residual = block(hidden, residual, None, cond)                              # 2 x (b, L, d)
+            hidden, residual = block(hidden, residual, None, cond, next(keep))                  # 2 x (b, L, d)
             skips.append(hidden)
-        hidden, residual = self.middle(hidden, residual, None, cond)
+        hidden, residual = self.middle(hidden, residual, None, cond, next(keep))
         for block in self.deep:                                 # the last skip comes first
-            hidden, residual = block(hidden, residual, skips.pop(), cond)
-        tokens = self.norm(add(residual, hidden, self.drop_path if self.training else 0))       # (b, L, d)
+            hidden, residual = block(hidden, residual, skips.pop(), cond, next(keep))
+        tokens = self.norm(add(residual, hidden, next(keep)))                                   # (b, L, d)
 
         # authors: models_dis.py, FinalLayer
         tokens = self.final_norm(tokens[:, -(H * W // p**2):])  # without step and class          (b, J, d)
@@ -190,7 +191,22 @@ class DiS(nn.Module):
         return rearrange(self.final(tokens), "b (row col) (p1 p2 c) -> b c (row p1) (col p2)",
                          row=H // p, p1=p, p2=p)                                                # (b, c or 2 c, H, W)
 
-    # authors: models_dis.py, _init_weights (but for departures 4, 5 and 10)
+    # authors: models_dis.py, drop_path
+    def survivors(self, t, seeds=None):
+        """Stochastic depth, in training: an image skips an addition with a chance that rises to drop_path; the others
+        count more. (Block i adds what block i - 1 made. So the first skips nothing, and one addition follows the last.)
+        -> for each addition (b, 1, 1), 0 or 1 / (1 - rate); or None. seeds (b,): image i depends on seeds[i] alone, so
+        not on how a batch is split. None: they are drawn from PyTorch's generator."""
+        additions = 2 * (self.depth // 2) + 2
+        if not (self.training and self.drop_path):
+            return [None] * additions
+        seeds = torch.randint_like(t, 2**62) if seeds is None else seeds
+        number = torch.arange(additions, device=t.device)
+        rates = self.drop_path * ((number - 1) / max(self.depth - 1, 1)).clamp(0, 1)            # (additions,)
+        draws = uniform(fold(seeds[:, None], number))                                           # (b, additions)
+        return ((draws >= rates) / (1 - rates)).T[:, :, None, None]                             # (additions, b, 1, 1)
+
+    # authors: models_dis.py, _init_weights (but for departures 4, 5, 9 and 10)
     def init_weights(self):
         """Linear layers keep PyTorch's weights, uniform in +-1/sqrt(fan_in). Their biases become 0, except in dt_proj,
         where `Direction.init_dt` has set them, and in patch_embed, which is a convolution in the authors' code."""
@@ -236,22 +252,22 @@ class Block(nn.Module):
         m  = BiMamba(RMSNorm(r))
     """
 
-    def __init__(self, width, skip="none", adaln=False, drop_path=0.0, **mixer):
+    def __init__(self, width, skip="none", adaln=False, **mixer):
         super().__init__()
-        self.skip, self.drop_path = skip, drop_path
+        self.skip = skip
         self.skip_linear = nn.Linear(2 * width, width) if skip == "concat" else None            # W, b
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.adaln = nn.Linear(width, 2 * width) if adaln else None
         self.mixer = BiMamba(width, **mixer)
 
-    def forward(self, hidden, residual, shallow=None, cond=None):
+    def forward(self, hidden, residual, shallow=None, cond=None, keep=None):
         """hidden (b, L, d); residual (b, L, d) float32, None before the first block; shallow (b, L, d), what the long
-        skip brings; cond (b, d), used when time="adaln" -> the next hidden and residual."""
+        skip brings; cond (b, d), used when time="adaln"; keep (b, 1, 1) or None -> the next hidden and residual."""
         if self.skip == "concat":
             hidden = self.skip_linear(torch.cat([hidden, shallow], dim=-1))        # (b, L, d)
         elif self.skip == "add":
             hidden = hidden + shallow
-        residual = add(residual, hidden, self.drop_path if self.training else 0)
+        residual = add(residual, hidden, keep)
         normed = self.norm(residual)
         if self.adaln is not None:                                                 # departure 9
             shift, scale = self.adaln(F.silu(cond))[:, None].chunk(2, dim=-1)      # 2 x (b, 1, d)
@@ -259,13 +275,9 @@ class Block(nn.Module):
         return self.mixer(normed), residual
 
 
-def add(residual, hidden, drop_path=0.0):
-    """residual + hidden in float32: dozens of small additions would drown in bf16. drop_path is the chance that an
-    image skips the addition (stochastic depth; authors: models_dis.py, drop_path)."""
-    hidden = hidden.float()
-    if drop_path:
-        keep = torch.rand(len(hidden), 1, 1, device=hidden.device) >= drop_path
-        hidden = hidden * keep / (1 - drop_path)
+def add(residual, hidden, keep=None):
+    """residual + keep hidden in float32: dozens of small additions would drown in bf16. keep: see `DiS.survivors`."""
+    hidden = hidden.float() if keep is None else hidden.float() * keep
     return hidden if residual is None else residual + hidden
 
 

@@ -15,6 +15,8 @@ that `build` returns may have some of these attributes, but needs none:
                      in backward; --shard gathers one of them at a time
     nfe              a number, written in one more column of log.csv. In cunet.py: how often its network was evaluated
     frozen()         a context for sampling: in it no weight changes, so diffussm.py computes its kernels only once
+    seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
+                     depends on neither processes nor micro-batches. In dis.py: which images skip a block (drop_path)
     load_inner(ema)  takes the averaged weights of a smaller run, for --init-inner. mdm.py has it
 """
 import argparse
@@ -268,6 +270,8 @@ def main(argv=None, drawing=()):
             part = slice(a * micro, (a + 1) * micro)
             x0, t, noise, cond = make_batch({k: v[part] for k, v in batch.items()}, seeds[part], dataset, diffusion,
                                             args, encode, device)
+            if getattr(model, "seeded", False):
+                cond["seeds"] = fold(seeds[part].to(device, non_blocking=True), 6)      # 4: latents, 5: captions
             with parallel.accumulate(net, last=a == args.grad_accum - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     loss = diffusion.loss(net, x0, t, noise, **cond)["loss"]                        # (B,)

@@ -1,4 +1,5 @@
 """dis.py: parameter counts, the scan against its definition, directions, skips, and that it learns."""
+import math
 import re
 import shutil
 import subprocess
@@ -214,7 +215,8 @@ def test_compiles_into_one_graph():
 
 
 def test_scan_of_mamba_ssm(monkeypatch):
-    """Time last, as its interface wants it, where there is a GPU; and a sentence if it is missing."""
+    """Time last, as its interface wants it, where there is a GPU; and a sentence if it is missing, or for a second
+    derivative, which it lacks."""
     seen = []
 
     def theirs(u, delta, A, B, C, D):                   # stands in for the CUDA kernel
@@ -225,9 +227,19 @@ def test_scan_of_mamba_ssm(monkeypatch):
     x = inputs(2, 20, 4, 3, torch.float32)
     torch.testing.assert_close(scan.mamba_ssm_scan(*x), dis.selective_scan(*x))
     assert seen == [(2, 4, 20)]
+    y = scan.mamba_ssm_scan(*x).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    with pytest.raises(ValueError, match="no second derivatives: drop scan=mamba_ssm"):
+        torch.autograd.grad(y, x, create_graph=True)
+    gpu = types.SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(scan, "selective_scan", lambda *x: "ours")
+    with torch.autograd.forward_ad.dual_level():
+        assert scan.choose_scan("mamba_ssm")(gpu) == "ours"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
     model, _ = dis.build("tiny", (1, 8, 8), scan="mamba_ssm")
     model(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())              # on a CPU ours
-    assert len(seen) == 1
+    assert len(seen) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="pip install mamba-ssm"):
         dis.build("tiny", (1, 8, 8), scan="mamba_ssm")
@@ -326,15 +338,97 @@ def test_both_directions_start_with_the_same_memories():
 
 # --- the model ---
 
-def test_long_skips_join_first_to_last():
-    model, _ = small()
-    given, made = [], []
-    for block in model.shallow:
-        block.register_forward_hook(lambda m, args, out: made.append(out[0]))
-    for block in model.deep:
-        block.register_forward_hook(lambda m, args, out: given.append(args[2]))
-    model(torch.randn(1, 3, 16, 16), torch.tensor([5]))
-    assert len(given) == 2 and all(a is b for a, b in zip(given, reversed(made)))
+def by_hand(w, x, t, y, patch, conv, half):
+    """The whole network for one image x (c, H, W), written anew from the glossary, with loops over tokens, in float64.
+    w: the state dict. -> (c, H, W)"""
+    linear = lambda name, v: v @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+    silu = lambda v: v / (1 + (-v).exp())
+    rms = lambda name, v: v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"]
+
+    def direction(name, x):                                         # (L, e), in reading order
+        N, R, h, ys = w[name + ".A_log"].shape[1], w[name + ".dt_proj.weight"].shape[1], 0, []
+        past = [torch.zeros_like(x[0])] * (conv - 1) + list(x)
+        for now in range(len(x)):
+            taps = w[name + ".conv.weight"][:, 0].T                 # (conv, e), the last is for the token itself
+            u = silu(sum(taps[k] * past[now + k] for k in range(conv)) + w[name + ".conv.bias"])
+            made = w[name + ".x_proj.weight"] @ u                   # (R + 2N,)
+            delta = (1 + linear(name + ".dt_proj", made[:R]).exp()).log()                       # (e,)
+            B, C = made[R:R + N], made[R + N:]
+            h = (-delta[:, None] * w[name + ".A_log"].exp()).exp() * h + (delta * u)[:, None] * B       # (e, N)
+            ys.append(h @ C + w[name + ".D"] * u)
+        return torch.stack(ys)
+
+    def mixer(name, v):
+        x, z = linear(name + ".in_proj", v).chunk(2, dim=1)         # 2 x (L, e)
+        y = direction(name + ".forwards", x) + direction(name + ".backwards", x.flip(0)).flip(0)
+        return linear(name + ".out_proj", y * silu(z))
+
+    c, rows, columns = x.shape[0], range(0, x.shape[1], patch), range(0, x.shape[2], patch)
+    inside = [(i, j) for i in range(patch) for j in range(patch)]
+    m = linear("patch_embed", torch.stack([torch.cat([x[:, row + i, col + j] for i, j in inside])
+                                           for row in rows for col in columns]))                # (J, d)
+    J, d = m.shape
+    angles = torch.tensor([t / 10000 ** (k / (d // 2)) for k in range(d // 2)], dtype=torch.float64)
+    step = linear("time_embed.2", silu(linear("time_embed.0", torch.cat([angles.cos(), angles.sin()]))))
+    label = w["label_embed.weight"][y]                              # the last row: "no class"
+    if len(w["pos_embed"][0]) > J:
+        m = torch.cat([label[None], step[None], m])                 # (L, d)
+    m, r, made = m + w["pos_embed"][0], 0, []
+    for name in [*(f"shallow.{i}" for i in range(half)), "middle", *(f"deep.{i}" for i in range(half))]:
+        if name + ".skip_linear.weight" in w:
+            m = linear(name + ".skip_linear", torch.cat([m, made.pop()], dim=1))
+        r = r + m
+        normed = rms(name + ".norm", r)
+        if name + ".adaln.weight" in w:
+            shift, scale = linear(name + ".adaln", silu(step + label)).chunk(2)
+            normed = normed * (1 + scale) + shift
+        m = mixer(name + ".mixer", normed)
+        made += [m] * name.startswith("shallow")
+    v = rms("norm", r + m)[-J:]
+    v = (v - v.mean(1, keepdim=True)) / (v.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+    shift, scale = linear("final_adaln", silu(step + label)).chunk(2)
+    v, out = linear("final", v * (1 + scale) + shift), torch.empty_like(x)
+    for token, (row, col) in zip(v, [(row, col) for row in rows for col in columns]):
+        for (i, j), pixel in zip(inside, token.split(c)):
+            out[:, row + i, col + j] = pixel
+    return out
+
+
+@pytest.mark.parametrize("time", ["token", "adaln"])
+def test_the_whole_network_by_hand(time):
+    """Any change of the arithmetic or of an order shows here: of tokens, halves of a matrix, rows of an embedding."""
+    model, _ = small((3, 8, 12), time=time)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)                          # none is zero, none is 1
+    w = {k: v.double() for k, v in model.state_dict().items()}
+    x, t, y = torch.randn(3, 3, 8, 12), torch.tensor([3, 70, 900]), torch.tensor([0, -1, 4])
+    for i, got in enumerate(model(x, t, y)):
+        want = by_hand(w, x[i].double(), t[i].item(), y[i].item(), 4, 4, 2)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_first_weights():
+    torch.manual_seed(0)
+    model, _ = dis.build("tiny", (3, 8, 12), 5, width=32, depth=4, patch=4, expand=2, state=4, time="token",
+                         pos_init="sincos", label_std=0.5)
+    w = model.state_dict()
+    for row, col in [(0, 0), (0, 2), (1, 0), (1, 2)]:               # half of the channels tell the row
+        angles = [[n / 10000 ** (k / 8) for k in range(8)] for n in (row, col)]
+        want = [f(a) for part in angles for f in (math.cos, math.sin) for a in part]
+        torch.testing.assert_close(w["pos_embed"][0, 2 + 3 * row + col], torch.tensor(want), atol=1e-5, rtol=0)
+    assert not w["pos_embed"][0, :2].any() and not w["final.weight"].any()
+    assert 0.4 < w["label_embed.weight"].std() < 0.6
+    for name, v in w.items():
+        if name.endswith("A_log"):
+            torch.testing.assert_close(v.exp(), torch.arange(1., 5).expand_as(v))
+        elif name.endswith(".D"):
+            assert (v == 1).all()
+        elif name.endswith(".bias") and "dt_proj" not in name:
+            assert v.any() == ("patch_embed" in name or "conv" in name), name
+        elif name.endswith("_proj.weight") or "skip" in name:       # uniform; the sum over blocks does not grow
+            most = v.shape[1]**-0.5 / (2 if "out_proj" in name else 1)
+            assert 0.9 * most < v.abs().max() <= most, name
 
 
 @pytest.mark.parametrize("options", [{}, dict(skip="add"), dict(skip="none"), dict(time="adaln"),
@@ -364,28 +458,6 @@ def test_options_change_the_model():
     assert small(num_classes=0)[0].pos_embed.shape[1] == 17
 
 
-def test_first_prediction_is_zero():
-    model, _ = dis.build("tiny", (3, 16, 16), 5)
-    assert not model(torch.randn(2, 3, 16, 16), torch.tensor([1, 2])).any()
-
-
-def test_patches_come_back_in_place():
-    """Pixel (i, j) of channel k in every patch is entry (i p + j) C + k of the token's vector."""
-    model, _ = small(num_classes=0)
-    with torch.no_grad():
-        model.final.weight.zero_()
-        model.final.bias.copy_(torch.arange(48.))
-    out = model(torch.zeros(1, 3, 16, 16), torch.tensor([0]))
-    assert out[0, 2, 4 + 1, 8 + 3] == (1 * 4 + 3) * 3 + 2
-    # and the way in is the same: only the touched patch's token changes
-    x = torch.zeros(1, 3, 16, 16)
-    tokens = []
-    model.patch_embed.register_forward_hook(lambda m, args, o: tokens.append(args[0]))
-    x[0, 2, 4 + 1, 8 + 3] = 1
-    model(x, torch.tensor([0]))
-    assert tokens[0].nonzero().tolist() == [[0, 1 * 4 + 2, (1 * 4 + 3) * 3 + 2]]
-
-
 def test_no_class_is_label_minus_one():
     model, _ = small()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
@@ -393,32 +465,58 @@ def test_no_class_is_label_minus_one():
     assert not torch.allclose(model(x, t), model(x, t, torch.tensor([0, 1])))
 
 
-def test_stays_close_under_bf16_and_keeps_the_residual_in_float32():
+def test_what_does_not_fit_the_model_is_refused():
+    """Label 5 of 5 would be read as "no class", and an 8x32 image has as many patches as a 16x16 one."""
     model, _ = small()
-    seen = []
-    model.middle.register_forward_hook(lambda m, args, out: seen.append(out[1].dtype))
+    with pytest.raises(ValueError, match="label 5, but this model has classes 0 to 4"):
+        model(torch.zeros(2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([4, 5]))
+    with pytest.raises(ValueError, match="images of 3x16x16, and got 3x8x32"):
+        model(torch.zeros(2, 3, 8, 32), torch.tensor([3, 700]))
+
+
+def test_stays_close_under_bf16_and_keeps_delta_and_the_residual_in_float32():
+    model, _ = small()
+    deltas, sums = [], []
+    model.middle.mixer.backwards.dt_proj.register_forward_hook(lambda m, args, out: deltas.append(out))
+    model.middle.register_forward_hook(lambda m, args, out: sums.append((out[1], args[1] + args[0].float())))
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     exact = model(x, t)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(x, t)
-    assert seen == [torch.float32] * 2
+    assert deltas[1].dtype == torch.float32 and not torch.equal(deltas[1], deltas[1].bfloat16().float())
+    assert all(torch.equal(*pair) for pair in sums)
     assert (exact - rough).norm() < 0.03 * exact.norm()
 
 
-def test_checkpointing_and_drop_path():
-    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
-    grads = []
-    for on in (False, True):
-        model, _ = small()
-        if on:
-            recompute(model)
-        model(x, t).square().sum().backward()
-        grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+def test_what_is_dropped_depends_on_the_image_s_seed():
+    """Not on the other images of the batch, and not on whether blocks are computed twice (without seeds, too)."""
+    x, t, seeds = torch.randn(4, 3, 16, 16), torch.tensor([3, 700, 30, 7]), torch.arange(4)
     model, _ = small(drop_path=0.5)
-    assert not torch.equal(model(x, t), model(x, t))
-    model.eval()
-    assert torch.equal(model(x, t), model(x, t))
+    together = model(x, t, seeds=seeds)
+    torch.testing.assert_close(torch.cat([model(x[i:i + 1], t[i:i + 1], seeds=seeds[i:i + 1]) for i in range(4)]),
+                               together)
+    differ = (together - model(x, t, seeds=seeds + 4)).abs().amax((1, 2, 3)) > 0
+    assert 1 < differ.sum() and not torch.equal(model(x, t), model(x, t))
+    again, _ = small(drop_path=0.5)
+    recompute(again)
+    for given in (dict(seeds=seeds), {}):
+        grads = []
+        for net in (model, again):
+            torch.manual_seed(0)
+            grads.append(torch.autograd.grad(net(x, t, **given).square().sum(), list(net.parameters()),
+                                             allow_unused=True))
+        assert all(a is b is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
+    assert torch.equal(model.eval()(x, t), again.eval()(x, t, seeds=seeds))
+
+
+def test_drop_path_keeps_the_mean():
+    """Addition i is dropped with a chance that rises from 0 to drop_path. What is kept counts 1 / (1 - rate)."""
+    model, _ = small(drop_path=0.4)
+    keep = torch.stack(list(model.survivors(torch.zeros(4000).long(), torch.arange(4000)))).flatten(1)   # (6, 4000)
+    rates = torch.tensor([0, 0, 0.4 / 3, 0.8 / 3, 0.4, 0.4])
+    assert ((keep == 0).float().mean(1) - rates).abs().max() < 0.025
+    torch.testing.assert_close(keep, (keep > 0) / (1 - rates[:, None]))
+    assert abs(torch.corrcoef(keep[2:]) - torch.eye(4)).max() < 0.06
 
 
 @pytest.mark.parametrize("call, fix", [

@@ -139,13 +139,14 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has shards on GPUs only")
 def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path, monkeypatch):
     """A run goes from one process, with accumulation, to 4 with shards, on two machines that share no folder, and back
-    to one. Its losses and all that it saves are those of one process. benchmarks/processes.py tries every model and
-    every pair of ways."""
+    to one. Its losses and all that it saves are those of one process. The model draws, too: which images skip a block.
+    benchmarks/processes.py tries every model and every pair of ways."""
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "other" / "relay" / "run"        # on the second machine, with a file of an old run
     other.mkdir(parents=True)
     (other / "latest.pt").write_bytes(b"old")
-    flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant"]
+    flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant",
+             *SMALL[2:6], "drop_path=0.5"]
     whole = run(tmp_path / "whole", *flags, "--max-steps", 20)
     ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,)]
     for i, (processes, *more) in enumerate(ways):
