@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diffusion import Diffusion, UserError
+from diffusion import Diffusion, UserError, check_labels, check_shape
 
 # --- state space models -------------------------------------------------------------------------
 #
@@ -174,8 +174,8 @@ class DiffuSSM(nn.Module):
                  label_std: float = 0.02,                               # of the class vectors at the start; DiT: 0.02
                  learn_sigma=True):
         super().__init__()
-        check_sizes(shape, width, patch, ratio, state, dt_min, dt_max)
-        channels, rows, columns = shape
+        check_sizes(shape, width, patch, ratio, dt_min, dt_max)
+        channels = shape[0]
         self.shape, self.patch, self.ratio, self.num_classes = shape, patch, ratio, num_classes
         self.label_std, self.out_channels = label_std, 2 * channels if learn_sigma else channels
 
@@ -189,24 +189,21 @@ class DiffuSSM(nn.Module):
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)      # DiT: FinalLayer
         self.final_adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.final = nn.Linear(width, ratio * patch**2 * self.out_channels)
-        # a stream token has the position of the first of its M tokens (choice 7)
-        first = torch.arange(0, rows * columns // patch**2, ratio)                     # (J,)
-        row, column = first // (columns // patch), first % (columns // patch)
-        self.register_buffer("positions", torch.cat(                                   # (J, D)
-            [sinusoid(row, width // 2), sinusoid(column, width - width // 2)], dim=-1), persistent=False)
         self.init_weights()
 
     def forward(self, x_t, t, y=None):
         """x_t (b, channels, rows, columns), t (b,) long, y (b,) long or None; label -1 means "no class".
         -> (b, out_channels, rows, columns)."""
+        check_shape(x_t, self.shape)
         P, M, rows = self.patch, self.ratio, self.shape[1]
         c = self.time_embed(sinusoid(t, 256))                                          # (b, D)
         if self.num_classes:
             y = torch.full_like(t, -1) if y is None else y
+            check_labels(y, self.num_classes)
             c = c + self.label_embed(torch.where(y < 0, self.num_classes, y))          # (b, D)
         tokens = rearrange(x_t, "b ch (row p1) (col p2) -> b (row col) (p1 p2 ch)", p1=P, p2=P)
         folded = rearrange(tokens, "b (j m) k -> b j (m k)", m=M)                      # (b, J, M*P*P*channels)
-        x = self.embed(folded).float() + self.positions     # (b, J, D), float32: many terms will be added
+        x = self.embed(folded).float() + self.positions(x_t.device)    # (b, J, D), float32: many terms will be added
         for block in self.blocks:
             x = block(x, c)
         shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)                   # 2 x (b, 1, D)
@@ -214,17 +211,24 @@ class DiffuSSM(nn.Module):
         out = rearrange(out, "b j (m k) -> b (j m) k", m=M)                            # (b, L, P*P*out_channels)
         return rearrange(out, "b (row col) (p1 p2 ch) -> b ch (row p1) (col p2)", row=rows // P, p1=P, p2=P)
 
+    def positions(self, device=None):
+        """-> (J, D): a stream token has the position of the first of its M tokens (choice 7). They are computed in each
+        call. In a model built on "meta", a buffer would be empty, and no checkpoint has it."""
+        rows, columns, D = self.shape[1] // self.patch, self.shape[2] // self.patch, self.embed.out_features
+        first = torch.arange(0, rows * columns, self.ratio, device=device)             # (J,)
+        return torch.cat([sinusoid(first // columns, D // 2), sinusoid(first % columns, D - D // 2)], dim=-1)
+
     @contextmanager
     def frozen(self):
         """A context in which each block's kernel is made once, on entry, and not in each call; sampling uses it.
         Parameters must not change meanwhile. Calls that train or need gradients ignore the stored kernels. A stored
         kernel has (2D, L) numbers: 0.27 GB for all blocks of XL at L = 1024."""
-        layers = [block.ssm for block in self.blocks]
+        layers, L = [block.ssm for block in self.blocks], self.shape[1] * self.shape[2] // self.patch**2
         before = [layer.K for layer in layers]
         try:
             with torch.no_grad():
                 for layer in layers:
-                    layer.K = layer.impulse_response(len(self.positions) * self.ratio)
+                    layer.K = layer.impulse_response(L)
             yield
         finally:
             for layer, K in zip(layers, before):
@@ -259,7 +263,7 @@ def sinusoid(numbers, width):
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))      # (k, width)
 
 
-def check_sizes(shape, width, patch, ratio, state, dt_min, dt_max):
+def check_sizes(shape, width, patch, ratio, dt_min, dt_max):
     """Raises UserError, with the fix, for sizes that do not fit each other."""
     if len(shape) != 3:
         raise UserError("DiffuSSM makes pictures, not videos: pass --model mdm --preset tiny-video")
@@ -275,8 +279,6 @@ def check_sizes(shape, width, patch, ratio, state, dt_min, dt_max):
         nearest = sorted(sorted(fits, key=lambda other: abs(other - ratio))[:2])
         raise UserError(f"ratio {ratio} does not divide the {L} tokens of a {rows}x{columns} image and 2 x width "
                         f"{width}: try ratio={' or ratio='.join(map(str, nearest))}")
-    if state % 2:
-        raise UserError(f"state {state} is odd, but states are stored as conjugate pairs: try {state + 1}")
     if not 0 < dt_min <= dt_max:
         raise UserError(f"dt_min {dt_min} must be above 0, and dt_max {dt_max} must not be below dt_min: "
                         f"try dt_min=0.001 dt_max=0.1")
@@ -298,6 +300,8 @@ class BidirectionalS4D(nn.Module):
 
     def __init__(self, channels, state=64, init="lin", discretization="zoh", dt_min=1e-3, dt_max=0.1):
         super().__init__()
+        if state % 2:
+            raise UserError(f"state {state} is odd, but states are stored as conjugate pairs: try {state + 1}")
         self.discretization = discretization
         self.K = None                           # (2D, L), with the direct path; set by `DiffuSSM.frozen`
         start = initial_parameters(channels, state, init, dt_min, dt_max)
@@ -338,8 +342,9 @@ def discretize(A, dt, method):
     """Complex A (2D, N/2), dt (2D,) -> log_Abar, Bbar, both (2D, N/2), for B = 1. S4D Sec. 3.1."""
     dtA = dt[:, None] * A                                                              # (2D, N/2)
     if method == "zoh":                         # zero-order hold: exact if U is constant over a step
-        return dtA, (dtA.exp() - 1) / A
-    return ((1 + dtA / 2) / (1 - dtA / 2)).log(), dt[:, None] / (1 - dtA / 2)         # "bilinear": trapezoids
+        return dtA, dtA.expm1() / A             # expm1(x) = exp(x) - 1, which would lose the digits of a small x
+    # "bilinear", trapezoids: Abar = (1 + dtA/2) / (1 - dtA/2). Its logarithm by atanh keeps the digits, too.
+    return 2 * (dtA / 2).atanh(), dt[:, None] / (1 - dtA / 2)
 
 
 def kernel(log_Abar, CB, L):

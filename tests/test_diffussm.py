@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from diffusion import fold, normal
+from diffusion import UserError, fold, normal
 from support import cost, longconv
 from support.checkpoint import load_paper
 from support.parallel import recompute
@@ -44,10 +44,10 @@ def small(shape=(3, 8, 8), num_classes=5, preset="tiny", paper=diffussm, **optio
     return model, diffusion
 
 
-def ssm_inputs(channels, N, dtype, init="lin", method="zoh", seed=0):
+def ssm_inputs(channels, N, dtype, init="lin", method="zoh", seed=0, **steps):
     """-> a layer; its parameters log_dt, Re and Im of A, and C; and (log_Abar, CB), made from them."""
     torch.manual_seed(seed)
-    layer = diffussm.BidirectionalS4D(channels, N, init, method).to(dtype)
+    layer = diffussm.BidirectionalS4D(channels, N, init, method, **steps).to(dtype)
     leaves = [layer.log_dt, layer.log_neg_A_real, layer.A_imag, layer.C]
     return layer, leaves, layer.discretized(dtype)
 
@@ -157,6 +157,16 @@ def test_fast_kernel_is_as_exact_as_the_definition(init):
     errors = [(form(*discretized, 1023) - exact).abs().max() / exact.abs().max()
               for form in (diffussm.kernel, diffussm.kernel_ref)]
     assert errors[0] < 2e-5 and errors[0] < 3 * errors[1]
+
+
+@pytest.mark.parametrize("method", ["zoh", "bilinear"])
+@pytest.mark.parametrize("dt", [1e-5, 1e-6])
+def test_small_steps_keep_their_digits(dt, method):
+    """Abar is then almost 1. Its difference from 1, or its logarithm, would lose most digits in float32."""
+    layer, _, discretized = ssm_inputs(6, 64, torch.float32, "inv", method, dt_min=dt, dt_max=dt)
+    K = diffussm.kernel(*discretized, 1024)
+    exact = diffussm.kernel_ref(*layer.double().discretized(torch.float64), 1024)
+    assert ((K - exact).abs().amax(1) < 1e-5 * exact.abs().amax(1)).all()
 
 
 def test_kernel_gradcheck():
@@ -324,6 +334,12 @@ def test_initial_state_matrices():
     assert len(omega) == N // 2
     diagonal = 2 * (b.abs()**2 * ((-0.5 + 1j * omega) * t).exp()).sum().real
     torch.testing.assert_close(diagonal, B @ torch.matrix_exp(A * t) @ B)
+    # the layer begins with these: Re A = -1/2, so that a state remembers 2 / dt tokens, and B within C
+    (plain, *_), (legs, *_) = (ssm_inputs(4, N, torch.float32, init) for init in ("lin", "legs"))
+    half_dt = 0.5 * plain.log_dt.exp()[:, None].expand(4, N // 2)
+    torch.testing.assert_close(plain.discretized()[0].real, -half_dt)
+    C, C_and_B = (torch.view_as_complex(layer.C) for layer in (plain, legs))
+    torch.testing.assert_close(C_and_B, C * b.to(C.dtype))
 
 
 def test_inits_and_discretizations_are_different_models():
@@ -525,7 +541,18 @@ def test_positions_are_those_of_each_groups_first_pixel():
     model, _ = small(shape=(1, 4, 6), ratio=4)                      # groups straddle rows
     rows, columns = torch.tensor([0, 0, 1, 2, 2, 3]), torch.tensor([0, 4, 2, 0, 4, 2])
     expected = torch.cat([diffussm.sinusoid(rows, 8), diffussm.sinusoid(columns, 8)], dim=1)
-    assert torch.equal(model.positions, expected) and len(expected.unique(dim=0)) == 6
+    assert torch.equal(model.positions(), expected) and len(expected.unique(dim=0)) == 6
+
+
+def test_an_empty_model_filled_from_a_checkpoint_is_the_same_model():
+    """Built on "meta", so without numbers; every number that it needs must be in the checkpoint."""
+    model, _ = small()
+    with torch.device("meta"):
+        empty, _ = diffussm.build("tiny", model.shape, 5, width=16, depth=2, ratio=2, state=8)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    assert torch.equal(empty(x, t), model(x, t))
 
 
 def test_first_prediction_is_zero_and_blocks_start_as_the_identity():
@@ -591,6 +618,16 @@ def test_recomputing_gives_the_same_gradients():
 def test_wrong_options_are_refused_with_the_fix(call, fix):
     with pytest.raises(ValueError, match=fix):
         small(**call)
+
+
+def test_what_does_not_fit_the_model_is_refused():
+    """A picture of another shape with as many tokens, and a label that is no class."""
+    model, _ = small()
+    for shape, y, fix in (((3, 4, 16), 1, "images of 3x8x8"), ((3, 8, 8), 5, "classes 0 to 4")):
+        with pytest.raises(UserError, match=fix):
+            model(torch.zeros(1, *shape), torch.tensor([3]), torch.tensor([y]))
+    with pytest.raises(UserError, match="state 5 is odd.*try 6"):
+        diffussm.BidirectionalS4D(8, state=5)
 
 
 def test_overfits_one_batch():
