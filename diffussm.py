@@ -49,7 +49,7 @@ without appendix and Figure 2. Reasons for each choice: docs/diffussm.md.
  9. S4D as in its authors' code (N = 64, zero-order hold), without that layer's GELU, output matrix and GLU.
 10. Both directions see the current token, and they share no parameters.
 11. Initialisation as in DiT; each phase of W^up and W^down starts as a matrix of its own.
-12. One learning rate for all parameters. Do not use weight decay: it would pull dt to 1 and frequencies to 0.
+12. One learning rate for all parameters. --weight-decay spares those of the SSMs: it would pull dt to 1.
 13. The Gflops quoted for the paper cannot be reproduced. `python diffussm.py` prints our count, and why.
 """
 import math

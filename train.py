@@ -18,6 +18,8 @@ that `build` returns may have some of these attributes, but needs none:
     seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
                      depends on neither processes nor micro-batches. In dis.py: which images skip a block (drop_path)
     load_inner(ema)  takes the averaged weights of a smaller run, for --init-inner. mdm.py has it
+
+--weight-decay knows a model's matrices by their names: weight.. or W.. (support/optimizer.py).
 """
 import argparse
 import copy
@@ -37,6 +39,7 @@ from support import checkpoint, cost, inputs, latents, parallel
 from support.cli import Parser, number, option, processes, run, several, told_plainly
 from support.datasets import batch_order
 from support.log import Log, plan
+from support.optimizer import AdamW
 from support.text import full_name
 
 
@@ -76,7 +79,8 @@ def parse(argv):
         help="after the warm-up: cosine falls to zero at --max-steps, constant stays")
     add("--warmup-steps", type=number(int), default=100, help="the rate rises linearly during these steps")
     add("--beta2", type=below_1, default=0.99, help="decay of AdamW's second moment")
-    add("--weight-decay", type=number(float), default=0.0, help="AdamW's weight decay")
+    add("--weight-decay", type=number(float), default=0.0,
+        help="AdamW's weight decay, of matrices only: not of biases, norms, embeddings, positions or an SSM's dt, A, D")
     add("--grad-clip", type=number(float), default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=below_1, default=0.9999,
         help="decay of the averaged weights; early steps use (1 + step) / (10 + step) if that is lower")
@@ -240,8 +244,9 @@ def main(argv=None, drawing=()):
         checkpoint.begin_inside(args, folder, team, model, ema)
         team.say(f"begun       from the network of {args.init_inner}")
     net = team.spread(model, ema, args.compile, args.shard)                 # what forward and backward go through
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
-                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+    optimizer = AdamW(model, args.weight_decay, lr=args.lr, betas=(0.9, args.beta2), fused=device.type != "mps")
+    if args.weight_decay:
+        team.say(f"decay       of {sum(w.numel() for w in optimizer.matrices):,} parameters, those of matrices")
     if saved:
         if saved["opt"]:
             parallel.load_optimizer(optimizer, saved["opt"])

@@ -132,8 +132,8 @@ def test_every_step_by_hand(tmp_path, clip, parts):
         optimizer.step()
         ema.lerp_(weight.detach(), 1 - min(0.3, (1 + step) / (10 + step)))
     assert min(norms) < 0.3 < max(norms)
-    torch.testing.assert_close(saved["model"]["weight"], weight.detach(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(saved["ema"]["weight"], ema, atol=1e-5, rtol=0)
+    torch.testing.assert_close(saved["model"]["weight"][0], weight.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(saved["ema"]["weight"][0], ema, atol=1e-5, rtol=0)
     assert set(saved) == {"version", "model", "ema", "opt", "step", "images", "args"}
     assert saved["step"] == 7 and saved["images"] == 56
 
@@ -166,7 +166,7 @@ def test_pictures_are_of_the_averaged_weights(tmp_path):
     first = torch.load(tmp_path / "run" / "checkpoints" / "0000001.pt", weights_only=True)
     for weights, picture in ((first, "samples/step_0000001.png"), (last, "samples.png")):
         grey = np.asarray(Image.open(tmp_path / "run" / picture))[-20, -20] / 127.5 - 1     # a pixel of the last one
-        ema, raw = weights["ema"]["weight"][0].item(), weights["model"]["weight"][0].item()
+        ema, raw = weights["ema"]["weight"][0, 0].item(), weights["model"]["weight"][0, 0].item()
         assert grey == pytest.approx(ema, abs=0.01) and abs(raw - ema) > 0.02
 
 
@@ -194,13 +194,13 @@ class Probe(torch.nn.Module):
 
     def __init__(self, given, broken):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(START))
+        self.weight = torch.nn.Parameter(torch.tensor([START]))         # (1, 2): a matrix, so it may decay
         self.given, self.broken = Path(given), broken
 
     def forward(self, **batch):
         torch.save(batch, self.given / f"{len(list(self.given.iterdir())):04d}.pt")
-        nothing = (0 * self.weight[0]).sqrt() if self.broken else 0
-        return slope(batch["noise"]) @ self.weight + nothing                                        # (B,)
+        nothing = (0 * self.weight[0, 0]).sqrt() if self.broken else 0
+        return slope(batch["noise"]) @ self.weight[0] + nothing                                        # (B,)
 
 
 class Diffusion:
@@ -219,7 +219,7 @@ class Diffusion:
 
     def sample(self, model, shape, seeds, steps, **options):
         self.respaced(steps)
-        return model.weight[0].detach().expand(len(seeds), *shape)
+        return model.weight[0, 0].detach().expand(len(seeds), *shape)
 
 
 def build(preset, shape, num_classes=0, text=0, **options):

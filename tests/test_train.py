@@ -22,6 +22,7 @@ import sample
 import train
 from diffusion import Diffusion, cosine_alpha_bar, fold
 from support import checkpoint, cost, datasets, latents
+from support.optimizer import matrices
 from support.pictures import grid_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +135,24 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, capsys):
     assert not (tmp_path / "bad" / "run" / "latest.pt").exists() and good.read_bytes() == before
 
 
+def test_weight_decay_spares_all_but_matrices():
+    """What has two axes or more and is spared, in every paper. Of PyTorch's own layers, the matrices decay."""
+    spared = {"dis": "A_log pos_embed label_embed.weight", "mdm": "source.weight", "cunet": "label.weight",
+              "diffussm": "log_neg_A_real A_imag C b_down label_embed.weight"}
+    for name, ends in spared.items():
+        model, _ = checkpoint.load_paper(name).build("tiny", (1, 16, 16), 5)
+        decayed = {id(p) for p in matrices(model)}
+        assert all(p.ndim > 1 for p in matrices(model))
+        left = {n for n, p in model.named_parameters() if p.ndim > 1 and id(p) not in decayed}
+        for end in ends.split():
+            assert any(n.endswith(end) for n in left), end
+        assert all(n.endswith(tuple(ends.split())) for n in left)
+    own = torch.nn.ModuleList([torch.nn.MultiheadAttention(4, 1), torch.nn.GRU(4, 4), torch.nn.LayerNorm((2, 4))])
+    names = {id(p): n for n, p in own.named_parameters()}
+    assert sorted(names[id(p)] for p in matrices(own)) == [
+        "0.in_proj_weight", "0.out_proj.weight", "1.weight_hh_l0", "1.weight_ih_l0"]
+
+
 # --- processes, accumulation, batches ---
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has shards on GPUs only")
@@ -146,7 +165,7 @@ def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(
     other.mkdir(parents=True)
     (other / "latest.pt").write_bytes(b"old")
     flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant",
-             *SMALL[2:6], "drop_path=0.5"]
+             "--weight-decay", 2, *SMALL[2:6], "drop_path=0.5"]
     whole = run(tmp_path / "whole", *flags, "--max-steps", 20)
     ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,)]
     for i, (processes, *more) in enumerate(ways):
