@@ -10,6 +10,7 @@
     torchrun --standalone --nproc_per_node=8 sample.py --num-fid-samples 50000
     python sample.py --denoise photo.png --from-step 150    add noise to a picture and take it away again
     python sample.py --denoise test --num-samples 100 --from-step 50,150,400        the same with test images
+    python sample.py --denoise test --from-step 150 --ckpt assets/dis-mnist.pt --against assets/diffussm-mnist.pt
 
 The checkpoint tells the model, the preset, the shape of the images and the schedule. Image i depends only on
 seed + i and on its label or prompt: it is the same, up to rounding, at any batch size and on any number of processes.
@@ -117,10 +118,12 @@ def parse(argv):
                         "--num-samples (default: 16) test images of the run's data. The model is told a class only if "
                         "--class-labels gives numbers")
     g.add_argument("--from-step", metavar="STEPS", help="how much noise: the step, or steps, to go back from")
+    g.add_argument("--against", metavar="PATH",
+                   help="another checkpoint or run: it gets the same noise, and is shown beside --ckpt")
     g.add_argument("--data-dir", metavar="DIR", help="where --denoise test finds its data (default: as in training)")
     g = p.add_argument_group("output")
     g.add_argument("--out", help="the file of the grid (default: samples.png, or denoise.png; --denoise writes its "
-                                 "scores into a .csv beside it)")
+                                 "scores into two .csv files beside it)")
     g.add_argument("--vae", metavar="NAME",
                    help="the VAE that decodes latents (default: the one that encoded them); none: false colours")
     g.add_argument("--gif", action="store_true", help="also write a film of the denoising, beside --out")
@@ -157,6 +160,7 @@ def check_flags(args):
                            or args.cfg_scale not in (None, 1) or args.class_labels == "random"),
          "--denoise does not work with --gif, --save-images, --num-fid-samples, --cfg-scale or --class-labels random: "
          "drop them"),
+        (args.against and not args.denoise, "--against is for --denoise: drop it, or add --denoise test"),
         (args.data_dir and args.denoise != "test", "--data-dir is where --denoise test looks: drop it"),
         (args.num_samples and args.denoise not in (None, "test"),
          "--num-samples counts test images: drop it, or pass --denoise test"))
@@ -184,9 +188,10 @@ def check_model(args, diffusion, trained):
          "guidance needs classes or captions, and this model has none: drop --cfg-scale"),
         (args.cfg_scale not in (None, 1) and not guides,
          "this model never saw images without their class or caption, so it cannot be guided: drop --cfg-scale"))
-    if not args.denoise:
-        args.steps = args.steps or str(min(50, diffusion.T))
-        diffusion.respaced(args.steps)                      # refuses a bad --steps before any work
+    if args.denoise:
+        return
+    args.steps = args.steps or str(min(50, diffusion.T))
+    diffusion.respaced(args.steps)                          # refuses a bad --steps before any work
     if args.cfg_scale is None:
         args.cfg_scale = 2.0 if guides else 1.0
 
@@ -198,19 +203,31 @@ def main(argv=None, encode=None):
     check_flags(args)
     path = checkpoint.newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
     device, weights = pick_device(args.device), "model" if args.weights == "raw" else "ema"
-    model, diffusion, trained = checkpoint.load_run(path, weights, device, args.model)
-    check_model(args, diffusion, trained)
+
+    def load(path):
+        # with --against, one may be a paper's model and the other your own: --model is for that one
+        own = not args.against or checkpoint.read(path)["args"]["model"].endswith(".py")
+        model, diffusion, trained = checkpoint.load_run(path, weights, device, args.model if own else None)
+        check_model(args, diffusion, trained)
+        if args.compile:    # no step changes shapes or looks at numbers, so a GPU can replay CUDA graphs
+            model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
+        return model, diffusion, trained
+
+    model, diffusion, trained = load(path)
     for folder in filter(None, (args.out.resolve().parent, args.save_images)):
         make_folder(folder)
     if args.save_images and not args.num_fid_samples:
         refuse_old(args.save_images)
-    if args.compile:        # no step changes shapes or looks at numbers, so a GPU can replay CUDA graphs
-        model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
     shape, K, text, space = tuple(trained["shape"]), trained["num_classes"], trained.get("text"), trained.get("space")
     video = len(shape) == 4
     args.clip = {None: not space, "hard": True, "none": False}.get(args.clip, args.clip)
     if args.denoise:
-        return denoise.main(args, model, diffusion, trained, device, args.out)
+        networks = {str(path): (model, diffusion, trained)}
+        if args.against:
+            other = checkpoint.in_folder(args.against)
+            refuse((other == path, f"--against {other} is --ckpt itself: name another"))
+            networks[str(other)] = load(other)
+        return denoise.main(args, networks, device, args.out)
 
     prompts = (read_prompts(args.prompt) or trained["prompts"]) if text else []
     if text and not encode:                                             # loading this or a VAE may take a while

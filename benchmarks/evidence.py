@@ -108,7 +108,7 @@ FIELDS = ["arm", "seed", "step", "images", "minutes", "images_per_s", "parameter
           "schedule", "made_of", "sampler", "steps", "cfg", "n",
           "recognised", "distance", "x_real", "precision", "recall", "seconds",
           *(f"error_{ratio}" for ratio in LEVELS), "from_step", "metric", "noisy", "one_step", "best",
-          "after"]
+          "after", "best_each", "after_each"]
 
 
 def read_rows(path):
@@ -185,16 +185,17 @@ def judged(judge, model, diffusion, trained, seed, how):
 
 
 def denoised(model, diffusion, test, T, n=100):
-    """Add noise up to step T to n test images, and let DDPM remove it -> a row for PSNR and one for SSIM."""
+    """Add noise up to step T to n test images, and let DDPM remove it -> a row for PSNR and one for SSIM. `best` is the
+    score of all images after the same number of steps, `best_each` that of each after its own best number."""
     metrics = {"psnr": denoise.psnr, "ssim": denoise.ssim}
     scores, seconds, _ = denoise.denoise(
         model, diffusion, test[range(n)]["x"] / 127.5 - 1, torch.arange(n), None, T, str(T + 1), metrics, 100,
         torch.device("cpu"), sampler="ddpm")
     for metric in metrics:
-        after = max(seconds, key=lambda k: scores[metric, k])
-        yield {"n": n, "from_step": T, "metric": metric, "noisy": scores[metric, "noisy"],
-               "one_step": scores[metric, "one step"], "best": scores[metric, after], "after": after,
-               "seconds": seconds[after]}
+        _, (best_each, after_each, _), (best, after, took) = denoise.best_steps(scores, seconds, metric)
+        yield {"n": n, "from_step": T, "metric": metric, "noisy": scores[metric, "noisy"].mean().item(),
+               "one_step": scores[metric, "one step"].mean().item(), "best": best, "after": after, "seconds": took,
+               "best_each": best_each, "after_each": after_each}
 
 
 def made_of(args, name, arm, judge_path):

@@ -97,13 +97,16 @@ def noise_table(rows):
 
 
 def denoising_table(rows):
-    """PSNR and SSIM of each arm: of the noisy pictures, of the network's first estimate, and at the best step."""
-    lines = []
+    """PSNR and SSIM of each arm: of the noisy pictures, of the network's first estimate, and at the best step: at that
+    of the mean, and (scores made before this was written down lack it) at each picture's own."""
+    lines, each = [], all("best_each" in r for r in rows)
+    columns = ["one_step", "best", "after", "seconds"] + ["best_each", "after_each"] * each
     for (metric, T, arm), of in sorted(groups(rows, "metric", "from_step", "arm").items()):
         lines.append([f"{metric.upper()} from step {T:.0f}", arm, digits(of[0]["noisy"]),
                       *(spread([r[k] for r in of], digits)
-                        for k in ("one_step", "best", "after", "seconds"))])
-    return markdown(["", "", "noisy", "one step", "best", "after steps", "seconds"], lines)
+                        for k in columns)])
+    return markdown(["", "", "noisy", "one step", "best", "after steps", "seconds",
+                     *["each at its best", "after steps"] * each], lines)
 
 
 # --- figures --------------------------------------------------------------------------------------
