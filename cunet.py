@@ -200,10 +200,9 @@ class CUNet(nn.Module):
         self.attend_down, self.attend_up = (Attention(widths[-2]) if attention else nn.Identity() for _ in range(2))
         self.norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], shape[0] * (2 if learn_sigma else 1), 1)
-        # Before training t changes nothing, and the output is zero.
-        for layer in (*(block.film[-1] for block in self.blocks()), self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for block in self.blocks():             # before training t changes nothing
+            nn.init.zeros_(block.film[-1].weight)
+            nn.init.zeros_(block.film[-1].bias)
 
     def forward(self, image, t, y=None):
         """image (B, colours, H, W), t (B,) long, y (B,) long or None, where -1 means "no class".

@@ -224,6 +224,7 @@ def main(argv=None, drawing=()):
     with torch.device("meta" if planned else "cpu"):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                        **({"text": args.text} if encode else {}), **args.set)
+    args.options = {**paper.CONFIGS[args.preset], **args.set}               # a run keeps them if its preset changes
     folder = checkpoint.folder_of(args)
     team.say(plan(args, folder, team, dataset, model, diffusion, world, micro))
     if planned:

@@ -39,9 +39,11 @@ VERSION = 1                                     # of the layout above
 FREE_TO_CHANGE = {                              # flags that may differ between a run and its continuation
     "max_steps", "grad_accum", "device", "num_workers", "log_every", "sample_every", "ckpt_every",
     "keep_ckpts", "results_dir", "name", "resume", "grad_checkpointing", "compile", "shard", "data_dir",
-    "smoke", "dry_run", "prompts", "init_inner", "cond", "precision", "bf16", "latents", "vae",
-    "image_size", "frames"}                     # (we compare the shape instead of these two)
-MUST_MATCH = {"model", "preset", "set", "shape", "num_classes", "text", "text_encoder"}     # for --resume PATH
+    "smoke", "dry_run", "prompts", "set", "init_inner", "cond", "precision", "bf16", "latents", "vae",
+    "image_size", "frames"}                     # (we compare the shape instead of these two, "options" for "set")
+MUST_MATCH = {"model", "preset", "options", "shape", "num_classes", "text", "text_encoder"}     # for --resume PATH
+# Presets that have changed since. Their older runs keep the old values, but did not write them down.
+BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "tiny-x4", "tiny-video")}
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -178,11 +180,25 @@ def load_run(path, weights="ema", device="cpu", model=None):
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
     if args["model"].endswith(".py") and not model:
         raise UserError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model {args['model']}")
-    net, diffusion = load_paper(model or args["model"]).build(
-        args["preset"], tuple(args["shape"]), args["num_classes"],
-        **({"text": args["text"]} if args.get("text") else {}), **args["set"])
+    paper = load_paper(model or args["model"])
+    now = {**paper.CONFIGS.get(args["preset"], {}), **args["set"]}
+    then = {**now, **before(args)}
+    net, diffusion = paper.build(args["preset"], tuple(args["shape"]), args["num_classes"],
+                                 **({"text": args["text"]} if args.get("text") else {}),
+                                 **(args["set"] if then == now else then))
     load_weights(net, checkpoint, weights, path)
     return net.to(device).eval(), diffusion, args
+
+
+def before(saved):
+    """What the arguments of a run tell of its options: all of them, or, of an older run, those that its preset would not
+    give today."""
+    return saved.get("options") or {**BEFORE.get((saved["model"], saved["preset"]), {}), **saved["set"]}
+
+
+def options_of(saved, args):
+    """All options of a run, which now continues with args."""
+    return {**{k: v for k, v in args.options.items() if k not in args.set}, **before(saved)}
 
 
 def load_weights(model, checkpoint, weights, path):
@@ -208,10 +224,13 @@ def differences(args, saved, keys):
     """How the arguments differ from a checkpoint's, such as ["--lr 0.001 (was 0.002)"]. keys: those to compare."""
     flags = {"text": "--cond: text", "shape": "--image-size: shape", "num_examples": "--data: examples",
              "space": "--latents: from", "class_names": "--data: classes", "identity": "--data: names, sizes or "
-             "classes of the files, digest"}
-    def only(k, a, b):                          # of classes those that changed: there may be 1,000
+             "classes of the files, digest", "options": "--set"}
+    now, saved = vars(args), {**saved, "options": options_of(saved, args)}
+
+    def only(k, a, b):                          # of classes and options those that changed: there may be 1,000
+        if k == "options":
+            return " ".join(f"{name}={value}" for name, value in a[k].items() if b[k].get(name) != value) or "nothing"
         return [name for name in a[k] if name not in b[k]] if k == "class_names" else a[k]
-    now = vars(args)
     return [f"{flags.get(k, '--' + k.replace('_', '-'))} {only(k, now, saved)} (was {only(k, saved, now)})"
             for k in now if k in keys and k in saved and now[k] != saved[k]]
 
@@ -313,8 +332,8 @@ def begin_inside(args, folder, team, *models):
     if not hasattr(models[0], "nest"):
         raise UserError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
     changed = differences(args, checkpoint["args"], {"model", "text", "text_encoder"})
-    changed += [f"--set {k}={v}" for k, v in checkpoint["args"]["set"].items()
-                if k in ("predict", "schedule", "T") and args.set.get(k) != v]
+    then = options_of(checkpoint["args"], args)
+    changed += [f"--set {k}={then[k]}" for k in ("predict", "schedule", "T") if then.get(k) != args.options.get(k)]
     if changed:
         raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
     for model in models:

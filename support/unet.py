@@ -1,8 +1,8 @@
 """The U-Net that cU-Net is compared with, in one file: presets `unet`, `unet-tiny` and `unet-mini` of cunet.py.
 
 The paper calls its baseline the "same U-Net as Ho et al.". What the authors ran is lucidrains'
-denoising-diffusion-pytorch 1.8.3 with dim = 64. Layout and parameter count here are exactly those. Four things are
-ours: the norms around attention, the sinusoid of the time, the activation after it, and a head that starts at zero.
+denoising-diffusion-pytorch 1.8.3 with dim = 64. Layout and parameter count here are exactly those. Three things
+are ours: the norms around attention, the sinusoid of the time, and the activation after it.
 
 Letters: B images, `dim` channels at full size, h x w the size of a level.
 """
@@ -47,8 +47,6 @@ class UNet(nn.Module):
                                      ResBlock(widths[-1], widths[-1], width)])
         self.last = ResBlock(2 * dim, dim, width)
         self.head = nn.Conv2d(dim, shape[0] * (2 if learn_sigma else 1), 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(self, x, t, y=None):
         """x (B, c, H, W), t (B,) long, y (B,) long or None, where -1 means "no class" -> (B, c or 2c, H, W)."""

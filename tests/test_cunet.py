@@ -442,10 +442,11 @@ def test_an_image_does_not_depend_on_its_batch():
         torch.testing.assert_close(model(x, t)[1:2], model(x[1:2], t[1:2]), rtol=1e-4, atol=1e-5)
 
 
-def test_first_prediction_is_zero():
+def test_the_head_does_not_start_at_zero():
+    """From zero the network learns colours one axis after another (docs/results.md)."""
     for preset in ("tiny", "unet-tiny"):
         model, _ = cunet.build(preset, (1, 12, 12), 3)
-        assert not forward(model).any()
+        assert forward(model).std() > 0.05
 
 
 @pytest.mark.parametrize("options", [

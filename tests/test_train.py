@@ -108,6 +108,25 @@ def test_finished_run_says_so_and_goes_on_with_more_steps(tmp_path, capsys):
     assert run(tmp_path, "--max-steps", 6)["step"] == 6
 
 
+def test_a_run_keeps_its_options_when_its_preset_changes(tmp_path, monkeypatch):
+    paper = checkpoint.load_paper("dis")
+    net, _ = paper.build("tiny", (1, 8, 8))
+    args = dict(model="dis", preset="tiny", shape=[1, 8, 8], num_classes=0, set={}, options=paper.CONFIGS["tiny"])
+    torch.save({"version": 1, "model": net.state_dict(), "ema": net.state_dict(), "step": 1, "args": args},
+               tmp_path / "run.pt")
+    now = SimpleNamespace(**{**args, "options": {**args["options"], "predict": "v"}})
+    monkeypatch.setitem(paper.CONFIGS, "tiny", now.options)
+    assert checkpoint.load_run(tmp_path / "run.pt")[1].predict == "x0"
+    assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was predict=x0)"]
+    # before runs wrote down all options, only --set was compared; and MDM's tiny presets predicted v
+    del args["options"]
+    assert checkpoint.differences(now, args, {"options"}) == []
+    now.set = {"predict": "v"}
+    assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was nothing)"]
+    mdm = SimpleNamespace(set={}, options=checkpoint.load_paper("mdm").CONFIGS["tiny"])
+    assert "predict=v error=v" in checkpoint.differences(mdm, dict(model="mdm", preset="tiny", set={}), {"options"})[0]
+
+
 def test_resume_none_keeps_the_old_run(tmp_path):
     old = run(tmp_path, "--max-steps", 3)
     run(tmp_path, "--max-steps", 2, "--resume", "none")
