@@ -197,9 +197,9 @@ class DiffuSSM(nn.Module):
         check_shape(x_t, self.shape)
         P, M, rows = self.patch, self.ratio, self.shape[1]
         c = self.time_embed(sinusoid(t, 256))                                          # (b, D)
+        y = torch.full_like(t, -1) if y is None else y
+        check_labels(y, self.num_classes)
         if self.num_classes:
-            y = torch.full_like(t, -1) if y is None else y
-            check_labels(y, self.num_classes)
             c = c + self.label_embed(torch.where(y < 0, self.num_classes, y))          # (b, D)
         tokens = rearrange(x_t, "b ch (row p1) (col p2) -> b (row col) (p1 p2 ch)", p1=P, p2=P)
         folded = rearrange(tokens, "b (j m) k -> b j (m k)", m=M)                      # (b, J, M*P*P*channels)

@@ -165,9 +165,9 @@ class DiS(nn.Module):
         tokens = self.patch_embed(patches)                                                      # (b, J, d)
         step = self.time_embed(timestep_embedding(t, tokens.shape[-1]))                         # (b, d)
         extra, cond = [step], step
+        y = torch.full_like(t, -1) if y is None else y
+        check_labels(y, self.num_classes)
         if self.num_classes:
-            y = torch.full_like(t, -1) if y is None else y
-            check_labels(y, self.num_classes)
             label = self.label_embed(torch.where(y < 0, self.num_classes, y))                   # (b, d)
             extra, cond = [label, step], step + label
         if self.time == "token":                                # in this order: class, step, patches
