@@ -792,8 +792,8 @@ def arguments(folder, *flags):
     """What train.py knows before it resumes."""
     args = train.parse(["--data", str(folder), "--results-dir", str(folder.parent / "results"), "--name", "run",
                         *flags])
-    args.bf16, dataset = False, inputs.for_training(args, checkpoint.load_paper("dis"), "cpu")[0]
-    return args, dataset
+    args.bf16, args.options, paper = False, {}, checkpoint.load_paper("dis")
+    return args, inputs.for_training(args, paper, "cpu")[0]
 
 
 def pets(folder):

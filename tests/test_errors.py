@@ -51,7 +51,7 @@ def world(tmp_path_factory):
     def changed(name, **changes):
         torch.save({**checkpoint, **changes}, name)
     changed("version.pt", version=99)
-    changed("misfit.pt", args={**checkpoint["args"], "set": {"width": 64, "depth": 2, "state": 4}})
+    changed("misfit.pt", args={**checkpoint["args"], "options": {**checkpoint["args"]["options"], "width": 64}})
     changed("stranger.pt", args={**checkpoint["args"], "model": "gone"})
     changed("folder.pt", args={**checkpoint["args"], "data": "mixed"})
     changed("always.pt", args={**checkpoint["args"], "cond_dropout": 0.0})
