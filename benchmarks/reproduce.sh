@@ -54,16 +54,16 @@ mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:
 words=(--data shapes --cond text --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
 mdm words-16 "${words[@]}" --image-size 16 --max-steps 1200
 mdm words-32 "${words[@]}" --image-size 32 --max-steps 800 --init-inner results/words-16
-mdm words-64 "${words[@]}" --image-size 64 --max-steps 700 --init-inner results/words-32
-step draw-words python sample.py --ckpt results/words-64 --sampler ddpm --steps 100 --num-samples 40 \
+mdm words-64 "${words[@]}" --image-size 64 --max-steps 500 --init-inner results/words-32
+step draw-words python sample.py --ckpt results/words-64 --num-samples 40 \
     --out assets/words-mdm.png --prompt "a small red star" "a big red star" "a small blue moon" "a big blue moon" \
     "a small green heart" "a big green heart" "a small yellow square" "a big yellow square" "a small purple ring" \
     "a big purple ring"
 clips=(--preset tiny-video --data moving --cond text)
 mdm moving-1x16 "${clips[@]}" --frames 1 --image-size 16 --max-steps 1000
 mdm moving-8x16 "${clips[@]}" --global-batch-size 16 --image-size 16 --max-steps 900 --init-inner results/moving-1x16
-mdm moving-8x32 "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 700 --init-inner results/moving-8x16
-step draw-moving python sample.py --ckpt results/moving-8x32 --sampler ddpm --steps 100 --cfg-scale 3 --num-samples 8 \
+mdm moving-8x32 "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 300 --init-inner results/moving-8x16
+step draw-moving python sample.py --ckpt results/moving-8x32 --cfg-scale 1.5 --num-samples 8 \
     --out results/moving-mdm.png --prompt "a small red circle moving left" "a big green cross moving right" \
     "a small blue ring moving up" "a big purple heart moving down" "a small orange star moving right" \
     "a big yellow square moving up" "a small green moon moving down" "a big blue triangle moving left"
