@@ -36,6 +36,7 @@ text". (6) A class is a caption of one token. (8) Video has five dimensions, and
 frames. (11) No described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come
 close. (12) A resolution without weight is hidden from the network.
 """
+import itertools
 import math
 from typing import Annotated, Literal, TypedDict
 
@@ -80,7 +81,7 @@ class ExtendedDiffusion:
               sqrt(N_r / N_1): of pictures the ratio of their sides; 4 for 16 frames of the coarsest size
     weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": 0, .., 0, 1, the paper's "simple DM"
               with a nested network (Figure 4b, c)
-    mixed     the chances that a row has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
+    mixed     the part of the rows that has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
               rows have both. None: all rows have all (Section 3.3)"""
 
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
@@ -107,14 +108,14 @@ class ExtendedDiffusion:
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
         check_shape(x0, self.shapes[-1])
         errors = (self.mixed_errors if self.mixed else self.errors)(model, x0, t, noise, **cond)     # [(B,)]
-        # The division by the chance of a resolution makes it count, on average, as much as in unmixed batches.
-        chances = self.mixed or [1] * self.R
-        total = sum(w / chance * error for w, chance, error in zip(self.weights, chances, errors))   # Eq. 3, (B,)
+        # The division by the part that has a resolution makes it count as much as in unmixed batches.
+        parts = self.mixed or [1] * self.R
+        total = sum(w / part * error for w, part, error in zip(self.weights, parts, errors))         # Eq. 3, (B,)
         return {"loss": total} | {f"loss_{r + 1}": error for r, error in enumerate(errors)}
 
     def errors(self, model, x0, t, noise, rows=None, **cond):
         """-> mean squared errors, [(n,)]. Resolution r is computed for the first n = rows[r] pictures (None: all)."""
-        rows, noise = rows or [len(t)] * self.R, self.unpack(noise[:, :-1])
+        rows, noise = rows or [len(t)] * self.R, self.unpack(noise)
         x = [reduce(x0[:n], shape) for n, shape in zip(rows, self.shapes)]                 # D_r(x), [(n, *shape)]
         each = [(level, x_r, t[:n], eps[:n]) for level, x_r, n, eps in zip(self.levels, x, rows, noise)]
         z = [level.q_sample(x_r, t_r, eps) for level, x_r, t_r, eps in each]               # Eq. 2
@@ -122,14 +123,17 @@ class ExtendedDiffusion:
         return [level.at("rescale", t_r, t_r) * level.loss_terms(out, x_r, z_r, t_r, eps)["mse"]
                 for (level, x_r, t_r, eps), z_r, out in zip(each, z, outs, strict=True)]   # [(n,)]
 
-    def mixed_errors(self, model, x0, t, noise, **cond):
-        """Like `errors`, but a row has resolution r with the chance mixed[r] -> [(B,)], 0 where it has not. The row's
-        noise decides, so the result does not depend on the number of processes."""
-        u = torch.special.ndtr(noise[:, -1])                # normal -> uniform in 0 .. 1, (B,)
+    def mixed_errors(self, model, x0, t, noise, places=None, **cond):
+        """Like `errors`, but only the part mixed[r] of the rows has resolution r -> [(B,)], 0 in the others. A row's
+        place in the whole batch decides. So the result does not depend on the number of processes, the CPU need not ask
+        the GPU how many rows there are, and every step has as many. places (B,) long, on the CPU; None: 0 .. B - 1."""
+        places = torch.arange(len(t), device="cpu") if places is None else places
+        u = places * ((math.sqrt(5) - 1) / 2) % 1           # the golden ratio spreads them evenly over 0 .. 1, (B,)
         order = u.argsort()                                 # rows with the finest resolution first, (B,)
-        has = u[order, None] <= torch.tensor(self.mixed, device=t.device)                  # (B, R)
+        has = u[order, None] <= torch.tensor(self.mixed)                                   # (B, R)
         # At least one row is computed, even if it does not count: under DDP every weight must be used.
-        rows = has.sum(0).clamp(min=1).tolist()             # on the CPU: waits for the GPU
+        rows = has.sum(0).clamp(min=1).tolist()
+        order, has = (v.to(t.device, non_blocking=True) for v in (order, has))
         cond = {k: v[order] for k, v in cond.items() if v is not None}
         errors = self.errors(model, x0[order], t[order], noise[order], rows, **cond)       # [(n,)]
         errors = [F.pad(error, (0, len(t) - len(error))) for error in errors]              # [(B,)]
@@ -142,12 +146,13 @@ class ExtendedDiffusion:
 
     def noise_shape(self, shape):
         """How many normal numbers a row of `loss` needs: independent noise for each resolution (as in the code; the
-        paper writes only the marginals), and one number more, for `mixed`."""
-        return (sum(self.sizes) + 1,)
+        paper writes only the marginals)."""
+        return (sum(self.sizes),)
 
     def unpack(self, numbers):
-        """(B, numbers) -> a tensor (B, *shape) for each resolution."""
-        return [part.view(-1, *shape) for part, shape in zip(numbers.split(self.sizes, dim=1), self.shapes)]
+        """(B, numbers) -> a tensor (B, *shape) for each resolution. Further numbers are ignored."""
+        ends = list(itertools.accumulate(self.sizes))
+        return [part.view(-1, *shape) for part, shape in zip(numbers.tensor_split(ends, dim=1), self.shapes)]
 
     def model_t(self, t):
         return self.levels[0].model_t(t)

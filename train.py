@@ -278,6 +278,8 @@ def main(argv=None, drawing=()):
                                             args, encode, device)
             if getattr(model, "seeded", False):
                 cond["seeds"] = fold(seeds[part].to(device, non_blocking=True), 6)      # 4: latents, 5: captions
+            if getattr(diffusion, "mixed", None):           # mdm: which resolutions an image has
+                cond["places"] = torch.arange(lo, hi)[part]
             with parallel.accumulate(net, last=a == args.grad_accum - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     loss = diffusion.loss(net, x0, t, noise, **cond)["loss"]                        # (B,)

@@ -164,14 +164,12 @@ def blank_batch(diffusion, shape, size, num_classes=0, text=0, words=128):
     return batch
 
 
-def without_numbers(model, diffusion, batch):
-    """-> copies of the three. Their tensors are fake ones "on the CPU", and so is all that is computed from them.
+def without_numbers(model, batch):
+    """-> copies of both. Their tensors are fake ones "on the CPU", and so is all that is computed from them.
     The fake mode itself is switched off again, because an ODE solver needs the real numbers of its times."""
-    twin, diffusion = copy.deepcopy(model), copy.copy(diffusion)
-    if hasattr(diffusion, "mixed"):
-        diffusion.mixed = None          # mdm: `mixed` drops resolutions of random rows; we count with all of them
+    twin = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return twin.to_empty(device="cpu"), diffusion, {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
+        return twin.to_empty(device="cpu"), {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
 
 
 # --- what it costs --------------------------------------------------------------------------------
@@ -183,7 +181,7 @@ def multiply_adds(model, diffusion, batch):
     depends on the weights alone, since it is computed once for many images. -> None if the work depends on the numbers
     in the tensors, as with an adaptive solver.
     """
-    twin, diffusion, batch = without_numbers(model, diffusion, batch)
+    twin, batch = without_numbers(model, batch)
     twin.eval()
     try:
         with (torch.no_grad(), getattr(twin, "frozen", nullcontext)(), FlopCounterMode(display=False) as counter,
@@ -206,7 +204,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
 
     Raises UserError for an adaptive solver: its steps depend on the numbers in the tensors.
     """
-    cuda, twin, diffusion, batch = device != "cpu", *without_numbers(model, diffusion, batch)
+    cuda, twin, batch = device != "cpu", *without_numbers(model, batch)
     twin.train()
     if checkpointing:
         recompute(twin)

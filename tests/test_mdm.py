@@ -201,7 +201,7 @@ def test_equal_weights_on_means_are_eq_3s_weights_on_sums():
     """omega^r / omega^R = N_R / N_r on sums over pixels. On means it would weight twice."""
     model, d = small((3, 32, 32), predict="x0", error="x0")
     x0, t, noise = batch(d, 3)
-    noise_r = d.unpack(noise[:, :-1])
+    noise_r = d.unpack(noise)
     z = [level.q_sample(mdm.reduce(x0, s), t, e) for level, s, e in zip(d.levels, d.shapes, noise_r)]
     squares = [(out - mdm.reduce(x0, s)).square().flatten(1).sum(1)
                for out, s in zip(model(z, t), d.shapes)]
@@ -217,7 +217,7 @@ def test_the_error_of_one_quantity_follows_from_that_of_another(predict, error):
     x0, _, noise = batch(d, 4)
     t = torch.tensor([20, 300, 600, 900])
     terms = d.loss(model, x0, t, noise)
-    noises = d.unpack(noise[:, :-1])
+    noises = d.unpack(noise)
     z = [level.q_sample(mdm.reduce(x0, s), t, e) for level, s, e in zip(d.levels, d.shapes, noises)]
     for r, (level, s, e) in enumerate(zip(d.levels, d.shapes, noises)):
         x = mdm.reduce(x0, s)
@@ -414,23 +414,24 @@ def test_mixed_batches_count_each_row_right_whatever_its_company():
     y = torch.arange(24) % 3
     terms, full = mixed.loss(model, x0, t, noise, y=y), whole.loss(model, x0, t, noise, y=y)
     has = [terms[f"loss_{r}"] > 0 for r in (1, 2, 3)]
-    for own, chance in zip(has, (1, 0.5, 0.25)):            # the quantile of a row's last number decides
-        assert torch.equal(own, noise[:, -1] <= torch.distributions.Normal(0, 1).icdf(torch.tensor(chance)))
-    assert 1 <= has[2].sum() < has[1].sum() < 24
+    assert [own.sum() for own in has] == [24, 12, 7] and not (has[2] & ~has[1]).any()
+    sizes = []                                              # the same at every step: one compiled graph
+    for seed in (1, 2):
+        mixed.loss(lambda z, *args, **cond: sizes.append(list(map(len, z))) or model(z, *args, **cond),
+                   *batch(mixed, 24, seed), y=y)
+    assert sizes == [[24, 12, 7]] * 2
     torch.testing.assert_close(terms["loss_1"][has[2]], full["loss_1"][has[2]])
     torch.testing.assert_close(terms["loss_3"][has[2]], full["loss_3"][has[2]])
     expected = terms["loss_1"] + terms["loss_2"] / 0.5 + terms["loss_3"] / 0.25
     torch.testing.assert_close(terms["loss"], expected)
-    part = mixed.loss(model, x0[7:12], t[7:12], noise[7:12], y=y[7:12])
+    part = mixed.loss(model, x0[7:12], t[7:12], noise[7:12], places=torch.arange(7, 12), y=y[7:12])
     torch.testing.assert_close(part["loss"], terms["loss"][7:12])
 
 
 @pytest.mark.parametrize("shape, mixed", [((3, 16, 16), [1, 0.5]), ((3, 4, 16, 16), [1, 0.5, 0.5])])
 def test_a_mixed_batch_may_happen_to_have_no_fine_row(shape, mixed):
     model, d = small(shape, mixed=mixed)
-    x0, t, noise = batch(d, 8)
-    noise[:, -1] = 3.0                                      # past the median: nobody has it
-    terms = d.loss(model, x0, t, noise)
+    terms = d.loss(model, *batch(d, 2), places=torch.tensor([1, 3]))        # places in the upper half of 0 .. 1
     terms["loss"].sum().backward()
     assert not terms["loss_2"].any() and all(p.grad is not None for p in model.parameters())
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -443,7 +444,7 @@ def test_growing_goes_on_at_the_inner_models_loss_and_checks_every_weight():
     checkpoint.load_inner(middle, inner.state_dict())
     n = math.prod(d_inner.shapes[0])
     small_x0 = mdm.reduce(x0, d_inner.shapes[0])
-    alone = d_inner.loss(inner, small_x0, t, torch.cat([noise[:, :n], noise[:, -1:]], 1), **words(4))["loss"]
+    alone = d_inner.loss(inner, small_x0, t, noise[:, :n], **words(4))["loss"]
     assert torch.equal(d_middle.loss(middle, x0, t, noise, **words(4))["loss_1"], alone)
     large, _ = small((3, 32, 32), text=12)
     checkpoint.load_inner(large, inner.state_dict())                    # two levels at once
