@@ -30,7 +30,7 @@ from diffusion import UserError
 from support import checkpoint, denoise, latents
 from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, told_plainly
 from support.fid import fid_samples
-from support.parallel import pick_device
+from support.parallel import pick_device, set_precision
 from support.pictures import (decoder, grid_image, make_folder, refuse_old, save_each, save_gif, save_image,
                               side_by_side, to_uint8)
 from support.text import cut, full_name, text_encoder
@@ -111,6 +111,8 @@ def parse(argv):
     g.add_argument("--seed", type=number(int), default=0, help="image i is made from seed + i")
     g.add_argument("--batch-size", type=number(int, 1), default=100, help="images at a time")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="auto: float32, with TF32 on GPUs that have it; bf16: autocast, faster; fp32: no TF32 either")
     g.add_argument("--compile", action="store_true", help="torch.compile the model: worth it for many images")
     g = p.add_argument_group("denoise a picture instead")
     g.add_argument("--denoise", metavar="PICTURE",
@@ -203,12 +205,15 @@ def main(argv=None, encode=None):
     check_flags(args)
     path = checkpoint.newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
     device, weights = pick_device(args.device), "model" if args.weights == "raw" else "ema"
+    set_precision(args.precision, device)
 
     def load(path):
         # with --against, one may be a paper's model and the other your own: --model is for that one
         own = not args.against or checkpoint.read(path)["args"]["model"].endswith(".py")
         model, diffusion, trained = checkpoint.load_run(path, weights, device, args.model if own else None)
         check_model(args, diffusion, trained)
+        if args.precision == "bf16":
+            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         if args.compile:    # no step changes shapes or looks at numbers, so a GPU can replay CUDA graphs
             model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
         return model, diffusion, trained
@@ -251,7 +256,7 @@ def main(argv=None, encode=None):
 
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
-                    "batch_size": args.batch_size, **options, **({"prompts": prompts} if text else {}),
+                    "batch_size": args.batch_size, "precision": args.precision, **options, **({"prompts": prompts} if text else {}),
                     **({"vae": args.vae} if space else {})}
         return fid_samples(args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
                            lambda numbers: draw(numbers, condition(numbers, "random"), progress=False),

@@ -299,6 +299,8 @@ def test_compiled_sampling_is_one_graph_that_no_step_waits_in(tmp_path, monkeypa
         looks.append(counter.count)
     assert looks[0] == looks[1]
     assert np.array_equal(compiled, picture)
+    rough = draw("--steps", "8", "--precision", "bf16").astype(int)
+    assert 0 < np.abs(rough - picture).mean() < 2           # of 255
 
 
 def test_overfit_one_batch(tmp_path):
