@@ -169,7 +169,12 @@ def without_numbers(model, batch):
     The fake mode itself is switched off again, because an ODE solver needs the real numbers of its times."""
     twin = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return twin.to_empty(device="cpu"), {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
+        for module in twin.modules():           # `to_empty` would do the same, but not in PyTorch 2.7
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad))
+            for name, b in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(b, device="cpu"))
+        return twin, {k: torch.empty_like(v, device="cpu") for k, v in batch.items()}
 
 
 # --- what it costs --------------------------------------------------------------------------------
