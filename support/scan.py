@@ -54,7 +54,8 @@ def selective_scan(u, delta, A, B, C, D):
 
     u, delta (b, L, e); A (e, N); B, C (b, L, N); D (e,) -> y (b, L, e). Raises UserError if the shapes do not fit.
     Inputs may be bfloat16. y is float32 (or float64), and so is all work in between: bfloat16 keeps 8
-    significant bits, and the rounding errors of hundreds of decays would add up."""
+    significant bits, and the rounding errors of hundreds of decays would add up. (Only a GPU without the
+    fused kernels may use TF32, which keeps 11: for sums over states and channels, if TF32 is on.)"""
     (b, L, channels), N = u.shape, A.shape[1]
     fits = u.shape, channels, (b, L, N), (b, L, N), (channels,)
     if (delta.shape, len(A), B.shape, C.shape, D.shape) != fits:
@@ -258,28 +259,41 @@ def scan_backward(dy, u, delta, A, B, C, D, starts):
 @functools.lru_cache(maxsize=None)
 def engine(device, dtype):
     """-> the two functions that do the work on this device, forward and backward. On CUDA (not ROCm), in float32
-    and with Triton they are the fused ones, if these compile for this GPU and agree with the chunked ones. If not,
-    a warning says so once, and they are the chunked ones, as everywhere else."""
+    and with Triton they are the fused ones, if these compile for this GPU and give the right numbers. If not, a
+    warning says so once, and they are the chunked ones, as everywhere else."""
     if device.type == "cuda" and dtype == torch.float32 and triton is not None and not torch.version.hip:
         try:
             compare(device)
             return fused, fused_backward
-        except Exception as error:      # compilers meet unknown GPUs with all kinds of exceptions
+        except Exception as error:
             warnings.warn(f"no fused scan on {device} ({error}): using the slower one", stacklevel=2)
     return chunked, chunked_backward
 
 
+@functools.lru_cache(maxsize=None)
 def compare(device):
-    """Raises ValueError if the fused scan gives other numbers than the chunked one."""
+    """-> those of CHOICES with which the fused scan compiles for this GPU and gives the numbers of the chunked one in
+    float64. (In float32 that one may use TF32, with errors of 1e-3.) Raises the last error if there are none."""
     generator = torch.Generator(device).manual_seed(0)
-    u, delta, B, C = (torch.rand(2, 19, k, device=device, generator=generator) for k in (80, 80, 2, 2))
-    A, D, found = -u[0, 1, :, None] - B[0, 0], u[0, 0], []
-    for forward, backward in ((fused, fused_backward), (chunked, chunked_backward)):
-        y, starts = torch.empty_like(u), u.new_zeros(2, -(-19 // chunk(2, u, A)) + 1, 2, 80)
-        forward(u, delta, A, B, C, D, starts, y)
-        found.append([y, *backward(y, u, delta, A, B, C, D, starts, torch.zeros_like(starts[:, 0]))])
-    if not all((got - want).abs().max() <= 1e-3 * want.abs().max() for got, want in zip(*found)):
-        raise ValueError("it gives other numbers")
+    u, delta, B, C = (torch.rand(2, 11, k, device=device, generator=generator) for k in (80, 80, 2, 2))
+    x, right = (u, delta, -u[0, 1, :, None] - B[0, 0], B, C, u[0, 0]), []
+
+    def results(forward, backward, *x, **choice):
+        y, starts = torch.empty_like(x[0]), x[0].new_zeros(2, -(-11 // chunk(2, u, x[2])) + 1, 2, 80)
+        forward(*x, starts, y, **choice)
+        return y, *backward(y, *x, starts, torch.zeros_like(starts[:, 0]), **choice)
+    want = results(chunked, chunked_backward, *(v.double() for v in x))
+    for choice in CHOICES:
+        try:
+            found = results(fused, fused_backward, *x, choice=choice)
+            if not all((got - v).abs().max() <= 1e-4 * v.abs().max() for got, v in zip(found, want)):
+                raise ValueError("it gives other numbers")
+            right.append(choice)
+        except Exception as error:      # compilers meet unknown GPUs with all kinds of exceptions
+            last = error
+    if not right:
+        raise last
+    return right
 
 
 # To autograd, torch.compile and PyTorch's counters the scan is one operator, not thousands of small ones. Each
@@ -351,10 +365,11 @@ def flops_backward(dy, u, delta, A, *_, **__):
 # dB_t and dC_t are sums over channels. Each needs 5 exchanges between threads, no more for 64 channels than for
 # 32. Why T = 8: `starts` is then N / T = 2 times as large as u. Backward holds 7 lists, which take 112 of the 168
 # registers that it may use. With 168 registers a multiprocessor has room for 12 warps, 3 for each of its four
-# schedulers: two compute while one waits for memory. (The compiler asks for about 200, so it spills some, outside
-# the loop over n.) Compiled for compute capability 9.0, one state of one chunk takes 155 instructions forward,
-# and its 16 exps occupy their unit for 128 cycles. Backward it takes about 475 instructions, a third of them for
-# sums over channels. So the number of instructions sets the pace.
+# schedulers: two compute while one waits for memory. (The compiler asks for 244 to 255. With 168 it spills 88 to 200
+# bytes of each thread, outside the loop over n.) Compiled by Triton 3.9 for compute capability 8.0 and 9.0, one state
+# of one chunk takes 155 or 156 instructions forward, and 168 if u, B and C are bf16. Its 16 exps occupy their unit
+# for 128 cycles. Backward it takes 476 to 524, a third of them for sums over channels. So the number of instructions
+# sets the pace. If the number of channels is no multiple of 16, it is up to 193 and 565.
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)           # the hardware has 2^x
 
@@ -368,11 +383,11 @@ if triton is not None:
             xs += (tl.load(p + (row + j) * channels + own, mask=inside, other=0.0).to(tl.float32),)
         return xs
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["L", "chunks"])      # or each length would be compiled again
     def _fused(u, delta, A, B, C, D, starts, y, L, channels, chunks,
                N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
         """`chunked`. Per token, channel and state: one exp, four multiplications and two additions."""
-        b = tl.program_id(0).to(tl.int64)                           # b L e can exceed 2^31
+        b = tl.program_id(0).to(tl.int64)       # b L e can exceed 2^31. So all that b enters has 64 bits
         own = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)                                # (BLOCK,)
         D_own = tl.load(D + own, mask=own < channels, other=0.0)                            # (BLOCK,)
         for number in range(chunks):
@@ -399,7 +414,7 @@ if triton is not None:
                 tl.store(y + (row + j) * channels + own, ys[j], mask=own < tl.where(j < rest, channels, 0))
             tl.debug_barrier()                          # other threads of the warp may read `starts` next
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["L", "chunks"])      # or each length would be compiled again
     def _fused_backward(dy, u, delta, A, B, C, D, starts, carry, du, ddelta, dA, dB, dC, dD, L, channels, chunks,
                         N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
         """`chunked_backward`. Per chunk it computes the states again, left to right, then g, right to left."""
@@ -455,29 +470,60 @@ if triton is not None:
         tl.store(dD + b * channels + own, sumD, mask=own < channels)
 
 
+# More warps would wait for each other at each sum over channels. (And if they shared channels, they would race.)
 BLOCK, OPTIONS = 64, dict(num_warps=1, enable_fp_fusion=True)
+# BLOCK, and the registers of a thread in backward. The first is for many rows. Few rows leave schedulers idle: then
+# no spilling may be faster, or 32, with twice as many programs but 1.6 times as many instructions. T is no choice: it
+# sets the memory that is kept, and compiled graphs know the shape of `starts`.
+CHOICES = (BLOCK, 168), (BLOCK, 255), (32, 128)
+CHOSEN = {}
 
 
-def fused(u, delta, A, B, C, D, starts, y):
+def fastest(direction, u, N, run):
+    """-> one of CHOICES. On a GPU they are timed when a size comes for the first time in a process. It is the first if
+    algorithms shall be deterministic (another one adds up dB and dC in another order), and where nothing can run."""
+    real = type(u) is torch.Tensor and u.is_cuda            # no fake tensor, and not in Triton's interpreter
+    choices, size = compare(u.device) if real else CHOICES[:1], (direction, u.device, u.shape, u.dtype, N)
+    if len(choices) == 1 or torch.are_deterministic_algorithms_enabled():
+        return choices[0]
+    if size not in CHOSEN:
+        with torch.cuda.device_of(u):
+            CHOSEN[size] = min(choices, key=lambda choice: milliseconds(lambda: run(choice)))
+    return CHOSEN[size]
+
+
+def milliseconds(run):                                      # Triton's own `do_bench` would take 256 MB
+    run()                                                   # compiles
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(5):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 5
+
+
+def fused(u, delta, A, B, C, D, starts, y, choice=None):
     """`chunked`. Each call gives the same bits: no two programs add to the same number."""
-    (b, L, channels), N = u.shape, A.shape[1]
-    chunks, grid = starts.shape[1] - 1, (b, -(-channels // BLOCK))
+    (b, L, channels), N, chunks = u.shape, A.shape[1], starts.shape[1] - 1
+    BLOCK, _ = choice or fastest("forward", u, N, lambda choice: fused(u, delta, A, B, C, D, starts, y, choice))
     with torch.cuda.device_of(u):                       # Triton launches on the current GPU
-        _fused[grid](u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, y, L, channels, chunks,
-                     N, chunk(b, u, A), BLOCK, **OPTIONS)
+        _fused[b, -(-channels // BLOCK)](u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, y, L, channels,
+                                         chunks, N, chunk(b, u, A), BLOCK, **OPTIONS)
 
 
-def fused_backward(dy, u, delta, A, B, C, D, starts, carry):
+def fused_backward(dy, u, delta, A, B, C, D, starts, carry, choice=None):
     """`chunked_backward`. dA, dB, dC and dD are sums over rows or channels: each program writes its share, and
     PyTorch adds the shares up."""
-    (b, L, channels), N = u.shape, A.shape[1]
-    chunks, grid = starts.shape[1] - 1, (b, -(-channels // BLOCK))
-    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    (b, L, channels), N, chunks = u.shape, A.shape[1], starts.shape[1] - 1
+    BLOCK, registers = choice or fastest("backward", u, N, lambda choice: fused_backward(
+        dy, u, delta, A, B, C, D, starts, carry.clone(), choice))
+    grid, du, ddelta = (b, -(-channels // BLOCK)), torch.empty_like(u), torch.empty_like(delta)
     dB, dC = starts.new_empty(2, grid[1], b, L, N)
     dA, dD = torch.zeros_like(carry), starts.new_empty(b, channels)
     with torch.cuda.device_of(u):
-        _fused_backward[grid](dy, u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, carry, du, ddelta,
-                              dA, dB, dC, dD, L, channels, chunks, N, chunk(b, u, A), BLOCK, maxnreg=168, **OPTIONS)
+        _fused_backward[grid](dy, u, delta, A.T.contiguous(), B, C, D.contiguous(), starts, carry, du, ddelta, dA, dB,
+                              dC, dD, L, channels, chunks, N, chunk(b, u, A), BLOCK, maxnreg=registers, **OPTIONS)
     return du, ddelta, dA.sum(0).T, dB.sum(0), dC.sum(0), dD.sum(0)
 
 

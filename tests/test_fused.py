@@ -1,6 +1,10 @@
 """The fused scan (Triton) against the definition, in Triton's interpreter (see conftest.py): no GPU needed.
 On a machine with one the same tests run compiled."""
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +24,7 @@ CLOSE = 1e-6 if DEVICE == "cpu" else 2e-5               # a GPU's 2^x has 22 bit
 def small(monkeypatch):
     """The fused kernels also on a CPU; several chunks and blocks of channels in tiny arrays."""
     monkeypatch.setattr(scan, "engine", lambda device, dtype: (scan.fused, scan.fused_backward))
-    monkeypatch.setattr(scan, "BLOCK", 4)
+    monkeypatch.setattr(scan, "CHOICES", ((4, 168),))
     monkeypatch.setattr(scan, "CHUNK", {"cuda": (4, 4)})
 
 
@@ -67,7 +71,7 @@ def test_equals_the_definition(b, L, D, N, segments, cut_into):
 
 def test_the_sizes_of_a_gpu(monkeypatch):
     monkeypatch.undo()
-    assert (scan.CHUNK["cuda"], scan.BLOCK) == ((8, 8), 64)
+    assert (scan.CHUNK["cuda"], scan.CHOICES[0]) == ((8, 8), (64, 168))
     monkeypatch.setattr(scan, "CHUNK", {"cuda": (8, 8)})
     monkeypatch.setattr(scan, "engine", lambda device, dtype: (scan.fused, scan.fused_backward))
     x = inputs(1, 19, 70, 3)
@@ -124,20 +128,70 @@ def test_views():
     assert all(map(torch.equal, grads(views, flipped), grads(dense, flipped)))
 
 
+def tf32(x):
+    """x, a float32, with 10 bits after the point, as a GPU's matrix products may read it."""
+    return (x.view(torch.int32) & -2**13).view(torch.float32) if x.dtype == torch.float32 else x
+
+
 def test_used_on_cuda_if_it_gives_the_same(monkeypatch):
-    """Where it gives other numbers, or will not compile, a warning says so and the chunked one works."""
-    monkeypatch.setattr(scan, "BLOCK", 64)
-    engine, gpu = ENGINE.__wrapped__, SimpleNamespace(type="cuda")
-    monkeypatch.setattr(scan, "compare", lambda device, compare=scan.compare: compare(torch.device(DEVICE)))
+    """Also if TF32 is on, which must not reach what it is compared with. Where it gives other numbers, or will not
+    compile, a warning says so and the chunked one works."""
+    monkeypatch.setattr(scan, "CHOICES", ((128, 168),))
+    engine, compare, gpu = ENGINE.__wrapped__, scan.compare.__wrapped__, SimpleNamespace(type="cuda")
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(tf32(a), tf32(b)))
+    monkeypatch.setattr(scan, "compare", lambda device: compare(torch.device(DEVICE)))
     assert engine(gpu, torch.float32) == (scan.fused, scan.fused_backward)
     asked = []
     monkeypatch.setattr(scan, "engine", lambda device, dtype: asked.append(engine(gpu, dtype)) or asked[-1])
     with torch.autocast(DEVICE, torch.bfloat16):            # which must not reach the comparison
-        grads(inputs(1, 2, 3, 1))
-    assert asked == 2 * [(scan.fused, scan.fused_backward)]
+        dis.selective_scan(*inputs(1, 2, 3, 1))
+    assert asked == [(scan.fused, scan.fused_backward)]
     assert engine(gpu, torch.float64) == engine(torch.device("cpu"), torch.float32) == CHUNKED
-    right = scan.fused
-    for fault in (lambda *x: (right(*x), x[-1].mul_(1.01)), lambda *x: 1 / 0):
-        monkeypatch.setattr(scan, "fused", fault)
-        with pytest.warns(UserWarning, match="using the slower one"):
+    right, right_backward = scan.fused, scan.fused_backward
+    for name, fault in (                                    # y too large by 1%; dB, too; and an exception
+            ("fused", lambda *x, choice: (right(*x, choice=choice), x[-1].mul_(1.01))),
+            ("fused_backward", lambda *x, choice: [v * (1.01 if i == 3 else 1)
+                                                   for i, v in enumerate(right_backward(*x, choice=choice))]),
+            ("fused", lambda *x, choice: 1 / 0)):
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="using the slower one"):
+            patch.setattr(scan, name, fault)
             assert engine(gpu, torch.float32) == CHUNKED
+    monkeypatch.setattr(scan, "CHOICES", ((64, 168), (128, 255)))           # a choice with a fault is dropped alone
+    monkeypatch.setattr(scan, "fused", lambda *x, choice: right(*x, choice=choice) if choice[0] == 128 else 1 / 0)
+    assert compare(torch.device(DEVICE)) == [(128, 255)]
+
+
+def test_the_fastest_is_chosen_once_for_each_size(monkeypatch):
+    """With an invented clock. A kernel runs more than once to be timed, but its results are those of one run."""
+    choices, times, ran = ((4, 168), (2, 255), (1, 128)), iter([3, 1, 2, 3, 2, 1, 1, 2, 3]), []
+    monkeypatch.setattr(scan, "CHOICES", choices)
+    monkeypatch.setattr(scan, "CHOSEN", {})
+    monkeypatch.setattr(scan, "compare", lambda device: list(choices))
+    monkeypatch.setattr(scan, "milliseconds", lambda run: (run(), next(times))[1])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    fastest = scan.fastest
+    monkeypatch.setattr(scan, "fastest", lambda *x: ran.append(fastest(*x)) or ran[-1])
+    x = inputs(1, 3, 2, 1)
+    assert worst(grads(x), exact(x)) < CLOSE
+    dis.selective_scan(*x)                                  # nothing is timed again ...
+    dis.selective_scan(*inputs(2, 3, 2, 1))                 # ... but at another size
+    assert ran == [choices[1], choices[2], choices[1], choices[0]]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    dis.selective_scan(*x)
+    assert ran[4:] == [choices[0]]
+
+
+def test_compiled_for_a_gpu():
+    """Without one: offsets of 64 bits, room for 12 warps, and a barrier in each loop, over which no load is moved."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = sys.executable, Path(__file__).with_name("compiled.py")
+    said = subprocess.run(command, env=env, capture_output=True, text=True)
+    print(said.stdout, said.stderr)                         # registers and bytes spilled: pytest -s
+    found = [json.loads(line) for line in said.stdout.splitlines()]
+    assert len(found) == 4
+    for kernel in found:
+        assert kernel["narrow"] == kernel["reordered"] == [] and kernel["barriers"] > 0
+        registers, spilled = kernel["registers"]
+        most = (128, 0) if kernel["kernel"] == "_fused" else (168, 256)
+        assert (registers <= most[0], spilled <= most[1]) == (True, True)
