@@ -475,8 +475,7 @@ BLOCK, OPTIONS = 64, dict(num_warps=1, enable_fp_fusion=True)
 # BLOCK, and the registers of a thread in backward. The first is for many rows. Few rows leave schedulers idle: then
 # no spilling may be faster, or 32, with twice as many programs but 1.6 times as many instructions. T is no choice: it
 # sets the memory that is kept, and compiled graphs know the shape of `starts`.
-CHOICES = (BLOCK, 168), (BLOCK, 255), (32, 128)
-CHOSEN = {}
+CHOICES, CHOSEN = ((BLOCK, 168), (BLOCK, 255), (32, 128)), {}
 
 
 def fastest(direction, u, N, run):
@@ -513,8 +512,7 @@ def fused(u, delta, A, B, C, D, starts, y, choice=None):
 
 
 def fused_backward(dy, u, delta, A, B, C, D, starts, carry, choice=None):
-    """`chunked_backward`. dA, dB, dC and dD are sums over rows or channels: each program writes its share, and
-    PyTorch adds the shares up."""
+    """`chunked_backward`. Each program writes its share of dA, dB, dC and dD, and PyTorch adds the shares up."""
     (b, L, channels), N, chunks = u.shape, A.shape[1], starts.shape[1] - 1
     BLOCK, registers = choice or fastest("backward", u, N, lambda choice: fused_backward(
         dy, u, delta, A, B, C, D, starts, carry.clone(), choice))
