@@ -44,7 +44,6 @@ from diffusion import UserError
 try:
     import triton
     import triton.language as tl
-    triton = triton if hasattr(tl, "tuple") else None   # the kernels use tuples: Triton 3.3, as in PyTorch 2.7
 except ImportError:                                     # only PyTorch for CUDA brings it
     triton = None
 
@@ -485,10 +484,10 @@ def fastest(direction, u, N, run):
     choices, size = compare(u.device) if real else CHOICES[:1], (direction, u.device, u.shape, u.dtype, N)
     if len(choices) == 1 or torch.are_deterministic_algorithms_enabled():
         return choices[0]
-    if size not in CHOSEN:
+    if size not in CHOSEN and not torch.cuda.is_current_stream_capturing():     # nothing can wait in a CUDA graph
         with torch.cuda.device_of(u):
             CHOSEN[size] = min(choices, key=lambda choice: milliseconds(lambda: run(choice)))
-    return CHOSEN[size]
+    return CHOSEN.get(size, choices[0])
 
 
 def milliseconds(run):                                      # Triton's own `do_bench` would take 256 MB

@@ -170,6 +170,7 @@ def test_the_fastest_is_chosen_once_for_each_size(monkeypatch):
     monkeypatch.setattr(scan, "compare", lambda device: list(choices))
     monkeypatch.setattr(scan, "milliseconds", lambda run: (run(), next(times))[1])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     fastest = scan.fastest
     monkeypatch.setattr(scan, "fastest", lambda *x: ran.append(fastest(*x)) or ran[-1])
     x = inputs(1, 3, 2, 1)
@@ -177,9 +178,11 @@ def test_the_fastest_is_chosen_once_for_each_size(monkeypatch):
     dis.selective_scan(*x)                                  # nothing is timed again ...
     dis.selective_scan(*inputs(2, 3, 2, 1))                 # ... but at another size
     assert ran == [choices[1], choices[2], choices[1], choices[0]]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)        # a CUDA graph cannot wait
+    dis.selective_scan(*inputs(3, 3, 2, 1))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     dis.selective_scan(*x)
-    assert ran[4:] == [choices[0]]
+    assert ran[4:] == [choices[0]] * 2
 
 
 def test_compiled_for_a_gpu():
