@@ -104,8 +104,8 @@ class DynamicBlock(nn.Module):
         return torch.cat([v, a], dim=1)         # z' = v, v' = a. With z' = v the ODE is of second order
 
     def odeint(self, start, end, state, *condition, steps=1, solver=torchdiffeq.odeint):
-        """The definition. torchdiffeq compares times that lie on the GPU, so there each step waits for the GPU. Raises
-        UserError if an adaptive solver gives up."""
+        """The definition. On a GPU the times lie there, too, and torchdiffeq looks at them: it waits 9 times or more.
+        Raises UserError if an adaptive solver gives up."""
         def slope(s, state):
             self.nfe += 1
             return self.derivative(s, state, *condition)
@@ -135,10 +135,10 @@ class DynamicBlock(nn.Module):
         return state + dt / 8 * (k1 + 3 * (k2 + k3) + k4)
 
     def solve(self, state, *condition):
-        """state(0) -> state(1) by `odeint`. For rk4, `rk4_step` takes over in a compiled graph and to recompute."""
+        """state(0) -> state(1) by `odeint`. For rk4, `rk4_step` takes over on GPUs, when compiled, and to recompute."""
         gradients = self.gradients if torch.is_grad_enabled() else "direct"
         recomputes, compiling = gradients == "checkpoint", torch.compiler.is_compiling()
-        own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling)
+        own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling or not state.is_cpu)
         # `odeint` counts as it goes. Our own steps are counted here, since a compiled recomputation could not count
         self.nfe = 4 * self.steps * (2 if recomputes else 1) if own else 0
         # compiling torchdiffeq would make dozens of small graphs: it is better to leave the graph once per block

@@ -87,7 +87,7 @@ class PublishedBlock(nn.Module):
     def solve(self, state):
         gradients = self.gradients if torch.is_grad_enabled() else "direct"
         recomputes, compiling = gradients == "checkpoint", torch.compiler.is_compiling()
-        own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling)
+        own = self.solver == "rk4" and gradients != "adjoint" and (recomputes or compiling or not state.is_cpu)
         odeint = torch.compiler.disable(self.odeint) if compiling and not own else self.odeint
         self.nfe = 4 * self.steps * (1 + recomputes) if own else 0
         if not own and not recomputes:
