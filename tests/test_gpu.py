@@ -91,6 +91,8 @@ def test_training_waits_for_nothing(seen, name):
     copies = {"train.make_batch": batch(flags) * (2 if "--grad-accum" in flags else 1)}
     if "drop_path=0.1" in flags:
         copies["train.main"] = 1                # seeds
+    if "mixed=[1,0.5]" in flags:
+        copies["mdm.mixed_errors"] = 2          # the order of the rows, and which resolutions they have
     assert first["waits"].keys() == {"diffusion.at"}
     assert [first["copies"], *others] == [copies, *[{"copies": copies, "waits": {}} for _ in others]]
 
