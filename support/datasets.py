@@ -35,10 +35,12 @@ import os
 import posixpath
 import re
 import socket
+import sys
 import tarfile
 import tempfile
 import unicodedata
 import zlib
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -441,24 +443,52 @@ def walk(folder, below="", above=()):
 
 def plain(path):
     """One spelling for all of a path: "./cats\\é.png " is cats/é.png, whichever of Unicode's two forms é has."""
-    return posixpath.normpath(unicodedata.normalize("NFC", path.strip().replace("\\", "/")))
+    spelt = posixpath.normpath(unicodedata.normalize("NFC", path.strip().replace("\\", "/")))
+    return path if spelt == path else spelt                 # most need no second copy
+
+
+class Names:
+    """Many paths in one block of memory: a list of 1.28 million takes 120 MB, and as much again in every worker, since
+    to look at a str is to write to its page, which the worker then copies."""
+
+    def __init__(self, names):
+        self.bytes, ends = bytearray(), array("q", [0])
+        for name in names:
+            self.bytes += os.fsencode(name)
+            ends.append(len(self.bytes))
+        self.ends = np.array(ends)                                                  # (N + 1,)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):                          # ends a `for`, too
+            raise IndexError(i)
+        return os.fsdecode(bytes(self.bytes[self.ends[i]:self.ends[i + 1]]))
 
 
 def list_images(folder):
-    """{path: bytes} of all images below a folder; the paths are relative to it, and sorted. Raises UserError if there
-    are none."""
-    found = walk(folder) if folder.is_dir() else ()
-    files = dict(sorted(found, key=lambda f: (plain(f[0]), f[0])))
-    if not files:
+    """All images below a folder -> their paths, relative to it and sorted, as Names, and their bytes (N,). Raises
+    UserError if there are none."""
+    paths, sizes = [], array("q")
+    for path, size in walk(folder) if folder.is_dir() else ():
+        paths.append(path)
+        sizes.append(size)
+    if not paths:
         raise UserError(f"no images in {folder}: pass a folder with {' '.join(ENDINGS)} files")
-    return files
+    order = sorted(range(len(paths)), key=paths.__getitem__)
+    order.sort(key=lambda i: plain(paths[i]))               # two may be spelt alike: they stay as the first sort put them
+    return Names(paths[i] for i in order), np.array(sizes)[order]
 
 
 def image_folder(name, folder, size, text_encoder=None):
     """All images below a folder. Its immediate subfolders, if it has any, are the classes."""
-    sizes = list_images(folder)
-    files, spelt = list(sizes), [plain(f) for f in sizes]
-    top = [f.split("/")[0] if "/" in f else None for f in spelt]
+    files, sizes = list_images(folder)
+    top, sha = [], hashlib.sha256()                         # of json.dumps([spelt, sizes]), which would take 100 MB
+    for spelt in map(plain, files):
+        sha.update((("[[" if not top else ", ") + json.dumps(spelt)).encode())
+        top.append(sys.intern(spelt.split("/")[0]) if "/" in spelt else None)       # one str a class, not one an image
+    sha.update(f"], {sizes.tolist()}]".encode())
     class_names = sorted(set(top) - {None})
     if class_names and None in top:
         raise UserError(f"{folder} has images in subfolders, which are classes, and others such as "
@@ -471,7 +501,7 @@ def image_folder(name, folder, size, text_encoder=None):
     return Dataset(name, shape, preload(read, len(files), shape), len(files),
                    [place[c] for c in top] if class_names else None, class_names, captions,
                    text.stored_text(folder, flat(captions), text_encoder) if captions and text_encoder else None,
-                   files=digest(json.dumps([spelt, list(sizes.values())]).encode()))
+                   files=sha.hexdigest())
 
 
 def read_captions(folder, files):

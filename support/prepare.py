@@ -25,7 +25,7 @@ from support.text import TOKENS, cut, full_name, text_encoder, text_files
 
 def store_text(folder, name, device):
     """Run T5 `name` once on each caption of a folder -> the path of the file. Raises UserError."""
-    captions = read_captions(folder, list_images(folder))
+    captions = read_captions(folder, list_images(folder)[0])
     if captions is None:
         raise UserError(f"{folder} has no captions: write a metadata.csv with the columns file_name,text, or a "
                         f"metadata.jsonl")
