@@ -12,7 +12,8 @@ A model of your own is a file with CONFIGS and build, such as examples/mypaper.p
 that `build` returns may have some of these attributes, but needs none:
 
     unit             a class, usually that of the blocks. --grad-checkpointing computes each module of this class again
-                     in backward; --shard gathers one of them at a time
+                     in backward; --shard gathers one of them at a time (and, as --dry-run, calls `build` for shapes
+                     only: it must not look at the numbers of a tensor)
     nfe              a number, written in one more column of log.csv. In cunet.py: how often its network was evaluated
     frozen()         a context for sampling: in it no weight changes, so diffussm.py computes its kernels only once
     seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
@@ -220,9 +221,10 @@ def main(argv=None, drawing=()):
     paper = checkpoint.load_paper(args.model)
     dataset, encode = inputs.for_training(args, paper, device)
 
-    # Model. All processes build it from the same seed, so they begin alike. A plan needs shapes only: device "meta".
+    # Model. All processes build it from the same seed, so they begin alike. On the device "meta" a model has shapes, but
+    # no numbers. A plan needs none, and with shards the first process sends them: `spread`.
     torch.manual_seed(args.seed)
-    with torch.device("meta" if planned else "cpu"):
+    with torch.device("meta" if planned or args.shard and team.rank > 0 else "cpu"):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                        **({"text": args.text} if encode else {}), **args.set)
     args.options = {**paper.CONFIGS[args.preset], **args.set}               # a run keeps them if its preset changes

@@ -140,15 +140,15 @@ class Team:
 
     def spread(self, model, average, compiled, shard):
         """Put a model and the average of its weights on the device -> the module to train with: the model, compiled if
-        asked for, and inside DDP if there are several processes. shard: cut both into shards, in place. Raises
-        UserError."""
+        asked for, and inside DDP if there are several processes. shard: cut both into shards, in place; only the first
+        process's need numbers. Raises UserError."""
         if shard:
             if self.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
                 raise UserError(f"PyTorch {torch.__version__} has shards on GPUs only: drop --shard, or update torch")
             from torch.distributed.device_mesh import init_device_mesh
             mesh = init_device_mesh(self.device.type, (self.world,))
         for network in (model, average):
-            cut(network, mesh) if shard else network.to(self.device)
+            cut(network, mesh, self.device) if shard else network.to(self.device)
         net = torch.compile(model) if compiled else model
         if self.world == 1 or shard:
             return net
@@ -166,20 +166,28 @@ class Team:
             dist.destroy_process_group()
 
 
-def cut(network, mesh):
-    """Cut a network on the CPU into shards, in place. Each module of type `network.unit` moves to the GPU, is cut and
-    later gathered by itself: no GPU ever holds the whole network."""
+def cut(network, mesh, device):
+    """Cut a network into shards, in place. The first process has it on the CPU, and in the others it is on the device
+    "meta", without numbers. Each module of type `network.unit` is sent to the devices of all processes, is cut and later
+    gathered by itself: no device ever holds the whole network."""
     from torch.distributed.fsdp import fully_shard      # imported here, because it takes half a second
     # PyTorch warns of views that are changed in place: no model does that to what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-    for p in network.parameters():
-        p.data = p.data.contiguous()                    # a shard is some rows, so no channels_last
-    for module in list(network.modules()):
-        if isinstance(module, getattr(network, "unit", ())):
-            fully_shard(module, mesh=mesh)
     # What is in no unit stays gathered from forward to backward; the average has no backward.
     trains = any(p.requires_grad for p in network.parameters())
-    fully_shard(network, mesh=mesh, reshard_after_forward=not trains)
+    units = [m for m in network.modules() if isinstance(m, getattr(network, "unit", ()))]
+    for module in dict.fromkeys([*units, network]):
+        others = [x for m in module.modules() for x in vars(m).values() if isinstance(x, torch.Tensor)]
+        for x in (*module.parameters(), *module.buffers(), *others):
+            if hasattr(x, "device_mesh"):               # it is in a unit, and cut
+                continue
+            numbers = (x.detach().to(device).contiguous() if dist.get_rank() == 0 else     # a shard is some rows, so
+                       torch.empty(x.shape, dtype=x.dtype, device=device))                 # there is no channels_last
+            dist.broadcast(numbers, 0)
+            # x gets other contents, but stays the same object: a weight may have two places in a network
+            torch.utils.swap_tensors(x, torch.nn.Parameter(numbers, x.requires_grad) if
+                                     isinstance(x, torch.nn.Parameter) else numbers)
+        fully_shard(module, mesh=mesh, reshard_after_forward=not (trains and module is network))
 
 
 def recompute(model):

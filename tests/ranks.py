@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "sample", "torch._dynamo", "torch.distributed.tensor", "torchdiffeq"])
+CONTEXT.set_forkserver_preload(["train", "sample", "torch._dynamo", "torch.distributed.fsdp", "torchdiffeq"])
 
 
 def serve():

@@ -206,6 +206,47 @@ def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(
             torch.testing.assert_close(relay["opt"]["state"][i][k], v, atol=1e-5, rtol=1e-3)
 
 
+TIED = """
+import torch, torch.distributed as dist
+from support import parallel
+
+class Tied(torch.nn.Module):
+    unit = torch.nn.Linear
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Conv2d(3, 3, 3), torch.nn.Conv2d(3, 3, 3), torch.nn.Linear(3, 5)
+        self.b.weight, self.times = self.a.weight, torch.ones(2)
+        self.register_buffer("counts", torch.arange(3))
+        self.c.register_buffer("mask", torch.tensor([True, False]), persistent=False)
+
+def tensors(net):
+    return [(k, parallel.full(v).detach().clone()) for k, v in
+            [*net.named_parameters(), *net.named_buffers(), ("times", net.times)]]
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh, sent, cpu = dist.init_device_mesh("cpu", (1,)), [], torch.device("cpu")
+dist.broadcast = lambda x, source: sent.append(x.clone())
+first = Tied().to(memory_format=torch.channels_last)
+whole = tensors(first)
+parallel.cut(first, mesh, cpu)
+with torch.device("meta"):
+    other = Tied().to(memory_format=torch.channels_last).requires_grad_(False)
+dist.get_rank = lambda: 1
+dist.broadcast = lambda x, source: x.copy_(sent.pop(0))
+parallel.cut(other, mesh, cpu)
+assert not sent and other.a.weight is other.b.weight and first.a.weight.requires_grad > other.a.weight.requires_grad
+for found in (tensors(first), tensors(other)):
+    for (name, x), (key, y) in zip(whole, found, strict=True):
+        assert name == key and torch.equal(x, y), name
+"""
+
+
+def test_shards_need_the_numbers_of_the_first_process_only(tmp_path):
+    """With what the papers' models lack: a weight in two places, a buffer, one that no checkpoint has, a mere tensor."""
+    ranks.launch(tmp_path / "said", 1, "-c", TIED)
+
+
 def test_same_seed_same_image_at_any_batch_size(tmp_path):
     run(tmp_path, "--max-steps", 30, "--lr", "1e-2")
     model, diffusion, args = checkpoint.load_run(tmp_path / "run" / "latest.pt")
