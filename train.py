@@ -193,6 +193,7 @@ def smoke(argv, args):
 # --- training, from top to bottom ---------------------------------------------------------------------------
 
 @told_plainly()
+@checkpoint.finished()
 def main(argv=None, drawing=()):
     """drawing: more flags for the pictures at the end."""
     argv = sys.argv[1:] if argv is None else argv
@@ -296,17 +297,17 @@ def main(argv=None, drawing=()):
 
         # Each process gets its own signal to stop, but all stop at the same step: none may wait for one that has left.
         batch = stop.next(batches)                                          # None after the last one or a signal
-        at_end = team.any(batch is None)
+        at_end = team.any(batch is None or checkpoint.failed())
 
         # Once in a while, all processes: look at the numbers. This waits for the GPU.
         if step % args.log_every == 0 or step % args.ckpt_every == 0 or at_end:
             log.write(step, rate)
 
-        # Once in a while, all processes: save. Each may hold a part of the weights; the first one writes.
+        # Once in a while, all processes: save. Each may hold a part of the weights; the first one writes, and no step
+        # waits for that.
         if step % args.ckpt_every == 0 or at_end:
             log.bar.clear()
-            team.first(checkpoint.save, folder, args, step, parallel.whole(
-                {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}))
+            checkpoint.save_aside(team, folder, args, step, wait=at_end, model=model, ema=ema, opt=optimizer)
 
         # Once in a while: draw a small grid with the averaged weights, always from the same noise. The first process
         # draws, and the others wait at their next step. With shards all run the model, since each holds a part of it.

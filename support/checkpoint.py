@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 import zipfile
 import zlib
@@ -29,6 +30,7 @@ import torch
 
 from diffusion import UserError
 from support.cli import Parser, run, told_plainly
+from support.parallel import whole
 
 try:
     import fcntl
@@ -241,6 +243,9 @@ def resume(args, folder, team):
     files do not agree."""
     if args.init_inner and args.resume not in ("auto", "none"):
         raise UserError("--resume PATH and --init-inner both begin from weights: drop one")
+    if team.any(team.first(lambda: args.identity) != args.identity):
+        raise UserError(f"{args.latents or args.data} is not the same on all machines (names, sizes or classes of the "
+                        f"files): copy one folder to all of them, or pass one that they share")
 
     def look():
         path = origin(args, folder, team.say)
@@ -307,8 +312,8 @@ def received(path, folder, team):
     def mark():
         with contextlib.suppress(OSError, zipfile.BadZipFile):
             return sums(path)
-    whole = team.first(mark)
-    here = team.rank == 0 or whole is not None and mark() == whole
+    marked = team.first(mark)
+    here = team.rank == 0 or marked is not None and mark() == marked
     if not team.any(not here):
         return read(path, checked=True)
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -418,9 +423,9 @@ def save(folder, args, step, state):
     the fix."""
     path = folder / "checkpoints" / f"{step:07d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)              # somebody may have deleted the folder
-    whole = {"version": VERSION, **state, "step": step, "images": step * args.global_batch_size, "args": vars(args)}
+    content = {"version": VERSION, **state, "step": step, "images": step * args.global_batch_size, "args": vars(args)}
     try:
-        replace(path, lambda f: torch.save(whole, f))
+        replace(path, lambda f: torch.save(content, f))
         check(path)
         latest, part = folder / "latest.pt", folder / "latest.pt.tmp"
         part.unlink(missing_ok=True)
@@ -435,6 +440,71 @@ def save(folder, args, step, state):
                       f"continues from the last checkpoint") from None
     for old in numbered(folder)[:-args.keep_ckpts]:
         old.unlink()
+
+
+# Training goes on while the first process writes: for a large model that takes minutes.
+
+WRITING = []                                    # the thread that does so, if any
+
+
+class Writing(threading.Thread):
+    """`save`, with these arguments. A process that ends at once does not wait for it."""
+
+    def __init__(self, *args):
+        super().__init__(daemon=True)
+        self.args, self.error = args, None
+
+    def run(self):
+        try:
+            save(*self.args)
+        except Exception as e:
+            self.error = e
+        self.args = None                        # free the copy of the state
+
+
+def save_aside(team, folder, args, step, wait=False, **parts):
+    """Copy the states of model, ema and opt; the first process begins to save them. All processes must call this. wait:
+    until they are saved. What `save` raises, all get from here as a UserError, perhaps only at the next call."""
+    team.first(finish)                          # there is memory for one copy, 16 bytes a parameter
+    state = whole({k: v.state_dict() for k, v in parts.items()})
+
+    def begin():
+        WRITING.append(Writing(folder, args, step, state))
+        WRITING[0].start()
+        if wait:
+            finish()
+    team.first(begin)
+
+
+def failed():
+    """Is a checkpoint lost? Then there is no reason to train on."""
+    return any(thread.error for thread in WRITING)
+
+
+def finish():
+    """Wait until what `save_aside` began is saved. Raises what `save` raised."""
+    while WRITING:
+        WRITING[0].join(3)
+        if WRITING[0].is_alive():
+            print("saving      a checkpoint is still being written: wait for it", flush=True)
+            WRITING[0].join()
+        if error := WRITING.pop().error:
+            raise error
+
+
+@contextlib.contextmanager
+def finished():
+    """`@finished()` above a main: whatever ends it, except a second Ctrl-C, a checkpoint that is being written is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        try:
+            finish()
+        except OSError as e:
+            print(e, file=sys.stderr)
+        raise
 
 
 def describe(folder, args, argv, processes):

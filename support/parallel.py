@@ -217,7 +217,7 @@ def full(x):
 
 
 def whole(state):
-    """Nested dicts and lists of tensors -> the same on the CPU, with shards put together. All processes must call this.
+    """Nested dicts and lists of tensors -> copies on the CPU, with shards put together. All processes must call this.
     The first process gets the tensors, the others get None in their place."""
     if isinstance(state, dict):
         return {k: whole(v) for k, v in state.items()}
@@ -226,7 +226,7 @@ def whole(state):
     if not isinstance(state, torch.Tensor):
         return state
     tensor = full(state)
-    return tensor.cpu() if processes()[0] == 0 else None
+    return tensor.to("cpu", copy=tensor is state) if processes()[0] == 0 else None
 
 
 def load_optimizer(optimizer, state):

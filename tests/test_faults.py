@@ -138,19 +138,54 @@ def test_a_checkpoint_that_the_disk_kept_badly_replaces_nothing(tmp_path, monkey
 
 
 def test_a_deleted_folder_is_made_again_and_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
-    save, log = checkpoint.save, tmp_path / "run" / "log.csv"
+    save, log = checkpoint.save_aside, tmp_path / "run" / "log.csv"
 
-    def meddle(folder, args, step, state):
-        save(folder, args, step, state)
+    def meddle(team, folder, args, step, wait, **parts):
+        save(team, folder, args, step, wait=True, **parts)
         if step == 1:
             shutil.rmtree(tmp_path)
         if step == 2:
             assert losses(tmp_path).keys() == {2}
             log.unlink()
             log.mkdir()
-    monkeypatch.setattr(checkpoint, "save", meddle)
+    monkeypatch.setattr(checkpoint, "save_aside", meddle)
     assert run(tmp_path, "--max-steps", 4, "--ckpt-every", 1)["step"] == 4
     assert capsys.readouterr().out.count("no line in log.csv") == 1
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch):
+    """What is written are the weights of its step. The next one waits for it, and so does whoever leaves with an error;
+    a second Ctrl-C does not. If it is lost, the next one tells all processes."""
+    net, disk, written = torch.nn.Linear(2, 1), threading.Event(), {}
+
+    def save(folder, args, step, state):
+        assert disk.wait(9)
+        if step == 3:
+            raise OSError("step 3 could not be saved")
+        written[step] = state["model"]["weight"].sum().item()
+
+    def begin(step, wait=False):
+        torch.nn.init.constant_(net.weight, step)
+        checkpoint.save_aside(parallel.Team(torch.device("cpu")), None, None, step, wait=wait, model=net)
+    monkeypatch.setattr(checkpoint, "save", save)
+    begin(1)
+    net.weight.data.zero_()
+    with pytest.raises(KeyboardInterrupt), checkpoint.finished():
+        raise KeyboardInterrupt
+    assert not written and not checkpoint.failed()
+    threading.Timer(0.05, disk.set).start()
+    with pytest.raises(KeyError), checkpoint.finished():
+        raise KeyError
+    assert written == {1: 2}
+    begin(2, wait=True)
+    assert written == {1: 2, 2: 4}
+    begin(3)
+    checkpoint.WRITING[0].join()
+    assert checkpoint.failed()
+    with pytest.raises(ValueError, match="step 3 could not"):
+        begin(4)
+    begin(5, wait=True)
+    assert written == {1: 2, 2: 4, 5: 10} and not checkpoint.failed()
 
 
 def mounts():
