@@ -30,7 +30,7 @@ from diffusion import UserError
 from support import checkpoint, denoise, latents
 from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, told_plainly
 from support.fid import fid_samples
-from support.parallel import pick_device, set_precision
+from support.parallel import Team, pick_device, set_precision
 from support.pictures import (decoder, grid_image, make_folder, refuse_old, save_each, save_gif, save_image,
                               side_by_side, to_uint8)
 from support.text import cut, full_name, text_encoder
@@ -203,6 +203,7 @@ def main(argv=None, encode=None):
     """encode: what turns prompts into tensors, if the caller has it already."""
     args = parse(argv)
     check_flags(args)
+    team = Team(torch.device("cpu")) if args.num_fid_samples else None     # first: then one that fails ends the others
     path = checkpoint.newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
     device, weights = pick_device(args.device), "model" if args.weights == "raw" else "ema"
     set_precision(args.precision, device)
@@ -256,9 +257,9 @@ def main(argv=None, encode=None):
 
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
-                    "batch_size": args.batch_size, "precision": args.precision, **options, **({"prompts": prompts} if text else {}),
-                    **({"vae": args.vae} if space else {})}
-        return fid_samples(args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
+                    "batch_size": args.batch_size, "precision": args.precision, **options,
+                    **({"prompts": prompts} if text else {}), **({"vae": args.vae} if space else {})}
+        return fid_samples(team, args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
                            lambda numbers: draw(numbers, condition(numbers, "random"), progress=False),
                            space["data"] if space else trained["data"])
 

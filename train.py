@@ -222,8 +222,8 @@ def main(argv=None, drawing=()):
     paper = checkpoint.load_paper(args.model)
     dataset, encode = inputs.for_training(args, paper, device)
 
-    # Model. All processes build it from the same seed, so they begin alike. On the device "meta" a model has shapes, but
-    # no numbers. A plan needs none, and with shards the first process sends them: `spread`.
+    # Model. All processes build it from the same seed, so they begin alike. On the device "meta" it has shapes, but no
+    # numbers: a plan needs none, and with shards the first process sends them (`spread`).
     torch.manual_seed(args.seed)
     with torch.device("meta" if planned or args.shard and team.rank > 0 else "cpu"):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,

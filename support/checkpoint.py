@@ -253,6 +253,9 @@ def resume(args, folder, team):
         return path
     path = team.first(look)
     if path is None:
+        if args.resume == "auto" and team.any((folder / "latest.pt").exists()):
+            raise UserError(f"another machine than the first has {folder}/latest.pt: pass --node-rank=0 there, or "
+                            f"--name NEW")
         return None, None
     checkpoint = received(path, folder, team)
     if folder in path.parents:                  # the run goes on: it keeps the record of how it began

@@ -477,7 +477,7 @@ def list_images(folder):
     if not paths:
         raise UserError(f"no images in {folder}: pass a folder with {' '.join(ENDINGS)} files")
     order = sorted(range(len(paths)), key=paths.__getitem__)
-    order.sort(key=lambda i: plain(paths[i]))               # two may be spelt alike: they stay as the first sort put them
+    order.sort(key=lambda i: plain(paths[i]))               # the order of the first sort stays, if two are spelt alike
     return Names(paths[i] for i in order), np.array(sizes)[order]
 
 

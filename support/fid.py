@@ -5,6 +5,7 @@ so nothing here computes it. `fid_commands` prints what to type.
 """
 import json
 import os
+import secrets
 import shlex
 import zipfile
 from pathlib import Path
@@ -16,11 +17,10 @@ from tqdm import tqdm
 
 from diffusion import UserError
 from support import checkpoint
-from support.parallel import Team
 from support.pictures import save_image, to_pil, to_uint8
 
 
-def fid_samples(folder, N, batch_size, settings, draw, data_name):
+def fid_samples(team, folder, N, batch_size, settings, draw, data_name):
     """Draw N images into `folder` and into <folder>.npz. All processes of torchrun share the work.
 
     settings   a dict of everything that decides how an image looks. It is kept in settings.json
@@ -28,15 +28,18 @@ def fid_samples(folder, N, batch_size, settings, draw, data_name):
     data_name  what the model was trained on, for the commands to type
 
     The same call goes on where an earlier one stopped. A process always draws a whole batch, even if some of its
-    images exist: rounding may differ with the batch size. Raises UserError if the folder holds other images.
+    images exist: rounding may differ with the batch size. Raises UserError if the folder holds other images, or if not
+    all processes see the same folder and checkpoint.
     """
-    team, folder = Team(torch.device("cpu")), Path(folder)
+    folder, text = Path(folder), json.dumps(settings, indent=1)
+    if team.any(team.first(lambda: text) != text):
+        raise UserError(f"{settings['ckpt']} is another checkpoint on another machine: copy one to all of them")
     names = [folder / f"{i:06d}.png" for i in range(N)]
 
     def begin():
         """-> the first number of every batch that is not complete."""
         os.makedirs(folder, exist_ok=True)
-        about, text = folder / "settings.json", json.dumps(settings, indent=1)
+        about = folder / "settings.json"
         if any(folder.glob("*.png")) and not (about.exists() and about.read_text() == text):
             raise UserError(f"{folder} holds images that were made with other settings: choose another "
                             f"--save-images")
@@ -46,9 +49,16 @@ def fid_samples(folder, N, batch_size, settings, draw, data_name):
         checkpoint.replace(about, lambda f: f.write(text.encode()))
         for part in folder.glob(".*.png"):                  # left by a process that was killed
             part.unlink()
+        mark.touch()
         return [i for i in range(0, N, batch_size) if not all(name.exists() for name in names[i:i + batch_size])]
 
+    mark = folder / team.first(lambda: f".{secrets.token_hex(8)}.png")     # a name that no other machine can have
     todo = team.first(begin)[team.rank::team.world]
+    apart = team.any(not mark.exists())
+    if team.rank == 0:
+        mark.unlink()
+    if apart:
+        raise UserError(f"{folder} is another folder on another machine: pass --save-images FOLDER, which they share")
     for start in tqdm(todo, desc="sampling", unit="batch", disable=team.rank > 0):
         numbers = torch.arange(start, min(start + batch_size, N))
         for i, image in zip(numbers.tolist(), to_uint8(draw(numbers))):

@@ -168,8 +168,8 @@ class Team:
 
 def cut(network, mesh, device):
     """Cut a network into shards, in place. The first process has it on the CPU, and in the others it is on the device
-    "meta", without numbers. Each module of type `network.unit` is sent to the devices of all processes, is cut and later
-    gathered by itself: no device ever holds the whole network."""
+    "meta", without numbers. Each module of type `network.unit` is sent to the devices of all processes, is cut and
+    later gathered by itself: no device ever holds the whole network."""
     from torch.distributed.fsdp import fully_shard      # imported here, because it takes half a second
     # PyTorch warns of views that are changed in place: no model does that to what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")

@@ -1,5 +1,6 @@
 """What can go wrong in training is made to go wrong: bits, disks, processes, clocks. Nothing is lost, nothing runs that
 should not, and one sentence says what to do. benchmarks/kill.py sends SIGKILL at random moments."""
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 import ranks
 import train
 from support import checkpoint, cli, inputs, parallel
+from support.fid import fid_samples
 from test_train import SMALL, losses, run, same
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,8 +417,9 @@ def test_a_new_run_from_a_checkpoint_takes_the_command_lines_decays(good, tmp_pa
 # --- agreement ---
 
 def test_one_process_stops_all(tmp_path, monkeypatch, capsys):
-    """Another one got a signal after the second step."""
-    votes = iter([False, True])
+    """Another one got a signal after the second step. Before the first, they agree that they have the same data and no
+    checkpoint."""
+    votes = iter([False, False, False, True])
     monkeypatch.setattr(parallel.Team, "any", lambda team, yes: next(votes))
     assert run(tmp_path, "--max-steps", 9)["step"] == 2
     assert "stopped     at step 2, saved. The same command continues" in capsys.readouterr().out
@@ -430,6 +433,22 @@ def test_one_process_agrees_with_itself():
             raise error
         with pytest.raises(ValueError, match="a fix|No space"):
             team.first(fails)
+
+
+def test_machines_that_have_not_the_same_are_told(tmp_path):
+    """Each case: what the first machine says, in turn, to this one, which is not the first."""
+    (tmp_path / "latest.pt").touch()
+    args = SimpleNamespace(init_inner=None, resume="auto", identity="ours", latents=None, data="pets")
+    settings = {"ckpt": "latest.pt"}
+    ours = json.dumps(settings, indent=1)
+    for says, call, needed in (
+            (["theirs"], lambda team: checkpoint.resume(args, tmp_path, team), "pets is not the same on all machines"),
+            (["ours", None], lambda team: checkpoint.resume(args, tmp_path, team), "pass --node-rank=0 there"),
+            ([ours[1:]], lambda team: fid_samples(team, tmp_path, 1, 1, settings, None, ""), "another checkpoint"),
+            ([ours, ".x", []], lambda team: fid_samples(team, tmp_path, 1, 1, settings, None, ""), "another folder")):
+        team = SimpleNamespace(rank=1, world=2, any=bool, first=lambda f, said=iter(says): next(said))
+        with pytest.raises(ValueError, match=needed):
+            call(team)
 
 
 def test_numbers_and_options_of_the_command_line():

@@ -243,7 +243,7 @@ for found in (tensors(first), tensors(other)):
 
 
 def test_shards_need_the_numbers_of_the_first_process_only(tmp_path):
-    """With what the papers' models lack: a weight in two places, a buffer, one that no checkpoint has, a mere tensor."""
+    """With what no paper's model has: a weight in two places, a buffer, one that no checkpoint has, a mere tensor."""
     ranks.launch(tmp_path / "said", 1, "-c", TIED)
 
 
