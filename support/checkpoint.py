@@ -193,8 +193,8 @@ def load_run(path, weights="ema", device="cpu", model=None):
 
 
 def before(saved):
-    """What the arguments of a run tell of its options: all of them, or, of an older run, those that its preset would not
-    give today."""
+    """What the arguments of a run tell of its options: all of them, or, of an older run, those that its preset would
+    not give today."""
     return saved.get("options") or {**BEFORE.get((saved["model"], saved["preset"]), {}), **saved["set"]}
 
 
