@@ -141,10 +141,8 @@ class Team:
     def spread(self, model, average, compiled, shard):
         """Put a model and the average of its weights on the device -> the module to train with: the model, compiled if
         asked for, and inside DDP if there are several processes. shard: cut both into shards, in place; only the first
-        process's need numbers. Raises UserError."""
+        process's need numbers."""
         if shard:
-            if self.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-                raise UserError(f"PyTorch {torch.__version__} has shards on GPUs only: drop --shard, or update torch")
             from torch.distributed.device_mesh import init_device_mesh
             mesh = init_device_mesh(self.device.type, (self.world,))
         for network in (model, average):

@@ -174,7 +174,6 @@ def test_weight_decay_spares_all_but_matrices():
 
 # --- processes, accumulation, batches ---
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has shards on GPUs only")
 def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(tmp_path, monkeypatch):
     """A run goes from one process, with accumulation, to 4 with shards, on two machines that share no folder, and back
     to one. Its losses and all that it saves are those of one process. The model draws, too: which images skip a block.
