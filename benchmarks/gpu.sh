@@ -1,19 +1,7 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one call of under 9 minutes: the fused scan against its definition, times beside
-# the bound and beside others, S4D, throughput with and without kernel and compile, memory. Into gpu.log, too.
-set -u
-cd "$(dirname "$0")/.."
-part() {                                        # seconds at most, command; a part that fails stops no other
-    echo; echo "+ ${*:2}"; timeout "$1" "${@:2}" || echo "(ended with $?)"
-}
-{
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    part 60 python -m pytest -q tests/test_fused.py
-    part 100 python benchmarks/scan.py --sizes 32x256x768 16x1024x1536 1x16384x768
-    part 40 python benchmarks/s4d.py --sizes 2304x1024
-    part 60 python benchmarks/step.py --models dis diffussm
-    part 80 python benchmarks/step.py --throughput dis:DiS-S/2
-    part 80 python benchmarks/step.py --throughput diffussm:DiffuSSM-S
-    part 60 python benchmarks/memory.py
-    part 55 python benchmarks/step.py --throughput dis:DiS-B/2
-} 2>&1 | tee gpu.log
+# All that needs a GPU, in one call of under 8 minutes: is everything right there, and how fast is it? gpu.py has the
+# parts and their time limits. Into DIR go gpu.json, a table gpu.md, a picture, and gpu.log with all that was said.
+#   bash benchmarks/gpu.sh [--out DIR] [--data-dir DIR-WITH-CIFAR-10]       DIR is ./gpu if you name none
+#   bash benchmarks/gpu.sh right scan                                       some parts again, into the same table
+#   bash benchmarks/gpu.sh --rehearse                                       the same code on a CPU (Linux), tiny sizes
+exec python "$(dirname "${BASH_SOURCE[0]}")/gpu.py" "$@"

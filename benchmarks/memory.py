@@ -43,8 +43,8 @@ def measured(model, diffusion, batch, bf16, device):
 
 
 def line(case, bf16, checkpointing, device):
-    """Measure one case and print its line of the table."""
-    paper, preset, shape, size, options = CASES[case]
+    """Measure one of CASES -> its line of the table."""
+    paper, preset, shape, size, options = case
     build = load_paper(paper).build
     with torch.device("meta"):
         model, diffusion = build(preset, shape, **options)
@@ -54,9 +54,9 @@ def line(case, bf16, checkpointing, device):
     if checkpointing:
         recompute(model)
     peak = measured(model, diffusion, batch, bf16, device)
-    print(f"{preset:12s} {'x'.join(map(str, shape)):10s} {size:6d} {'bf16' if bf16 else 'fp32':>9s} "
-          f"{'yes' if checkpointing else 'no':>11s} {guess / 2**20:9.1f} {peak / 2**20:9.1f} "
-          f"{guess / peak:6.3f}", flush=True)
+    return {"preset": preset, "shape": "x".join(map(str, shape)), "images": size,
+            "precision": "bf16" if bf16 else "fp32", "checkpoints": "yes" if checkpointing else "no",
+            "estimate": guess / 2**20, "measured": peak / 2**20, "ratio": guess / peak}
 
 
 def main():
@@ -65,8 +65,10 @@ def main():
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.line:
-        return line(args.line[0], *map(bool, args.line[1:]), device)
-    print("preset       shape      images precision checkpoints  estimate  measured  ratio (MiB)", flush=True)
+        row = line(CASES[args.line[0]], *map(bool, args.line[1:]), device)
+        return print(" ".join(f"{v:9.3f}" if isinstance(v, float) else f"{v:>{width}}"
+                              for v, width in zip(row.values(), (12, 9, 6, 9, 11, 0, 0, 0))))
+    print("      preset     shape images precision checkpoints  estimate  measured     ratio (MiB)", flush=True)
     # these make glibc give freed memory back at once, so the process holds only what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for case in range(len(CASES)):

@@ -56,8 +56,8 @@ def ours(U, log_Abar, CB, direct):
     return diffussm.convolve(U, K)
 
 
-def compare(title, forms, inputs, device, rounds):
-    """Prints a line for each form. The first form is the reference for the ratios and, in float64, for the errors."""
+def compare(forms, inputs, device, rounds):
+    """-> a dict for each form. The first form is the reference for the ratios and, in float64, for the errors."""
     def run(form):
         Y = form(*inputs)
         return torch.autograd.grad(Y, inputs, torch.ones_like(Y))
@@ -68,11 +68,24 @@ def compare(title, forms, inputs, device, rounds):
     with torch.no_grad():
         exact = next(iter(forms.values()))(
             *(x.to(torch.complex128 if x.is_complex() else torch.float64) for x in inputs))
-    print(title)
-    table(["", "forward ms", "ratio", "with backward ms", "ratio", "kept for backward MB", "ratio", "error"],
-          [[name, median(f), f"{ratio(forward[0], f):.1f}x", median(b), f"{ratio(both[0], b):.1f}x", k,
-            f"{kept[0] / k:.1f}x", f"{((Y - exact).abs().max() / exact.abs().max()).item():.0e}"]
-           for name, f, b, k, Y in zip(forms, forward, both, kept, results)])
+    return [{"": name, "forward ms": median(f), "faster": f"{ratio(forward[0], f):.1f}x",
+             "with backward ms": median(b), "both, faster": f"{ratio(both[0], b):.1f}x", "kept for backward MB": k,
+             "less": f"{kept[0] / k:.1f}x", "error": f"{((Y - exact).abs().max() / exact.abs().max()).item():.0e}"}
+            for name, f, b, k, Y in zip(forms, forward, both, kept, results)]
+
+
+def cases(channels, L, state, batch, device):
+    """-> [(title, forms, inputs)]: what `compare` compares at this size."""
+    torch.manual_seed(0)
+    layer = diffussm.BidirectionalS4D(channels, state).to(device)
+    log_Abar, CB = (x.detach().requires_grad_() for x in layer.discretized())
+    U, direct = torch.randn(batch, L, channels, device=device, requires_grad=True), layer.D.detach()
+    return [(f"kernel, {channels} channels, L = {L}", {
+                "textbook, one large matrix": lambda a, c: diffussm.kernel_ref(a, c, L),
+                "two small matrices": lambda a, c: diffussm.kernel(a, c, L)}, [log_Abar, CB]),
+            (f"kernel and both directions, {channels} channels, L = {L}, batch {batch}", {
+                "textbook, two convolutions": lambda U, a, c: textbook(U, a, c, direct),
+                "ours": lambda U, a, c: ours(U, a, c, direct)}, [U, log_Abar, CB])]
 
 
 def sampling(device, rounds, images=64, steps=5):
@@ -107,17 +120,10 @@ def main():
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, N = {args.state}\n")
     for size in args.sizes:
         channels, L = map(int, size.split("x"))
-        torch.manual_seed(0)
-        layer = diffussm.BidirectionalS4D(channels, args.state).to(device)
-        log_Abar, CB = (x.detach().requires_grad_() for x in layer.discretized())
-        batch = max(1, args.tokens // L)
-        U, direct = torch.randn(batch, L, channels, device=device, requires_grad=True), layer.D.detach()
-        compare(f"kernel, {channels} channels, L = {L}", {
-            "textbook, one large matrix": lambda a, c: diffussm.kernel_ref(a, c, L),
-            "two small matrices": lambda a, c: diffussm.kernel(a, c, L)}, [log_Abar, CB], device, args.rounds)
-        compare(f"kernel and both directions, {channels} channels, L = {L}, batch {batch}", {
-            "textbook, two convolutions": lambda U, a, c: textbook(U, a, c, direct),
-            "ours": lambda U, a, c: ours(U, a, c, direct)}, [U, log_Abar, CB], device, args.rounds)
+        for title, *case in cases(channels, L, args.state, max(1, args.tokens // L), device):
+            rows = compare(*case, device, args.rounds)
+            print(title)
+            table(list(rows[0]), [list(row.values()) for row in rows])
     sampling(device, args.rounds)
 
 

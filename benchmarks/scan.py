@@ -8,8 +8,10 @@ numbers are float32. The scans take turns in one process, so on a busy machine y
 milliseconds. Memory is the peak of forward and backward, without the inputs; on a CPU each scan has its own process.
 """
 import argparse
+import contextlib
 import math
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -27,15 +29,22 @@ dis = load_paper("dis")
 def inputs(b, L, e, N, device, dtype=torch.float32):
     """As at the start of a training: delta log-uniform in [0.001, 0.1], A about -1 .. -N."""
     torch.manual_seed(0)
-    delta = torch.empty(b, L, e).uniform_(math.log(1e-3), math.log(0.1)).exp()
-    A = -torch.arange(1., N + 1).repeat(e, 1) * (0.1 * torch.randn(e, N)).exp()
-    x = torch.randn(b, L, e), delta, A, torch.randn(b, L, N), torch.randn(b, L, N), torch.randn(e)
-    return [v.to(device, dtype).requires_grad_() for v in x]
+    with torch.device(device):
+        delta = torch.empty(b, L, e).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        A = -torch.arange(1., N + 1).repeat(e, 1) * (0.1 * torch.randn(e, N)).exp()
+        x = torch.randn(b, L, e), delta, A, torch.randn(b, L, N), torch.randn(b, L, N), torch.randn(e)
+    return [v.to(dtype).requires_grad_() for v in x]
 
 
 def plain(*x):
     """Our scan without the fused kernels: `both` switches them off."""
     return scan.selective_scan(*x)
+
+
+def using(form):
+    """A context in which our scan is "chunked" or "fused", whatever `scan.engine` would choose."""
+    pair = getattr(scan, form), getattr(scan, f"{form}_backward")
+    return mock.patch.object(scan, "engine", lambda *_: pair)
 
 
 def forms(device):
@@ -61,44 +70,72 @@ def forms(device):
     return found
 
 
-def both(function, x):
-    """Forward, and backward if there is something to differentiate."""
-    engine = (lambda device, dtype: (scan.chunked, scan.chunked_backward)) if function is plain else scan.engine
-    with mock.patch.object(scan, "engine", engine):
+def both(function, x, dy=None):
+    """Forward, and backward if there is something to differentiate. dy: the gradient of y; None: ones."""
+    with using("chunked") if function is plain else contextlib.nullcontext():
         y = function(*x)
-        return y, *(torch.autograd.grad(y, x, torch.ones_like(y)) if y.requires_grad else ())
+        return y, *(torch.autograd.grad(y, x, torch.ones_like(y) if dy is None else dy) if y.requires_grad else ())
 
 
 def error(got, want):
     """The largest error of y and the six gradients, each relative to its largest entry."""
-    return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want))
+    return torch.stack([(g.double() - w).abs().max() / w.abs().max() for g, w in zip(got, want)]).max().item()
 
 
-def compare(size, args, device):
-    """Prints a table of all forms at one size. Ratios are to ours."""
-    found, x = forms(device), inputs(*size, args.state, device)
-    names, times = list(found), 10 if device.type == "cuda" else 1
-    often = names[1:]               # the definition is timed once, warmed up: it may take half a minute
+def chosen(device):
+    """-> which scan the models use on this device, and the reason if there is one."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        forward, _ = scan.engine(device, torch.float32)
+    return "; ".join([getattr(forward, "__name__", str(forward)), *(str(w.message) for w in heard)])
+
+
+def errors(size, form, low, device):
+    """-> the largest errors of y and of the gradients, against the definition in float64. form: as in `using`. low: u,
+    B and C are in bf16, as autocast leaves them. Their gradients are then rounded to 8 bits."""
+    x = inputs(*size, device)
+    for i in (0, 3, 4) if low else ():
+        x[i] = x[i].detach().bfloat16().requires_grad_()
+    dy = torch.randn_like(x[1])
+    with using(form):
+        got = both(scan.selective_scan, x, dy)
+    want = both(dis.selective_scan_ref, [v.detach().double().requires_grad_() for v in x], dy.double())
+    return error(got[:1], want[:1]), error(got[1:], want[1:])
+
+
+def last_row_error(size, form, device):
+    """-> the largest error in the last row of the batch, for arrays with more than 2^31 numbers; None if the GPU has no
+    room for u, delta, y, du, ddelta and two more that come and go."""
+    if device.type == "cuda" and 28 * math.prod(size[:3]) > torch.cuda.mem_get_info()[0]:
+        return None
+    x, of_a_row = inputs(*size, device), (0, 1, 2, 4, 5)         # y, and the gradients of u, delta, B, C
+    with using(form):
+        got = both(scan.selective_scan, x, x[0].detach())        # dy = u: there may be no room for one more
+    last = [v[-1:] if i in (0, 1, 3, 4) else v for i, v in enumerate(x)]
+    last = [v.detach().double().requires_grad_() for v in last]
+    want = both(dis.selective_scan_ref, last, last[0].detach())
+    return error([got[i][-1:] for i in of_a_row], [want[i] for i in of_a_row])
+
+
+def compare(size, N, device, rounds, found):
+    """Times the forms `found`, {name: function}, of which one is "ours" -> a dict for each form. Ratios are to ours.
+    The error is that against the definition in float64, if the definition is among them."""
+    x, names, times = inputs(*size, N, device), list(found), 10 if device.type == "cuda" else 1
+    often, defined = [n for n in names if n != "definition"], "definition" in names
     with torch.no_grad():
-        forward = turns([lambda f=found[n]: both(f, x) for n in often], device, args.rounds, times)
-        forward.insert(0, [milliseconds(lambda: both(found[names[0]], x), device) for _ in range(2)][1:])
-    train = turns([lambda f=found[n]: both(f, x) for n in often], device, args.rounds, times)
-    train.insert(0, [milliseconds(lambda: both(found[names[0]], x), device)])
-    exact = both(dis.selective_scan_ref, inputs(*size, args.state, device, torch.float64))
-    errors = [error(both(f, x), exact) for f in found.values()]
-    del exact
-    if device.type == "cuda":
-        memory = [peak_megabytes(lambda: both(f, x), device) for f in found.values()]
-    else:
-        sizes = ["--sizes", "x".join(map(str, size)), "--state", args.state]
-        memory = [in_fresh_process("--memory-of", name, *sizes) for name in names]
+        forward = turns([lambda f=found[n]: both(f, x) for n in often], device, rounds, times)
+    train = turns([lambda f=found[n]: both(f, x) for n in often], device, rounds, times)
+    if defined:                     # it is timed once, warmed up: it may take half a minute
+        with torch.no_grad():
+            forward.insert(0, [milliseconds(lambda: both(found["definition"], x), device) for _ in range(2)][1:])
+        train.insert(0, [milliseconds(lambda: both(found["definition"], x), device)])
+        exact = both(dis.selective_scan_ref, inputs(*size, N, device, torch.float64))
+    errors = [error(both(f, x), exact) if defined else None for f in found.values()]
+    memory = [peak_megabytes(lambda: both(f, x), device) if device.type == "cuda" else None for f in found.values()]
     ours = names.index("ours")
-    print(f"(b, L, e) = {size}, N = {args.state}")
-    table(["", "forward ms", "ratio", "with backward ms", "ratio", "memory MB", "ratio", "error"],
-          [[name, median(f), ratio(f, forward[ours]), median(t), ratio(t, train[ours]), m,
-            m and m / memory[ours], f"{e:.0e}"]
-           for name, f, t, m, e in zip(names, forward, train, memory, errors)])
-    return median(train[ours])
+    return [{"form": name, "forward ms": median(f), "forward, ratio": ratio(f, forward[ours]),
+             "with backward ms": median(t), "with backward, ratio": ratio(t, train[ours]), "MB": m, "error": e}
+            for name, f, t, m, e in zip(names, forward, train, memory, errors)]
 
 
 def growth(args, device):
@@ -115,21 +152,22 @@ def growth(args, device):
     table(["", "", "", "", "", "8 times as large"], rows)
 
 
-def bound(size, N, device, took):
-    """On a GPU: the time to move the bytes alone, and the time to compute the exps alone. A copy and a loop of exps
-    measure first how fast this GPU does each."""
-    (b, L, e), T, blocks = size, scan.CHUNK["cuda"][0], -(-size[2] // scan.BLOCK)
-    x = torch.empty(2**28, device=device)
-    copy, loop = turns([x.clone, exp_loop(device)], device, 5, 10)
-    copied, exps = 8e3 * x.numel() / median(copy), 64e3 * 2**22 / median(loop)              # per second
+def bound(size, N, device, n=2**28, exps=2**22):
+    """-> how long moving the bytes alone must take, and computing the exps alone: a dict for each. A copy of n numbers
+    and a loop of exps measure first how fast this device does them."""
+    b, L, e = size
+    with torch.no_grad():
+        starts = scan.scan(*inputs(*size, N, device))[1].numel()
+    x = torch.empty(n, device=device)
+    copy, loop = turns([x.clone, exp_loop(device, exps)], device, *(5, 10) if device.type == "cuda" else (1, 1))
+    copied, speed = 8e-3 * n / median(copy), 64e-3 * exps / median(loop)                    # millions a second
     # forward reads u, delta and writes y; backward reads u twice, delta, dy and writes du, ddelta; the states of
     # every chunk are written once and read twice; then B, C and the parts of dB, dC
-    numbers = b * L * (9 * e + 3 * N * e / T + 4 * N * blocks + 4 * N)
-    count = 2 * b * L * e * N
-    move, compute = 4e3 * numbers / copied, 1e3 * count / exps
-    print(f"bound: {4e-6 * numbers:.0f} MB at {copied / 1e9:.0f} GB/s take {move:.3f} ms, {count / 1e6:.0f}M "
-          f"exps at {exps / 1e9:.0f} G/s {compute:.3f} ms; ours {took:.3f}, {took / max(move, compute):.1f} "
-          f"times the larger\n")
+    forward = b * L * (3 * e + 2 * N) + 2 * starts
+    backward = b * L * (6 * e + 2 * N + 4 * N * -(-e // scan.BLOCK)) + starts
+    return [{"form": f"bound: {what}", "forward ms": 1e-3 * first / speed, "G/s": speed / 1e3,
+             "with backward ms": 1e-3 * (first + second) / speed} for what, speed, first, second in (
+                 ("bytes", copied, 4 * forward, 4 * backward), ("exps", speed, b * L * e * N, b * L * e * N))]
 
 
 triton, tl = scan.triton, getattr(scan, "tl", None)
@@ -143,7 +181,7 @@ if triton is not None:
         tl.store(p + i, x)
 
 
-def exp_loop(device, n=2**22):
+def exp_loop(device, n):
     """-> a function that applies 64 exps to each of n numbers, one after another."""
     x = torch.zeros(n, device=device)
     return lambda: exp_kernel[(n // 256,)](x, 256, num_warps=4)
@@ -166,9 +204,19 @@ def main():
         return print(peak_megabytes(lambda: both(f, x), device))
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads\n")
     for size in sizes:
-        took = compare(size, args, device)
+        found = forms(device)
+        rows = compare(size, args.state, device, args.rounds, found)
+        for row in rows:
+            if device.type != "cuda":
+                row["MB"] = in_fresh_process("--memory-of", row["form"], "--sizes", "x".join(map(str, size)),
+                                             "--state", args.state)
+        ours = next(row for row in rows if row["form"] == "ours")
+        print(f"(b, L, e) = {size}, N = {args.state}")
+        table(["", *list(rows[0])[1:-1], "ratio", "error"],
+              [[*list(row.values())[:-1], row["MB"] and row["MB"] / ours["MB"], f"{row['error']:.0e}"] for row in rows])
         if scan.engine(device, torch.float32)[0] is scan.fused:
-            bound(size, args.state, device, took)
+            for row in bound(size, args.state, device):
+                print(row)
     growth(args, device)
 
 

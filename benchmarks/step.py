@@ -2,7 +2,6 @@
 
     python benchmarks/step.py                                   all four papers, some minutes on a CPU
     python benchmarks/step.py --models dis -- --data mnist --data-dir DIR       flags after -- are for train.py
-    python benchmarks/step.py --throughput dis:DiS-S/2 diffussm:DiffuSSM-S      32x32x4 latents, on a GPU
 
 The steps are those of train.py itself, with a clock around its functions. "Python" is the time outside all of them.
 The time of a part leaves out the parts inside it. On a GPU the clock waits for every part, so the sum is more than a
@@ -10,28 +9,32 @@ step takes without a clock.
 """
 import argparse
 import contextlib
+import copy
+import csv
 import io
+import shutil
 import sys
 import tempfile
 import time
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from timing import median, ratio, table, turns  # noqa: E402
+from scan import using  # noqa: E402
+from timing import median, milliseconds, ratio, table, turns  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from diffusion import Diffusion  # noqa: E402
-from support import checkpoint, inputs, log  # noqa: E402
+from diffusion import Diffusion, UserError  # noqa: E402
+from support import checkpoint, cost, datasets, inputs, log, parallel  # noqa: E402
 
 # The functions at the core of a paper, forward and backward. They are in its file or in support.
 CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_backward"],
          "mdm": [], "cunet": []}
-SHAPE = {"dis": (4, 32, 32), "diffussm": (4, 32, 32), "mdm": (3, 64, 64), "cunet": (3, 64, 64)}
 
 
 def core(model):
@@ -132,24 +135,157 @@ def shares(title, names, found):
                                for model, (parts, total) in found.items()])
 
 
-def step_of(model, preset, shape, batch, device, bf16=False, compiled=False, classes=0, **options):
-    """-> a function that makes one training step, without data and logging."""
+# --- one step, without data and logging ------------------------------------------------------------------
+
+def setting(model, preset, shape, batch, classes=0, **options):
+    """-> a network for training, its diffusion, and the arguments of its loss: always the same, on the CPU."""
     torch.manual_seed(0)
     net, diffusion = checkpoint.load_paper(model).build(preset, shape, classes, **options)
-    net.to(device).train()
-    x0, t = torch.randn(batch, *shape, device=device), torch.arange(batch, device=device) * 997 % diffusion.T
-    noise = torch.randn(batch, *diffusion.noise_shape(shape), device=device)
-    cond = {"y": torch.arange(batch, device=device) % classes} if classes else {}
+    given = dict(x0=torch.randn(batch, *shape), t=torch.arange(batch) * 997 % diffusion.T,
+                 noise=torch.randn(batch, *diffusion.noise_shape(shape)))
+    if classes:
+        given["y"] = torch.arange(batch) % classes
+    return net.train(), diffusion, given
+
+
+def step_of(net, diffusion, given, device, bf16=False, compiled=False, **how):
+    """-> a function that makes one training step, without data and logging. how: for torch.compile."""
+    net.to(device)
+    given = {k: v.to(device) for k, v in given.items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    run = torch.compile(net) if compiled else net
+    run = torch.compile(net, **how) if compiled else net
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = diffusion.loss(run, x0, t, noise, **cond)["loss"].mean()
+            loss = diffusion.loss(run, **given)["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
+
+
+def speed(case, switch, device, seconds=0.4, **how):
+    """-> images/s, ms, GB at the peak, and the ms of the first step, which may compile. case: of `setting`. switch:
+    fp32, TF32 or bf16; to bf16 may be added checkpointing, compile, or chunked: the scan without its fused kernels."""
+    net, diffusion, given = setting(*case)
+    parallel.set_precision("fp32" if switch == "fp32" else "auto", device)
+    if "checkpointing" in switch:
+        parallel.recompute(net)
+    with using("chunked") if "chunked" in switch else contextlib.nullcontext():
+        step = step_of(net, diffusion, given, device, "bf16" in switch, "compile" in switch, **how)
+        first, _, warm = (milliseconds(step, device) for _ in range(3))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ms = median(turns([step], device, 2, max(1, int(1e3 * seconds / warm)))[0])
+    if "compile" in switch:
+        torch.compiler.reset()
+    return {"images/s": 1e3 * len(given["x0"]) / ms, "ms": ms, "first ms": first,
+            "GB": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+
+
+# --- is a GPU right, and does anybody wait for it? -------------------------------------------------------
+
+def answers(net, diffusion, given, device, bf16=False):
+    """Forward, loss, gradients and two sampling steps -> {what: list of tensors}, in float64 on the CPU."""
+    net, given, seen = copy.deepcopy(net).to(device), {k: v.to(device) for k, v in given.items()}, []
+    hook = net.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        loss = diffusion.loss(net, **given)["loss"]
+        hook.remove()
+        loss.mean().backward()
+        x = diffusion.sample(net.eval(), given["x0"].shape[1:], torch.arange(len(loss), device=device), steps="2",
+                             y=given["y"])
+    found = {"forward": seen[0] if isinstance(seen[0], list) else seen, "loss": [loss], "two steps": [x],
+             "gradients": [p.grad for p in net.parameters() if p.grad is not None]}
+    return {what: [v.detach().double().cpu() for v in tensors] for what, tensors in found.items()}
+
+
+def errors(case, device):
+    """A network on this device against the same one on the CPU -> {precision: {what: error}}. It is the worst of all
+    tensors, relative to the tensor's norm, or to a thousandth of the norm of all, if that is more."""
+    net, diffusion, given = setting(*case)
+    with torch.no_grad():
+        for p in net.parameters():
+            if not p.any():                     # layers that start at zero would hide all others
+                p.normal_(0, 0.1)
+    want, found = answers(net, diffusion, given, torch.device("cpu")), {}
+    for precision in "fp32", "TF32", "bf16":
+        parallel.set_precision("fp32" if precision == "fp32" else "auto", device)
+        got, found[precision] = answers(net, diffusion, given, device, precision == "bf16"), {}
+        for what, tensors in want.items():
+            least = 1e-3 * torch.stack([w.norm() for w in tensors]).norm()
+            found[precision][what] = torch.stack([(g - w).norm() / w.norm().clamp(min=least)
+                                                  for g, w in zip(got[what], tensors, strict=True)]).max().item()
+    return found
+
+
+@contextlib.contextmanager
+def handed_out(hook):
+    """A context in which train.py calls hook(i) before it gets batch i. If that returns True, training ends there."""
+    def batches(*args, take=inputs.batches, **options):
+        for i, batch in enumerate(take(*args, **options)):
+            if hook(i):
+                return
+            yield batch
+    with mock.patch.object(inputs, "batches", batches), mock.patch.object(cost, "multiply_adds", lambda *_: None):
+        yield                                   # without counting multiply-adds, which takes seconds
+
+
+def waits(flags, device, first=6, last=12):
+    """How often does train.py wait for the GPU, in steps without a line of the log? -> Counter {where: how often in a
+    step}. On a CPU nothing waits, so one warning is made up."""
+    def switch(mode):
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(mode)
+        elif mode == "warn":
+            warnings.warn("called a synchronizing operation")
+
+    def hook(i):
+        if i in (first, last):
+            switch("warn" if i == first else "default")
+        return i > last
+    with tempfile.TemporaryDirectory() as folder, handed_out(hook), warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            train.main.__wrapped__(["--results-dir", folder, "--sample-every", "0", "--device", str(device), *flags])
+        finally:
+            switch("default")
+    found = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in heard if "called a synchronizing" in str(w.message))
+    return {where: n / (last - first) for where, n in found.items()}
+
+
+def train_for(seconds, flags, data_dir, picture, device, drawing=()):
+    """train.py for so many seconds, on CIFAR-10 if it is here, else on drawn shapes -> what log.csv says. The grid of
+    samples, drawn with the flags `drawing`, goes into the file `picture`."""
+    data, begun = "shapes", []
+    with mock.patch.object(datasets, "download", side_effect=UserError("no network")), contextlib.suppress(UserError):
+        data = datasets.load("cifar10", data_dir).name
+
+    def late(i):
+        begun.extend([time.monotonic()] * (i == 1))                 # the first step compiles
+        return i > 1 and time.monotonic() > begun[0] + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*flags, "--data", data, *["--data-dir", data_dir] * (data_dir is not None and data == "cifar10"),
+                "--device", str(device), "--results-dir", folder, "--name", "run", "--max-steps", "100000",
+                "--sample-every", "0", "--lr-schedule", "constant", "--log-every", "20"]
+        with handed_out(late):
+            train.main.__wrapped__(argv)
+        run = Path(folder, "run")
+        *rows, last = csv.DictReader((run / "log.csv").read_text().splitlines())
+        train.final_samples(run, train.parse(argv), *drawing)
+        shutil.copy(run / "samples.png", picture)
+    speed = median(float(row["images_per_s"]) for row in [*rows, last])
+    return {"data": data, "steps": int(last["step"]), "images/s": speed, "loss": float(last["loss"]),
+            "peak MiB": float(last["memory_mb"]), "picture": picture.name}
+
+
+def planned(flags):
+    """The MiB that train.py --dry-run expects for DiS on CIFAR-10 with these flags."""
+    args, shape = train.parse(flags), (3, 32, 32)
+    with torch.device("meta"):
+        model, diffusion = checkpoint.load_paper("dis").build(args.preset, shape, 10)
+    batch = cost.blank_batch(diffusion, shape, args.global_batch_size, 10)
+    return cost.table(model, diffusion, batch, 1, True)[0]["total"] / 2**20
 
 
 def growth(models, device, rounds):
@@ -159,38 +295,12 @@ def growth(models, device, rounds):
                "mdm": lambda D: dict(channels=(32 * D, 64 * D), outer=()), "cunet": lambda D: dict(nf=8 * D)}
     rows = []
     for model in models:
-        steps = [step_of(model, "tiny", (1, side, side), B, device, **options[model](D))
+        steps = [step_of(*setting(model, "tiny", (1, side, side), B, **options[model](D)), device)
                  for side, D, B in ((32, 1, 2), (64, 1, 2), (32, 2, 2), (32, 1, 4))]
         ms = turns(steps, device, rounds)
         rows.append([model, median(ms[0]), *(f"{ratio(x, ms[0]):.2f}x" for x in ms[1:])])
     print("growth of a training step, float32; at first 32x32 (1024 tokens), 2 images, narrow networks")
     table(["", "ms", "64x64", "twice the width", "twice the batch"], rows)
-
-
-def throughput(names, device, batch):
-    """Images per second in training, and peak memory: with and without the fused scan and compilation."""
-    dis, rows = checkpoint.load_paper("dis"), []
-    scan = sys.modules.get("support.scan", dis)
-    for name in names:
-        model, preset = name.split(":")
-        for fused in (False, True) if model == "dis" and device.type == "cuda" else (False,):
-            for compiled in (False, True):
-                chunked = scan.chunked, scan.chunked_backward
-                engine = scan.engine if fused else lambda device, dtype: chunked
-                with mock.patch.object(scan, "engine", engine):
-                    step = step_of(model, preset, SHAPE[model], batch, device, device.type == "cuda",
-                                   compiled, classes=1000 * (model != "cunet"))
-                    step()
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                    ms = median(turns([step], device, 3, 5)[0])
-                kind = " + ".join(["fused scan"] * fused + ["compile"] * compiled)
-                rows.append([name, kind or "plain", 1e3 * batch / ms,
-                             torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None])
-                del step
-                torch.compiler.reset()
-    print(f"training, {batch} images, {'bf16 autocast' if device.type == 'cuda' else 'float32'}")
-    table(["", "", "images/s", "GB at the peak"], rows)
 
 
 def main():
@@ -199,14 +309,10 @@ def main():
     p.add_argument("--steps", type=int, default=60, help="training steps; the first six do not count")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=int, default=5, help="how often the growth measures each time")
-    p.add_argument("--throughput", nargs="+", metavar="PAPER:PRESET", help="measure only the throughput of these")
-    p.add_argument("--batch", type=int, default=64, help="images in a step, for --throughput")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = p.parse_args(sys.argv[1:end]), sys.argv[end + 1:]
     device = torch.device(args.device)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads\n")
-    if args.throughput:
-        return throughput(args.throughput, device, args.batch)
     shares(f"training: a step of train.py {' '.join(flags)}; core: the scan of dis, the S4D of diffussm",
            ["core", "network", "optimizer", "data", "noise", "EMA", "logging", "Python"],
            {m: training(m, flags, device, args.steps) for m in args.models})

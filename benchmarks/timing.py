@@ -1,5 +1,8 @@
 """What the benchmarks share: times of functions that take turns, peaks of memory in new processes, tables."""
+import contextlib
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -64,12 +67,45 @@ def in_fresh_process(*arguments):
     return float(done.stdout) if done.returncode == 0 else None
 
 
+def text(x):
+    """Numbers get three digits, None becomes a dash."""
+    return "-" if x is None else x if isinstance(x, str) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def within(seconds, command, env, log):
+    """Run a program that has to end after so many seconds; what it says is added to the file `log` -> what went wrong,
+    or None. What it has started ends with it."""
+    with open(log, "a") as out:
+        child = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
+    try:
+        if child.wait(seconds):
+            return f"code {child.returncode}: {''.join(log.read_text().strip().splitlines()[-1:])}"
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s"
+    finally:                                                # torchrun must be asked, to end its own processes
+        for number in signal.SIGTERM, signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(child.pid, number)
+                child.wait(5)
+
+
 def table(head, rows):
-    """Print the rows. Numbers get three digits, None becomes a dash."""
-    def text(x):
-        return "-" if x is None else x if isinstance(x, str) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    """Print the rows."""
     rows = [list(map(text, row)) for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
     print(flush=True)
+
+
+def markdown(rows):
+    """Rows of gpu.py as a table in Markdown, and those without `of` as a list below it. **!** marks what is not ok."""
+    mark = {True: "", False: " **!**"}
+    cells = {(row["of"], row["under"]): row["cell"] + mark[row["ok"]] for row in rows if "of" in row}
+    names, columns = (list(dict.fromkeys(of)) for of in zip(*cells)) if cells else ((), ())
+    lines = [["", *columns], ["---"] * (1 + len(columns)),
+             *([name, *(cells.get((name, column), "") for column in columns)] for name in names)] if cells else []
+    notes = ["- " + ", ".join(f"{k}: {v if isinstance(v, list) else text(v)}" for k, v in row.items() if k != "ok")
+             + mark[row.get("ok", True)] for row in rows if "of" not in row]
+    lines = [f"| {' | '.join(line)} |" for line in lines] + [""] * bool(lines) + notes
+    return "".join(f"{line}\n" for line in lines)
