@@ -141,10 +141,16 @@ class Team:
     def spread(self, model, average, compiled, shard):
         """Put a model and the average of its weights on the device -> the module to train with: the model, compiled if
         asked for, and inside DDP if there are several processes. shard: cut both into shards, in place; only the first
-        process's need numbers."""
+        process's need numbers. Raises UserError."""
         if shard:
             from torch.distributed.device_mesh import init_device_mesh
             mesh = init_device_mesh(self.device.type, (self.world,))
+            if self.device.type == "cpu":           # gradients are averaged so; PyTorch 2.7 and 2.8 give their sum
+                mean = torch.empty(1)
+                dist.reduce_scatter_tensor(mean, torch.ones(self.world), op=dist.ReduceOp.AVG)
+                if mean != 1:
+                    raise UserError(f"on CPUs, PyTorch {torch.__version__} adds up the gradients of shards instead of "
+                                    f"averaging them: drop --shard, or update torch")
         for network in (model, average):
             cut(network, mesh, self.device) if shard else network.to(self.device)
         net = torch.compile(model) if compiled else model

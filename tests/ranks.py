@@ -8,6 +8,9 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "sample", "torch._dynamo", "torch.distributed.fsdp", "torchdiffeq"])
@@ -44,6 +47,12 @@ def be(rank, local, world, port, program, argv, said, folder):
         exec(code, {"__name__": "__main__"})
     else:
         cli.run({"train.py": train, "sample.py": sample}[program].main)
+
+
+def need_shards():
+    """Skip the test if this PyTorch has no shards on CPUs: see parallel.Team.spread."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("shards on CPUs were tried with PyTorch 2.13; 2.8 adds their gradients up")
 
 
 def start(folder, world, program, *argv, machines=None):

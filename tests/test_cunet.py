@@ -594,6 +594,8 @@ def test_evaluations_are_logged(tmp_path):
 @pytest.mark.parametrize("options, split", [([], ["--shard"]), (["steps=4", "gradients=adjoint"], [])],
                          ids=["shards", "adjoint"])
 def test_two_processes_match_one(tmp_path, options, split):
+    if split:
+        ranks.need_shards()
     flags = [*FLAGS, "--set", "nf=4", *options, "--max-steps", "5", "--log-every", "1"]
     train.main([*flags, "--results-dir", str(tmp_path / "one")])
     ranks.launch(tmp_path / "said", 2, "train.py", *flags, *split, "--results-dir", tmp_path / "two")

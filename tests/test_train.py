@@ -185,6 +185,7 @@ def test_any_number_of_processes_with_and_without_shards_goes_on_from_any_other(
     flags = ["--ckpt-every", 5, "--log-every", 1, "--ema-decay", 0.5, "--lr-schedule", "constant",
              "--weight-decay", 2, *SMALL[2:6], "drop_path=0.5"]
     whole = run(tmp_path / "whole", *flags, "--max-steps", 20)
+    ranks.need_shards()
     ways = [(1, "--grad-accum", 4), (4, "--shard", "--grad-accum", 2), (1,)]
     for i, (processes, *more) in enumerate(ways):
         now = [*flags, *more, "--max-steps", 7 * i + 6]
