@@ -63,7 +63,7 @@ def machine(args):
     here = {package.name.replace("-", "_"): package.version for package in metadata.distributions()}
     yield lambda: {"GPU": f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" if gpu else "none: this is a rehearsal",
                    "GPUs": torch.cuda.device_count(), "CPUs": os.cpu_count(), "CUDA": torch.version.cuda,
-                   "driver": subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv").split()[-1],
+                   "driver": gpu and subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv")[15:],
                    **{name: here.get(name) for name in ("torch", "triton", "mamba_ssm")},
                    "commit": subprocess.getoutput(f"git -C '{ROOT}' rev-parse --short HEAD")[:40]}
 
