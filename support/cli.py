@@ -122,7 +122,7 @@ def run(main):
     except SystemExit as e:
         code, at_once = e.code, True
     except KeyboardInterrupt:
-        code = 130                              # the code that shells use for Ctrl-C
+        code, at_once = 130, True               # the code that shells use for Ctrl-C
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: train with --grad-accum 2, --grad-checkpointing, --shard or "
               "a smaller --global-batch-size; draw with a smaller --batch-size", file=sys.stderr)
@@ -146,7 +146,7 @@ def run(main):
         end(multiprocessing.active_children())
     if at_once:
         # Nothing is left to do. The interpreter would free models and connections in any order, and we saw it hang or
-        # abort; or it would wait for torch.compile.
+        # abort, the latter also with a checkpoint half written; or it would wait for torch.compile.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)

@@ -320,6 +320,21 @@ def test_a_signal_is_heard_while_data_do_not_come(workers):
         signal.signal(number, handler)
 
 
+def test_a_second_ctrl_c_waits_for_no_thread(tmp_path):
+    """Such as one that writes a checkpoint. Python itself would wait, or, for a daemon, abort."""
+    code = """if True:
+        import threading, time
+        from support import cli
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        def main():
+            raise KeyboardInterrupt
+        cli.run(main)"""
+    [process] = ranks.start(tmp_path / "said", 1, "-c", code)
+    process.join(30)
+    assert process.exitcode == 130
+    process.kill()
+
+
 def test_memory_that_is_too_small_for_workers_is_told(monkeypatch, capfd):
     """/dev/shm of a container has 64 MB."""
     def full(tensor):

@@ -332,6 +332,13 @@ def test_an_interrupted_run_leaves_everything_as_it_was(tmp_path, monkeypatch):
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
 
 
+def test_a_picture_without_a_caption_is_named(tmp_path):
+    folder = pictures(tmp_path / "pictures", SHORT)
+    Image.new("RGB", (8, 8)).save(Path(folder) / "z.png")
+    with pytest.raises(UserError, match="no line for z.png"):
+        prepare.store_text(Path(folder), "pretend/t5", "cpu")
+
+
 def test_a_full_disk_is_told_and_leaves_no_wrong_description(tmp_path, monkeypatch):
     folder = Path(stored(tmp_path, monkeypatch))
     replace = os.replace
