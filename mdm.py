@@ -36,7 +36,6 @@ text". (6) A class is a caption of one token. (8) Video has five dimensions, and
 frames. (11) No described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come
 close. (12) A resolution without weight is hidden from the network.
 """
-import itertools
 import math
 from typing import Annotated, Literal, TypedDict
 
@@ -115,7 +114,7 @@ class ExtendedDiffusion:
 
     def errors(self, model, x0, t, noise, rows=None, **cond):
         """-> mean squared errors, [(n,)]. Resolution r is computed for the first n = rows[r] pictures (None: all)."""
-        rows, noise = rows or [len(t)] * self.R, self.unpack(noise)
+        rows, noise = rows or [len(t)] * self.R, self.unpack(noise[:, :-1])
         x = [reduce(x0[:n], shape) for n, shape in zip(rows, self.shapes)]                 # D_r(x), [(n, *shape)]
         each = [(level, x_r, t[:n], eps[:n]) for level, x_r, n, eps in zip(self.levels, x, rows, noise)]
         z = [level.q_sample(x_r, t_r, eps) for level, x_r, t_r, eps in each]               # Eq. 2
@@ -146,13 +145,13 @@ class ExtendedDiffusion:
 
     def noise_shape(self, shape):
         """How many normal numbers a row of `loss` needs: independent noise for each resolution (as in the code; the
-        paper writes only the marginals)."""
-        return (sum(self.sizes),)
+        paper writes only the marginals), and one more, which is not read. Without it, older runs would go on with other
+        noise."""
+        return (sum(self.sizes) + 1,)
 
     def unpack(self, numbers):
-        """(B, numbers) -> a tensor (B, *shape) for each resolution. Further numbers are ignored."""
-        ends = list(itertools.accumulate(self.sizes))
-        return [part.view(-1, *shape) for part, shape in zip(numbers.tensor_split(ends, dim=1), self.shapes)]
+        """(B, numbers) -> a tensor (B, *shape) for each resolution."""
+        return [part.view(-1, *shape) for part, shape in zip(numbers.split(self.sizes, dim=1), self.shapes)]
 
     def model_t(self, t):
         return self.levels[0].model_t(t)

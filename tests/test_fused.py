@@ -59,9 +59,8 @@ def exact(x):
 
 
 @pytest.mark.parametrize("b, L, D, N, segments", [
-    (1, 1, 1, 1, 1), (2, 1, 5, 2, 1), (1, 3, 4, 16, 1), (2, 4, 3, 4, 1), (1, 5, 8, 8, 1), (3, 7, 2, 2, 1),
-    (1, 9, 6, 3, 2), (1, 7, 3, 32, 2), (2, 21, 5, 2, 3), (1, 30, 7, 2, 7), (1, 16, 4, 8, 4), (1, 37, 9, 1, 5),
-    (2, 8, 4, 1, 1), (1, 41, 2, 3, 3)])
+    (1, 1, 1, 1, 1), (2, 1, 5, 2, 1), (1, 3, 4, 16, 1), (3, 7, 2, 2, 1), (1, 9, 6, 3, 2), (1, 16, 4, 3, 4),
+    (1, 30, 7, 2, 7), (2, 8, 8, 1, 1)])
 def test_equals_the_definition(b, L, D, N, segments, cut_into):
     """Ragged and whole channels, chunks and segments, any N."""
     cut_into(segments)
