@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 
 from diffusion import UserError
-from support.cli import Parser, run, told_plainly
+from support.cli import Parser, command, quoted, run, told_plainly
 from support.parallel import whole
 
 try:
@@ -296,7 +295,7 @@ def origin(args, folder, say):
     changed = differences(args, saved, keys)
     if changed:
         raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags and data; or begin a new "
-                        f"run with --name NEW, or with --name NEW --resume {path} from these weights")
+                        f"run with --name NEW, or with --name NEW --resume {quoted([str(path)])} from these weights")
     if args.max_steps < checkpoint["step"]:
         raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or --name NEW "
                         f"for a new run")
@@ -516,7 +515,7 @@ def describe(folder, args, argv, processes):
     with contextlib.suppress(OSError):          # there may be no git here
         git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
                              capture_output=True, text=True).stdout.strip()
-    about = {**vars(args), "command": shlex.join(["train.py", *argv]), "git": git,
+    about = {**vars(args), "command": quoted(["train.py", *argv]), "git": git,
              "torch": torch.__version__, "processes": processes}
     replace(folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
 
@@ -528,7 +527,7 @@ def main(argv=None):
     p.add_argument("out", help="the file to write")
     args = p.parse_args(argv)
     size = share(in_folder(args.run), args.out)
-    print(f"{size / 1e6:.1f} MB -> {args.out}: python sample.py --ckpt {args.out}")
+    print(f"{size / 1e6:.1f} MB -> {args.out}: {command('sample.py', '--ckpt', args.out)}")
 
 
 if __name__ == "__main__":

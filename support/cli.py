@@ -6,11 +6,14 @@ the `main` of each command.
 import argparse
 import ast
 import contextlib
+import difflib
 import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -155,6 +158,25 @@ def run(main):
 
 # --- flags ----------------------------------------------------------------------------------------------------
 
+# Flags of other programs: what ours are called, in train.py or sample.py. Names that look like ours need no line here.
+OTHERS = {"--epochs": ["--max-steps"], "--iterations": ["--max-steps"], "--learning-rate": ["--lr"],
+          "--dataset": ["--data"], "--checkpoint": ["--ckpt", "--resume"], "--outdir": ["--out", "--results-dir"],
+          "--output": ["--out", "--results-dir"], "--guidance": ["--cfg-scale"], "--guidance-scale": ["--cfg-scale"],
+          "--amp": ["--precision"], "--fp16": ["--precision"], "--bf16": ["--precision"],
+          "--gpu": ["--device"], "--n": ["--num-samples"], "--config": ["--preset"]}
+
+
+def quoted(words):
+    """A command as one line to paste: a word with a space in it needs quotes, and Windows has other quotes."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def command(program, *words):
+    """`python program words` to paste. Elsewhere than in the folder of train.py it needs the program's path."""
+    here = Path(__file__).resolve().parents[1]
+    return quoted(["python", program if Path.cwd() == here else str(here / program), *map(str, words)])
+
+
 class Parser(argparse.ArgumentParser):
     """Shows defaults in --help, and reports an error in one line instead of a page of usage. description: of which the
     first line is shown, such as __doc__."""
@@ -173,7 +195,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        fail(f"{message} (--help lists every flag)")
+        """If a flag is unknown, the message also names the one of ours that was probably meant."""
+        ours, meant = [flag for flag in self._option_string_actions if flag.startswith("--")], []
+        for flag in re.findall(r"(?<!\S)-+([a-zA-Z][\w-]*)", message.partition("unrecognized arguments: ")[2]):
+            flag = f"--{flag.replace('_', '-')}"
+            meant += [flag] * (flag in ours) or [f for f in OTHERS.get(flag, []) if f in ours][:1] or (
+                difflib.get_close_matches(flag, ours, 1, 0.7))
+        hint = f"did you mean {', '.join(dict.fromkeys(meant))}? " if meant else ""
+        fail(f"{message} ({hint}--help lists every flag)")
 
 
 def number(kind, low=0, high=2**62, below=None):

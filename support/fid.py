@@ -6,7 +6,6 @@ so nothing here computes it. `fid_commands` prints what to type.
 import json
 import os
 import secrets
-import shlex
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion import UserError
 from support import checkpoint
+from support.cli import quoted
 from support.pictures import save_image, to_pil, to_uint8
 
 
@@ -91,9 +91,9 @@ def fid_commands(folder, npz, data_name, shape):
     known = data_name == "cifar10" and (H, W) == (32, 32)   # the tools know this data set
     real = "cifar10-train" if known else "real"
     clean = "dataset_name='cifar10', dataset_res=32, dataset_split='train'" if known else "'real'"
-    once = f"  python -m support.prepare images {shlex.quote(data_name)} real --image-size {H}x{W}     # once\n"
+    once = f"  python -m support.prepare images {quoted([data_name])} real --image-size {H}x{W}     # once\n"
     return f"""for FID, one of
 {once * (not known)}\
-  fidelity --gpu 0 --fid --isc --input1 {folder} --input2 {real}     # pip install torch-fidelity
+  fidelity --gpu 0 --fid --isc --input1 {quoted([str(folder)])} --input2 {real}     # pip install torch-fidelity
   python -c "from cleanfid import fid; print(fid.compute_fid('{folder}', {clean}))"   # pip install clean-fid
-  python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {shlex.quote(npz)}     # ImageNet: openai/guided-diffusion"""
+  python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {quoted([npz])}     # ImageNet: openai/guided-diffusion"""

@@ -141,6 +141,7 @@ WRONG = [
     (TRAIN, new("--ema-decay", "1"), "below 1"),
     (TRAIN, new("--num-classes", "3"), "drop the flag"),
     (TRAIN, new("--no-such-flag"), "--help"),
+    (TRAIN, new("--batch_size=4", "-lr", "1"), "did you mean --global-batch-size, --lr[?] --help"),
     (TRAIN, new("--device", "warp"), "choose .*cpu"),
     # data
     (TRAIN, new("--data", "mnits"), "mnist"),
@@ -334,6 +335,26 @@ def test_the_newest_run_may_lie_in_a_folder_of_runs(tmp_path):
         (tmp_path / name / "latest.pt").touch()
         os.utime(tmp_path / name / "latest.pt", (written, written))
     assert checkpoint.newest_run(tmp_path) == tmp_path / "exp/new/latest.pt"
+
+
+def test_flags_of_other_programs_are_told_ours(capsys):
+    for theirs, ours in cli.OTHERS.items():
+        for parse in train.parse, sample.parse:
+            with pytest.raises(SystemExit):
+                parse([theirs, "3"])
+        said = capsys.readouterr().err
+        assert all(f"did you mean {flag}?" in said for flag in ours), theirs
+
+
+def test_commands_to_paste(tmp_path, monkeypatch):
+    """With a space in them, and from another folder than the programs'."""
+    monkeypatch.chdir(Path(train.__file__).parent)
+    assert cli.command("sample.py", "--ckpt", Path("my run")) == "python sample.py --ckpt 'my run'"
+    monkeypatch.chdir(tmp_path)
+    assert cli.command("sample.py") == cli.quoted(["python", sample.__file__])
+    with monkeypatch.context() as windows:
+        windows.setattr(cli.os, "name", "nt")
+        assert cli.quoted(["a", "my run"]) == 'a "my run"'
 
 
 def test_two_models_of_your_own_may_be_called_alike(tmp_path, monkeypatch):
