@@ -39,7 +39,7 @@ from diffusion import UserError, fold, normal, uniform
 from support import checkpoint, cost, inputs, latents, parallel
 from support.cli import Parser, number, option, processes, run, several, told_plainly
 from support.datasets import batch_order
-from support.log import Log, plan
+from support.log import Log, expected, further, plan, summarise
 from support.optimizer import AdamW
 from support.text import full_name
 
@@ -260,7 +260,7 @@ def main(argv=None, drawing=()):
     stop = parallel.Interruption()
     if team.rank == 0:
         checkpoint.describe(folder, args, argv, world)
-    log = Log(args, folder, team, model, diffusion.T, start)
+    log = Log(args, folder, team, model, diffusion.T, start, expected(argv, parse))
 
     # Train. This process has the places lo to hi - 1 of each global batch.
     lo, hi = (args.grad_accum * micro * r for r in (team.rank, team.rank + 1))
@@ -328,13 +328,18 @@ def main(argv=None, drawing=()):
     team.leave()
     checkpoint.let_go()
     stop.over()
-    if step < args.max_steps:
-        again = " with --resume auto" * (args.resume == "none")
-        return team.say(f"stopped     at step {step}, saved. The same command{again} continues.")
+    finished = step == args.max_steps
+    again = " with --resume auto" * (args.resume == "none")
     team.say(f"trained     {step} of {args.max_steps} steps. To go on, pass a larger --max-steps: the learning rate "
-             f"then follows the longer schedule.")
-    if team.rank == 0 and args.sample_every and not stop.asked:
-        final_samples(folder, args, *drawing, encode=encode)
+             f"then follows the longer schedule." if finished else
+             f"stopped     at step {step}, saved. The same command{again} continues.")
+    drawn = finished and args.sample_every and not stop.asked
+    if team.rank == 0:
+        if drawn:
+            final_samples(folder, args, *drawing, encode=encode)
+        summarise(folder, folder / "samples.png" if drawn else None)
+        if finished and not drawing:
+            print(further(args, folder, argv, world))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ step() {                                # step NAME COMMAND: run the command onc
 step shapes python train.py
 cp results/dis-shapes/samples.png assets/shapes.png
 cp results/dis-shapes/log.csv assets/shapes.csv
+for model in diffussm mdm cunet; do     # with these logs train.py tells the loss to expect (support/log.py)
+    step shapes-$model python train.py --model $model
+    cp results/$model-shapes/log.csv assets/$model-shapes.csv
+done
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
 

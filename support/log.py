@@ -1,19 +1,33 @@
-"""What a run tells while it trains: the plan, the progress bar, log.csv."""
+"""What a run tells: the plan, the progress bar, log.csv, and at the end a summary and what to try next."""
 import contextlib
 import csv
 import math
+import os
 import sys
 import time
+from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from diffusion import UserError
-from support import cost, parallel
-from support.checkpoint import replace
-from support.pictures import save_image
+from support import cost, datasets, parallel
+from support.checkpoint import FREE_TO_CHANGE, replace
+from support.cli import command
+from support.pictures import save_image, summary
 
 BANDS = 5                                       # log.csv also has the loss in each fifth of the range of t
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+# Runs of ours: the flags of train.py, and the log.csv that came out, in assets/. The loss to expect is read from it.
+RUNS = {"": "shapes",
+        "--model diffussm": "diffussm-shapes", "--model mdm": "mdm-shapes", "--model cunet": "cunet-shapes",
+        "--data mnist --preset mini": "dis-mnist", "--model diffussm --data mnist --preset mini": "diffussm-mnist",
+        "--model mdm --data mnist --preset mini": "mdm-mnist",
+        "--model cunet --data mnist --preset mini": "cunet-mnist"}
+# What a preset is too small for: data and preset -> what it ends in, and what does better.
+TOO_SMALL = {("cifar10", "tiny"): "blotches of colour, hardly objects: tiny is made for drawn shapes. Try --preset "
+                                  "mini and many more --max-steps (hours on a CPU)"}
 
 
 def plan(args, folder, team, dataset, model, diffusion, world, micro):
@@ -33,17 +47,70 @@ def plan(args, folder, team, dataset, model, diffusion, world, micro):
             f"training    {args.max_steps:,} steps of {args.global_batch_size} images "
             f"({world} x {args.grad_accum} x {micro}), peak learning rate {args.lr:g}\n"
             f"folder      {folder}\n"
-            f"pictures    python sample.py --ckpt {folder}")
+            f"pictures    {command('sample.py', *which(args, folder))}"
+            + (f"\nexpect      {words}" if (words := TOO_SMALL.get((args.data, args.preset))) else ""))
+
+
+def which(args, folder):
+    """The flags of sample.py that name this run."""
+    return ["--ckpt", folder, *["--model", args.model] * args.model.endswith(".py")]
+
+
+def expected(argv, parse):
+    """The flags of train.py, and what reads them -> the log of the run of ours that had the same: [(step, images, loss,
+    learning rate)], perhaps empty. Flags that do not change the loss may differ."""
+    free = (FREE_TO_CHANGE | {"seed", "hflip"}) - {"set", "cond", "latents", "image_size", "frames", "init_inner"}
+
+    def flags(argv):
+        return {k: v for k, v in vars(parse(argv)).items() if k not in free}
+    given = flags(argv)
+    for typed, name in RUNS.items():
+        path = ASSETS / f"{name}.csv"
+        if path.exists() and flags(typed.split()) == given:
+            with open(path, newline="") as f:
+                return [tuple(float(row[k]) for k in ("step", "images", "loss", "lr")) for row in csv.DictReader(f)]
+    return []
+
+
+def link(path):
+    """A path that a click opens, in terminals that know such links; the others show the path."""
+    knows = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and (os.name != "nt" or "WT_SESSION" in os.environ)
+    return f"\033]8;;{path.resolve().as_uri()}\033\\{path}\033]8;;\033\\" if knows else f"{path}"
+
+
+class Bar(tqdm):
+    """A bar with the time to the end. In a file, which shows no bar, each state is a line of its own. grids: the
+    seconds that a step takes longer because of the grids of samples."""
+    grids = 0.0
+
+    def __init__(self, **options):
+        shown = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+        super().__init__(**options, bar_format=shown, miniters=1, dynamic_ncols=True,
+                         mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    @property
+    def format_dict(self):
+        d = super().format_dict                 # its rate is of the last steps; it has none before the first
+        rate = d["rate"] or self.n and (self.n - self.initial) / (d["elapsed"] or 1)
+        return {**d, "rate": rate and 1 / (1 / rate + self.grids)}
+
+    @staticmethod
+    def status_printer(file):
+        return tqdm.status_printer(file) if file.isatty() else lambda line: line and print(line, file=file, flush=True)
+
+    def clear(self, *args, **options):
+        if self.fp.isatty():
+            super().clear(*args, **options)
 
 
 class Log:
     """Keeps losses and gradient norms on the device until `write`, because to look at a number is to wait for the GPU.
     All processes have a Log and call `write` together. Only the first one writes the file."""
 
-    def __init__(self, args, folder, team, model, T, start):
+    def __init__(self, args, folder, team, model, T, start, expect=()):
         self.args, self.folder, self.team, self.model, self.T = args, folder, team, model, T
-        self.bar = tqdm(total=args.max_steps, initial=start, unit="step", disable=team.rank > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+        self.expect, self.doubted = expect, False
+        self.bar = Bar(total=args.max_steps, initial=start, disable=team.rank > 0)
         if team.rank == 0:
             fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BANDS)), "grad_norm", "lr",
                       "images_per_s", "memory_mb"] + ["nfe"] * hasattr(model, "nfe")
@@ -71,10 +138,14 @@ class Log:
 
     @contextlib.contextmanager
     def pause(self):
-        """For what is not training: images_per_s does not count its time."""
+        """For a grid of samples: images_per_s does not count its time, and the time to the end counts it apart."""
         start = time.perf_counter()
         yield
-        self.began += time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.began += took
+        if not self.bar.disable:
+            self.bar.last_print_t += took
+            self.bar.grids = took / self.args.sample_every
 
     def write(self, step, lr):
         """A line of log.csv about the steps since the last one. All processes call this. Raises UserError if a number
@@ -99,8 +170,21 @@ class Log:
             if hasattr(self.model, "nfe"):
                 row.append(f"{self.model.nfe:.4g}")
             self.line(row)
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+            usual = self.usual(step, lr)
+            self.bar.set_postfix_str(f"loss {loss:.4f}{f' (expect {usual:.2g})' if usual else ''}, {rate:.0f} images/s",
+                                     refresh=sys.stderr.isatty())
+            if usual and loss > 2 * usual and step % self.args.ckpt_every == 0 and not self.doubted:
+                self.bar.write(f"step {step}: the loss is {loss:.2g}, but the same command gave us {usual:.2g} here. "
+                               f"If you changed the code, look there first")
+                self.doubted = True
         self.begin(step)
+
+    def usual(self, step, lr):
+        """The loss that a run of ours had around this step, or None. Only while its batch and learning rate were these:
+        with another --max-steps that is so at the beginning."""
+        near = [loss for at, images, loss, rate in self.expect if abs(at - step) <= step / 10
+                and images == at * self.args.global_batch_size and abs(rate - lr) <= 0.05 * lr]
+        return sum(near) / len(near) if near else None
 
     def line(self, row):
         """Append to log.csv. A full disk, or a file that became read-only, costs the line, not the run."""
@@ -123,10 +207,54 @@ class Log:
             save_image(image, path)
         except OSError as e:
             path = f"no picture ({e})"
-        self.bar.write(f"step {step}: {path}")
+        else:
+            path = link(path)
+        first = 100 == step <= self.args.sample_every
+        self.bar.write(f"step {step}: {path}{' (the first: blocks of colour, or fog, are normal here)' * first}")
 
     def close(self):
         self.bar.close()
+
+
+# --- the end of a run ---------------------------------------------------------------------------
+
+def summarise(folder, last=None):
+    """Write summary.png: the loss in each band of t, and grids of samples over time. last: one more picture. A run that
+    is too short for a line gets none. Whatever fails, only this picture is lost."""
+    try:
+        with open(folder / "log.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        if len(rows) < 2:
+            return
+        names = {"loss": "loss", **{f"loss_t{b}": f"t{b}" for b in reversed(range(BANDS))}}
+        names |= {"loss_t0": "t0, little noise", f"loss_t{BANDS - 1}": f"t{BANDS - 1}, much noise"}
+        lines = {name: [(int(r["step"]), float(r[key])) for r in rows if float(r[key] or 0) > 0]
+                 for key, name in names.items()}
+        steps = {int(path.stem[5:]): path for path in (folder / "samples").glob("step_*.png")}
+        few = {min(steps, key=lambda s: abs(math.log(s / min(steps)) - k / 3 * math.log(max(steps) / min(steps))))
+               for k in range(4) if steps}      # the first, the last, and two between them
+        grids = [(f"step {s:,}", Image.open(steps[s])) for s in sorted(few)]
+        grids += [(f"the end: {last.name}", Image.open(last))] if last else []
+        picture = summary({name: line for name, line in lines.items() if line}, grids)
+        print(f"summary     {link(save_image(picture, folder / 'summary.png'))}")
+    except Exception as e:
+        print(f"summary     no picture of it ({e})")
+
+
+def further(args, folder, argv, world):
+    """What to try next: commands to paste."""
+    run, guided = which(args, folder), (args.num_classes or args.text) and args.cond_dropout
+    told = [*["--prompt", *args.prompts[:1]] * bool(args.text and args.prompts), *["--cfg-scale", 3] * bool(guided)]
+    video = len(args.shape) == 4                # sample.py always makes films of these
+    lines = [f"film        {command('sample.py', *run, *told, *['--gif'] * (not video))}"]
+    if (args.model in ("dis", "diffussm", "cunet") and args.data in ("shapes", *datasets.CLASSES) and not args.space
+            and min(args.shape[1:]) >= 11 and args.options.get("T", 1000) > 150 and (guided or not args.num_classes)):
+        lines.append(f"denoise     {command('sample.py', *run, '--denoise', 'test', '--from-step', 150)}")
+    if world == 1:                              # torchrun has flags of its own
+        words = [a for i, a in enumerate(argv) if "--max-steps" not in (a.partition("=")[0], argv[i - 1] * (i > 0))]
+        words += ["--resume", "auto"] * (args.resume == "none")
+        lines.append(f"longer      {command('train.py', *words, '--max-steps', 2 * args.max_steps)}")
+    return "\n".join(lines)
 
 
 def begin_csv(path, fields, step):

@@ -103,6 +103,63 @@ def grid_image(images, rows, names=None, zoom=None):
     return labelled
 
 
+# --- a run at a glance --------------------------------------------------------------------------
+
+SHADES = "black", "#b03060", "#d9701c", "#c9a800", "#2f8f4e", "#1f6fb4"
+
+
+def marks(low, high):
+    """The numbers 1, 2, 5, 10, 20 .. and 0.5, 0.2 .. from low to high."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [m for e in exponents for m in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low <= m <= high]
+
+
+def chart(lines, title, width, height):
+    """{name: [(x, y)]} -> a PIL image: a line for each, with its last number. All numbers are above 0, and both axes
+    logarithmic."""
+    xs, ys = zip(*(point for line in lines.values() for point in line))
+    box, span = (60, 30, width - 200, height - 34), (min(xs), max(ys), max(xs), min(ys))    # left, top, right, bottom
+
+    def at(number, k):                          # k: 0 for x, 1 for y -> pixels
+        low, high = math.log(span[k]), math.log(span[k + 2])
+        return box[k] + (box[k + 2] - box[k]) * (math.log(number) - low) / ((high - low) or 1)
+    columns, rows = marks(span[0], span[2]), marks(span[3], span[1])
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")        # made smaller, Pillow's lines are smooth
+    draw = ImageDraw.Draw(picture)
+    for x, y, X, Y in [(at(x, 0), box[1], at(x, 0), box[3]) for x in columns] + [
+            (box[0], at(y, 1), box[2], at(y, 1)) for y in rows]:
+        draw.line((2 * x, 2 * y, 2 * X, 2 * Y), "#dddddd", 2)
+    for shade, line in [*zip(SHADES, lines.values())][::-1]:
+        draw.line([(2 * at(x, 0), 2 * at(y, 1)) for x, y in line], shade, 4, "curve")
+    picture, font = picture.reduce(2), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(picture)
+    draw.text((box[0], 16), title, "black", font, "lm")
+    for x in columns:
+        draw.text((at(x, 0), box[3] + 12), f"{x:,.0f}", "black", font, "mm")
+    for y in rows:
+        draw.text((box[0] - 8, at(y, 1)), f"{y:g}", "black", font, "rm")
+    for i, (shade, (name, line)) in enumerate(zip(SHADES, lines.items())):
+        draw.text((box[2] + 16, box[1] + 12 + 20 * i), f"{name}: {line[-1][1]:.3g}", shade, font, "lm")
+    return picture
+
+
+def summary(lines, grids, width=1000):
+    """lines: as `chart` takes them; grids: [(title, PIL image)], to show in a row below it -> a PIL image."""
+    top = chart(lines, "loss by the noise level t, at each step (both axes logarithmic)", width, 330)
+    if not grids:
+        return top
+    height = min(300, int((width - 10 * len(grids)) / sum(grid.width / grid.height for _, grid in grids)))
+    picture = Image.new("RGB", (width, top.height + height + 40), "white")
+    picture.paste(top)
+    x, draw = 5, ImageDraw.Draw(picture)
+    for title, grid in grids:
+        small = grid.convert("RGB").resize((max(1, round(height * grid.width / grid.height)), height), Image.LANCZOS)
+        picture.paste(small, (x, top.height + 30))
+        draw.text((x, top.height + 16), title, "black", ImageFont.load_default(13), "lm")
+        x += small.width + 10
+    return picture
+
+
 # --- pictures to files --------------------------------------------------------------------------
 
 MOST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535}      # pixels a side, as Pillow can write them

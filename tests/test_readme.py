@@ -18,6 +18,7 @@ from support import cost
 import sample
 import train
 from support.checkpoint import load_paper
+from support.log import TOO_SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
@@ -101,7 +102,8 @@ def test_commands_of_train_start(page, tmp_path, monkeypatch, capsys):
             flags = flags[:i] + flags[i + 2:]
         processes = [w.split("=")[1] for w in words if w.startswith("--nproc_per_node")] or ["1"]
         train.main([*flags, "--dry-run", processes[0], "--results-dir", str(tmp_path)])
-        assert "parameters" in capsys.readouterr().out, words
+        said, args = capsys.readouterr().out, train.parse(flags)
+        assert "parameters" in said and ("\nexpect " in said) == ((args.data, args.preset) in TOO_SMALL), words
     assert count >= {"README.md": 7, "mdm.md": 9, "scaling.md": 3}.get(page.name, 0)
 
 
@@ -156,7 +158,7 @@ def test_reproduce_starts_what_exists(tmp_path):
     python = tmp_path / "python"
     python.write_text("""#!/usr/bin/env bash
 printf '%q ' "$@" >> notes; echo >> notes
-for run in dis-shapes moving-8x32 evidence/mnist-minutes-{dis,diffussm,mdm,cu-net}-0; do
+for run in {dis,diffussm,mdm,cunet}-shapes moving-8x32 evidence/mnist-minutes-{dis,diffussm,mdm,cu-net}-0; do
     mkdir -p results/$run; touch results/$run/{log.csv,samples.png} results/moving-mdm.gif
 done
 for word in "$@"; do case $word in assets/*) touch $word;; esac; done

@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: exact resume, processes, seeds, stopping."""
 import csv
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tqdm
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,9 +23,9 @@ import ranks
 import sample
 import train
 from diffusion import Diffusion, cosine_alpha_bar, fold
-from support import checkpoint, cost, datasets, latents
+from support import checkpoint, cost, datasets, latents, log, parallel
 from support.optimizer import matrices
-from support.pictures import grid_image
+from support.pictures import SHADES, grid_image
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
@@ -401,6 +403,115 @@ def test_run_folder_describes_itself(tmp_path):
     assert [p.name for p in (folder / "samples").iterdir()] == ["step_0000002.png"]
     assert Image.open(folder / "samples.png").size[0] > 100
     assert len(list((folder / "checkpoints").iterdir())) == 2       # --keep-ckpts 2
+    assert Image.open(folder / "summary.png").size[0] == 1000
+
+
+def test_the_summary_shows_lines_and_grids(tmp_path, capsys):
+    """A band has no loss in some rows, and of many grids a few are shown. A summary that fails ends nothing."""
+    rows = ["step,loss,loss_t0,loss_t1,loss_t2,loss_t3,loss_t4", *(f"{s},1,.8,.5,.2,,{2 / s}" for s in (10, 20, 1000))]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    log.summarise(tmp_path)
+    plain = Image.open(tmp_path / "summary.png")
+    shades = {colour for _, colour in plain.crop((60, 30, 800, 296)).getcolors(10**6)}         # without the words
+    assert [Image.new("RGB", (1, 1), s).getpixel((0, 0)) in shades for s in SHADES] == [True] * 5 + [False]
+    (tmp_path / "samples").mkdir()
+    for i, s in enumerate((100, 500, 1000, 1500, 2000, 2500)):
+        Image.new("L", (90, 60), 9 + i).save(tmp_path / "samples" / f"step_{s:07d}.png")
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "samples.png")
+    log.summarise(tmp_path, tmp_path / "samples.png")
+    sheet = np.asarray(Image.open(tmp_path / "summary.png"))[plain.height + 60]
+    assert [pixel.tolist() for pixel in sheet[95:1000:200]] == [[9 + i] * 3 for i in (0, 1, 2, 5)] + [[255, 0, 0]]
+    log.summarise(tmp_path / "gone")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["summary"] * 3 and "gone/log.csv" in said[2]
+
+
+def test_the_time_to_the_end_counts_the_grids(tmp_path, monkeypatch):
+    """A step takes a second, and every 20 steps a grid takes 40: three seconds a step. What is no terminal gets a line
+    every 30 seconds, also if training becomes slow."""
+    now, stderr = [0.0], io.StringIO()
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stderr)
+    args = train.parse(["--max-steps", "120", "--sample-every", "20"])
+    record = log.Log(args, tmp_path, parallel.Team(torch.device("cpu")), None, 10, 20)
+    for step in range(21, 120):
+        now[0] += 1 if step < 111 else 31
+        record.step(torch.ones(()))
+        if step == 22:
+            assert "[00:02, 01:38 left]" in str(record.bar)
+        if step % 20 == 0:
+            with record.pause():
+                now[0] += 40
+        if step == 65:
+            assert record.bar.format_dict["rate"] == pytest.approx(1 / 3)
+    record.close()
+    lines = stderr.getvalue().rstrip("\n").split("\n")
+    assert [int(re.search(r"(\d+)/120", line)[1]) for line in lines] == [20, 50, 80, *range(110, 120), 119]
+    assert lines[1].endswith(" [01:10, 03:30 left]") and "\r" not in stderr.getvalue()
+
+
+def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
+    """Of a run of ours with the same flags, while its batch and rate were these. Far above it, one sentence."""
+    for typed in log.RUNS:
+        train.parse(typed.split())
+    monkeypatch.setattr(log, "ASSETS", tmp_path)
+    rows = [f"{s},{32 * s},{1 / s},0.002" for s in (100, 450, 500, 550, 600)]
+    (tmp_path / f"{log.RUNS['--model mdm']}.csv").write_text("\n".join(["step,images,loss,lr", *rows]))
+    for flags, known in (("--model dis", 0), ("--lr 1", 0), ("--set side=8", 0), ("--cond text", 0), ("--seed 3", 5)):
+        assert len(log.expected(["--model", "mdm", *flags.split()], train.parse)) == known, flags
+    args = train.parse(["--model", "mdm"])
+    record = log.Log(args, tmp_path, parallel.Team(torch.device("cpu")), None, 10, 499,
+                     log.expected(["--model", "mdm"], train.parse))
+    mean = (1 / 450 + 1 / 500 + 1 / 550) / 3
+    assert record.usual(500, 0.00195) == pytest.approx(mean) and record.usual(300, 0.002) is None
+    assert record.usual(500, 0.0018) is None
+    capsys.readouterr()
+    for step, loss, told in (500, 1.9, 0), (499, 2.1, 0), (500, 2.1, 1), (500, 2.1, 0):         # once
+        record.loss(torch.tensor([loss * mean]), torch.tensor([0]))
+        record.step(torch.ones(()))
+        record.write(step, 0.002)
+        assert "(expect 0.002" in record.bar.postfix
+        said = capsys.readouterr()
+        assert said.out.count("the same command gave us 0.002 here") == told == said.err.count("expect")
+    args.global_batch_size = 64
+    assert record.usual(500, 0.002) is None
+
+
+@pytest.mark.parametrize("flags, denoises", [
+    ("", True), ("--num-classes 0", True), ("--cond-dropout 0", False), ("--resume none --max-steps 7", True),
+    ("--set T=99", False),
+    ("--image-size 8", False), ("--model mdm", False), ("--model mdm --cond text --max-steps=7", False),
+    ("--model mdm --data moving --preset tiny-video", False), ("--model own.py --data pets", False)])
+def test_what_to_try_next_can_be_tried(monkeypatch, flags, denoises):
+    monkeypatch.chdir(ROOT)
+    argv = flags.split()
+    args = train.parse(argv)
+    C, size = 3, int(args.image_size or 32)
+    args.shape, args.space, args.options = [C, *[8] * ("moving" in argv), size, size], None, {"T": 1000, **args.set}
+    args.text, args.prompts = 5 * ("text" in argv), ["a red star"] * ("text" in argv)
+    args.num_classes = 0 if args.num_classes == 0 or args.text else 8
+    words = [shlex.split(line) for line in log.further(args, Path("a run"), argv, 1).splitlines()]
+    assert [w[0] for w in words] == ["film", *["denoise"] * denoises, "longer"]
+    diffusion = SimpleNamespace(T=1000, respaced=lambda steps: None)
+    for _, python, program, *given in words:
+        if program == "sample.py":
+            asked = sample.parse(given)
+            sample.check_flags(asked)
+            sample.check_model(asked, diffusion, vars(args))
+            assert asked.ckpt == "a run" and asked.model == ("own.py" if "own.py" in argv else None)
+        else:
+            again, told = train.parse(given), [word for word in given if word.startswith("--max-steps")]
+            assert again.max_steps == 2 * args.max_steps and again.resume == "auto" and len(told) == 1
+    assert len(log.further(args, Path("a run"), argv, 2).splitlines()) == 1 + denoises          # torchrun
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_path_is_a_link_in_a_terminal(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setenv("TERM", "xterm")
+    path = Path("my run/a.png")
+    assert log.link(path) == (f"\033]8;;{path.resolve().as_uri()}\033\\{path}\033]8;;\033\\" if terminal else str(path))
 
 
 def test_grid_puts_each_class_in_its_row():
