@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import UserError
-from support.cli import fail, processes, several
+from support.cli import QUIET, fail, processes, several
 
 # --- devices ------------------------------------------------------------------------------------------------
 
@@ -249,9 +249,9 @@ def load_optimizer(optimizer, state):
 
 class Interruption:
     """Ctrl-C, the SIGTERM of a scheduler, or the SIGHUP of a terminal that closes: finish the step, save, leave.
-    `asked` tells that one came. A second Ctrl-C ends the process at once. A second SIGTERM does not: a scheduler and
-    torchrun may well send one each. Before the first `next` there is nothing to save, and signals mean what they
-    always do."""
+    `asked` tells that one came, and we say so at once: a step, or a grid of samples, may take a minute. A second Ctrl-C
+    ends the process at once. A second SIGTERM does not: a scheduler and torchrun may well send one each. Before the
+    first `next` there is nothing to save, and signals mean what they always do."""
 
     def __init__(self):
         self.asked, self.waiting, self.handlers = False, False, {}
@@ -272,8 +272,12 @@ class Interruption:
             return None
 
     def ask(self, number, _):
+        again = ". Ctrl-C again: quit without saving" if number == signal.SIGINT else ""
+        if not (self.asked or QUIET):
+            with contextlib.suppress(OSError):  # print() may be interrupted by this very signal; a terminal may be gone
+                os.write(2, f"\nfinishing this step, then saving{again}\n".encode())
         self.asked = True
-        if number == signal.SIGINT:
+        if again:
             signal.signal(number, self.handlers[number])
         if self.waiting:                        # only an exception ends a read()
             self.waiting = False

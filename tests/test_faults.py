@@ -292,6 +292,18 @@ class Stuck:
         return {"x": torch.zeros(1) if indices == [0] else os.read(self.answer, 1)}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_at_once(capfd, number):
+    stop = parallel.Interruption()
+    stop.next(iter("ab"))
+    for _ in range(2 - (number == signal.SIGINT)):              # a second Ctrl-C would end this process
+        signal.raise_signal(number)
+    stop.over()
+    said = capfd.readouterr().err
+    assert said.count("finishing this step, then saving") == 1
+    assert ("Ctrl-C again: quit without saving" in said) == (number == signal.SIGINT)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_signal_is_heard_while_data_do_not_come(workers):
@@ -436,8 +448,9 @@ def test_one_process_stops_all(tmp_path, monkeypatch, capsys):
     checkpoint."""
     votes = iter([False, False, False, True])
     monkeypatch.setattr(parallel.Team, "any", lambda team, yes: next(votes))
-    assert run(tmp_path, "--max-steps", 9)["step"] == 2
+    assert run(tmp_path, "--max-steps", 9, "--log-every", 1)["step"] == 2
     assert "stopped     at step 2, saved. The same command continues" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.png").exists()
 
 
 def test_one_process_agrees_with_itself():
