@@ -113,7 +113,7 @@ class DiS(nn.Module):
                  num_classes=0,             # 0: no classes
                  expand: int = 2,           # E
                  state: int = 16,           # N
-                 conv: int = 4,             # taps of the causal convolution
+                 conv: int | None = 4,      # taps of the causal convolution; None: they reach the patch above, or below
                  skip: Literal["concat", "add", "none"] = "concat",     # long skips; "add" and "none" are ablations
                  time: Literal["token", "adaln"] = "token",             # the step and the class are tokens, or they
                                                                         # scale and shift all norms (an ablation)
@@ -145,6 +145,7 @@ class DiS(nn.Module):
         self.label_embed = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.pos_embed = nn.Parameter(torch.zeros(1, L, width))
         half = depth // 2
+        conv = W // patch + 1 if conv is None else conv
         mixer = dict(expand=expand, state=state, conv=conv, scan=scan)
         blocks = [Block(width, skip if i > half else "none", time == "adaln", **mixer) for i in range(2 * half + 1)]
         self.shallow, self.deep = nn.ModuleList(blocks[:half]), nn.ModuleList(blocks[half + 1:])
@@ -327,8 +328,13 @@ class Direction(nn.Module):
     def forward(self, x):
         """(b, L, e) -> (b, L, e), tokens in this direction's order."""
         L = x.shape[1]
-        u = self.conv(rearrange(x, "b l e -> b e l"))[..., :L]                     # cut, hence causal (b, e, L)
-        u = rearrange(F.silu(u), "b e l -> b l e")                                 # (b, L, e)
+        x = rearrange(x.contiguous(), "b l e -> b e l")                            # (b, e, L)
+        if x.is_cpu:        # the same as a picture of one row: half the time, since the channels may lie side by side
+            u = F.conv2d(x[:, :, None], self.conv.weight[:, :, None], self.conv.bias, groups=len(self.D),
+                         padding=(0, self.conv.padding[0]))[:, :, 0]
+        else:
+            u = self.conv(x)                                                       # (b, e, L + taps - 1)
+        u = rearrange(F.silu(u[..., :L]), "b e l -> b l e")                        # cut, hence causal (b, L, e)
         low, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)   # (b, L, R), 2 x (b, L, N)
         # delta is float32 from here on. The output of dt_proj is near -7 for long memories. Autocast would round it
         # to multiples of 1/32, and that would change delta by up to 1.6%.

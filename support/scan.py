@@ -32,6 +32,7 @@ In arrays of states N stands before e: (b, L, N, e). Inner loops then run over e
 import functools
 import importlib.util
 import math
+import threading
 import warnings
 
 import torch
@@ -87,9 +88,9 @@ def plain(u, delta, A, B, C, D):
 # the end included: (b, chunks + 1, N, e). From these, backward computes the states inside a chunk again.
 
 CHUNK = {"cpu": (16, 64), "cuda": (8, 8)}       # T: at least, at most
-# How many numbers a block's work array (b, T, N, e) may have. On a CPU it should have 4 MB, to stay in the cache. On
-# a GPU it should be large, since each operation on it is a launch. Speed depends little on either.
-ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# How many numbers a block's work array (b, T, N, e) may have. On a CPU it should have 2 MB, to stay in the cache. On
+# a GPU it should be large, since each operation on it is a launch.
+ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def tuned(numbers, u):
@@ -116,9 +117,25 @@ def blocks(u, A):
             for i in range(0, b, rows) for number, t in enumerate(range(0, L, T))]
 
 
+class Spare(threading.local):
+    memory = torch.empty(0, device="cpu")
+
+
+SPARE = Spare()
+
+
 def work_arrays(count, u, A):
-    """-> (count, b, T, N, e). Made once, since the system clears new memory, which takes as long as the arithmetic."""
-    return u.new_empty(count, *block_size(u, A), *A.T.shape)
+    """-> (count, b, T, N, e). On a CPU the thread's next scan gets the same memory: to the system new memory is work,
+    as much as the arithmetic."""
+    rows, T = block_size(u, A)
+    shape = count, rows, min(T, u.shape[1]), *A.T.shape
+    if not u.is_cpu:
+        return u.new_empty(shape)
+    n, dtype = math.prod(shape), torch.promote_types(u.dtype, torch.float32)
+    if SPARE.memory.dtype != dtype or len(SPARE.memory) < n:
+        with torch.inference_mode(False):       # otherwise a scan outside of that mode could not write to it
+            SPARE.memory = torch.empty(n, dtype=dtype, device="cpu")
+    return SPARE.memory[:n].view(shape)
 
 
 def states(h, x, delta, At, B, work):
