@@ -17,9 +17,11 @@ papers count from 1. x_0 always means the clean image: at t = 0, x_{t-1} is x_0 
 | `ddim_step`           | sigma_t(eta)              | DDIM, Song et al. 2020 (2010.02502), Eq. 12, 16                |
 | "v"                   | sqrt(ab) eps - sqrt(1 - ab) x_0, ab = alpha_bar | Salimans & Ho 2022 (2202.00512), App. D  |
 | `min_snr`             | gamma                     | Hang et al. 2023 (2303.09556)                                  |
+| `max_snr`             | 1 in its "truncated SNR"  | Salimans & Ho 2022 (2202.00512), Section 4                     |
 | `shift_snr`           | SNR / ratio^power         | the code of MDM, Gu et al. 2023 (2310.15111)                   |
 | `bounded`             | dynamic thresholding      | Imagen, Saharia et al. 2022 (2205.11487)                       |
 | `guided`: `scale`     | 1 + w                     | classifier-free guidance, Ho & Salimans 2022 (2207.12598)      |
+| `cfg_below`           | sigma_hi                  | guidance in an interval, Kynkaanniemi et al. 2024 (2404.07724) |
 
 Shapes: x is (B, C, H, W), or (B, C, frames, H, W) for video; t is (B,) long; every loss is (B,).
 """
@@ -97,14 +99,20 @@ class Diffusion:
     variance      the variance of a DDPM step: "small" (the posterior's) | "large" (beta) | "learned": the network has
                   C more output channels, which interpolate between the two (IDDPM Eq. 15)
     min_snr       None, or gamma: a limit on the weight of steps with little noise (5 in its paper, from memory)
+    max_snr       None, or the least weight, for steps with much noise. Without both, all errors weigh the same; with
+                  one or both, x_0's error weighs max(max_snr, min(snr, min_snr))
+    cfg_below     guidance acts only at steps t < cfg_below T. At the noisiest steps it narrows the choice among samples:
+                  of drawn shapes it prefers the big ones, whose class is the first to be seen
     timestep_map  (T,) the t that the network is shown; set by `respaced`
     """
 
-    def __init__(self, alpha_bar, predict="eps", variance="small", min_snr=None, timestep_map=None):
+    def __init__(self, alpha_bar, predict="eps", variance="small", min_snr=None, timestep_map=None, max_snr=None,
+                 cfg_below=1):
         for value, allowed in ((predict, ("eps", "v", "x0")), (variance, ("small", "large", "learned"))):
             if value not in allowed:
                 raise UserError(f"unknown diffusion setting {value!r}: choose one of {allowed}")
-        self.alpha_bar, self.predict, self.variance, self.min_snr = alpha_bar, predict, variance, min_snr
+        self.alpha_bar, self.predict, self.variance = alpha_bar, predict, variance
+        self.min_snr, self.max_snr, self.cfg_below = min_snr, max_snr, cfg_below
         self.T = len(alpha_bar)
         self.timestep_map = torch.arange(self.T, device="cpu") if timestep_map is None else timestep_map
         prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])               # alpha_bar of step t - 1
@@ -126,8 +134,8 @@ class Diffusion:
 
     @classmethod
     def of(cls, options):
-        """Takes schedule, T, predict, variance and min_snr out of the dict `options` -> the Diffusion they describe."""
-        own = {k: options.pop(k) for k in ("predict", "variance", "min_snr") if k in options}
+        """Takes what describes a Diffusion out of the dict `options` -> that Diffusion."""
+        own = {k: options.pop(k) for k in ("predict", "variance", "min_snr", "max_snr", "cfg_below") if k in options}
         return cls(SCHEDULES[options.pop("schedule")](options.pop("T", 1000)), **own)
 
     def at(self, name, t, x):
@@ -148,7 +156,7 @@ class Diffusion:
         keep = spaced_timesteps(self.T if last is None else last + 1, spec)
         if last not in (None, keep[-1]):
             raise UserError(f"steps {spec} do not begin at step {last}: drop 'ddim' for even spacing")
-        return Diffusion(self.alpha_bar[keep], self.predict, self.variance, self.min_snr, self.timestep_map[keep])
+        return Diffusion(self.alpha_bar[keep], self.predict, self.variance, timestep_map=self.timestep_map[keep])
 
     def noise_shape(self, shape):
         """The shape of the normal noise that `loss` needs for one example of `shape`."""
@@ -219,9 +227,10 @@ class Diffusion:
         pred, var = self.split(out, x0)
         mse = (pred - self.target(x0, t, noise)).square().flatten(1).mean(1)                # (B,)
         terms = {"mse": mse, "loss": mse}
-        if self.min_snr is not None:            # the error of x_0, times min(snr, gamma)
+        if (self.min_snr, self.max_snr) != (None, None):
             snr = self.at("snr", t, t)                                                      # (B,)
-            terms["loss"] = mse * snr.clamp(max=self.min_snr) / {"eps": snr, "v": snr + 1, "x0": 1}[self.predict]
+            weight = snr.clamp(self.max_snr, self.min_snr)                                  # of the error of x_0
+            terms["loss"] = mse * weight / {"eps": snr, "v": snr + 1, "x0": 1}[self.predict]
         if var is not None:
             terms["vb"] = self.vb(torch.cat([pred.detach(), var], dim=1), x0, x_t, t)
             terms["loss"] = terms["loss"] + terms["vb"]
@@ -257,7 +266,7 @@ class Diffusion:
                sampler="ddim",      # "ddim" | "ddpm"
                steps="50",          # how many of the T steps, see `spaced_timesteps`
                eta=0.0,             # of DDIM: 0 deterministic .. 1 as noisy as DDPM
-               cfg_scale=1.0,       # guidance, see `guided`; 1 turns it off and halves the work
+               cfg_scale=1.0,       # guidance, see `guided` and `cfg_below`; 1 turns it off and halves the work
                clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
                start=None,          # (x (B, C, H, W), t): begin with x at step t, and choose `steps` from t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down to 0
@@ -269,10 +278,11 @@ class Diffusion:
         d = self.respaced(steps, last)
         # weights do not change here: a model may compute once what depends on them alone
         with getattr(model, "frozen", contextlib.nullcontext)():
-            model = guided(model, cfg_scale) if cfg_scale != 1 else model
+            steered = guided(model, cfg_scale) if cfg_scale != 1 else model
+            steer = (d.timestep_map < self.cfg_below * self.T).tolist()
             for i in reversed(range(d.T)):
                 t = torch.full_like(seeds, i)                                               # (B,)
-                out = model(x, d.model_t(t), **cond)
+                out = (steered if steer[i] else model)(x, d.model_t(t), **cond)
                 noise = normal(fold(seeds, i), shape) if sampler == "ddpm" or eta else None
                 x0 = d.predict_x0_eps(out, x, t, clip)[0] if on_step else None
                 x = (d.ddpm_step(out, x, t, noise, clip) if sampler == "ddpm"

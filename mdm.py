@@ -81,14 +81,15 @@ class ExtendedDiffusion:
     weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": 0, .., 0, 1, the paper's "simple DM"
               with a nested network (Figure 4b, c)
     mixed     the part of the rows that has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
-              rows have both. None: all rows have all (Section 3.3)"""
+              rows have both. None: all rows have all (Section 3.3)
+    cfg_below guidance acts only at steps t < cfg_below T, as in diffusion.Diffusion"""
 
-    def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None):
+    def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None, cfg_below=1):
         self.shapes, self.R, self.T = [tuple(s) for s in shapes], len(shapes), len(alpha_bar)
         self.sizes = [math.prod(s) for s in shapes]                                   # N_r
         ones, finest = [1] * self.R, [0] * (self.R - 1) + [1]
         self.weights = ones if weights is None else finest if weights == "finest" else weights
-        self.mixed = mixed
+        self.mixed, self.cfg_below = mixed, cfg_below
         if len(self.weights) != self.R or not any(self.weights):
             raise UserError(f"weights={weights}: give a list of {self.R} numbers, coarsest first, one or more above 0")
         falling = mixed is None or [1, *mixed[1:]] == sorted(mixed, reverse=True) and mixed[-1] > 0
@@ -169,10 +170,11 @@ class ExtendedDiffusion:
             raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}: ask for that shape")
         levels, numbers, ddpm = self.respaced(steps), (sum(self.sizes),), sampler == "ddpm"
         z = self.unpack(normal(fold(seeds, self.T), numbers))                              # [(B, *shape_r)]
-        model = guided(model, cfg_scale) if cfg_scale != 1 else model
+        steered = guided(model, cfg_scale) if cfg_scale != 1 else model
+        steer = (levels[0].timestep_map < self.cfg_below * self.T).tolist()
         for i in reversed(range(levels[0].T)):
             t = torch.full_like(seeds, i)                                                  # (B,)
-            outs = model(self.visible(z), levels[0].model_t(t), **cond)
+            outs = (steered if steer[i] else model)(self.visible(z), levels[0].model_t(t), **cond)
             noise = self.unpack(normal(fold(seeds, i), numbers)) if ddpm or eta else [None] * self.R
             each = list(zip(levels, outs, z, noise))
             z = [level.ddpm_step(out, z_r, t, eps, clip) if ddpm else level.ddim_step(out, z_r, t, eps, clip, eta)
@@ -549,7 +551,7 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
              schedule: Literal[tuple(SCHEDULES)] = "cosine", T: Annotated[int, 1, 10**6] = 1000,
              predict: Literal["v", "x0", "eps"] = "v", error: Literal["v", "x0", "eps"] = "eps",
              power: Annotated[float, 0, 10] = 1, weights: Literal["finest"] | list[float] | None = None,
-             mixed: list[float] | None = None):
+             mixed: list[float] | None = None, cfg_below: Annotated[float, 0, 1] = 1):
     """Builds the networks, from the inside out, and their diffusion. support/options.py checks options by these types.
 
     channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it; it takes one after the
@@ -581,7 +583,8 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
     for level in levels:
         H, W = (n * 2 ** (len(level["channels"]) - 1) for n in (H, W))
         model = NestedUNet(model, (C, *frames, H, W), **level, E=E, micro=micro)
-    diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed)
+    diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed,
+                                  cfg_below)
     return model.to(memory_format=torch.channels_last), diffusion           # the faster layout of convolutions
 
 

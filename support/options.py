@@ -23,7 +23,8 @@ from typing import Annotated, Literal
 from diffusion import SCHEDULES, UserError
 
 DIFFUSION = {"schedule": Literal[tuple(SCHEDULES)], "predict": Literal["eps", "v", "x0"],
-             "variance": Literal["small", "large", "learned"], "T": int, "min_snr": float | None}
+             "variance": Literal["small", "large", "learned"], "T": int, "min_snr": float | None,
+             "max_snr": float | None, "cfg_below": Annotated[float, 0, 1]}
 NOT_OPTIONS = {"shape", "num_classes", "text", "learn_sigma"}           # `build` itself gives these to a network
 
 

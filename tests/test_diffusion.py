@@ -206,18 +206,19 @@ def test_all_8_bit_values_have_probability_one_together():
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_min_snr_is_one_weight_on_the_x0_error():
-    """Whatever is predicted, the loss is min(snr, gamma) |x0 - x0_hat|^2."""
+@pytest.mark.parametrize("least, most", [(None, 5), (0.3, 5), (1, None)])
+def test_min_and_max_snr_are_one_weight_on_the_x0_error(least, most):
+    """Whatever is predicted, the loss is max(least, min(snr, most)) |x0 - x0_hat|^2."""
     t = torch.tensor([50, 400, 900])
     x0, eps = normal(fold(5, t), (1, 4, 4)), normal(fold(6, t), (1, 4, 4))
     for predict in ("eps", "v", "x0"):
-        d = Diffusion(linear_alpha_bar(1000), predict, min_snr=5)
+        d = Diffusion(linear_alpha_bar(1000), predict, min_snr=most, max_snr=least)
         x_t = d.q_sample(x0, t, eps)
         out = d.target(x0, t, eps) + 0.1
         error = (d.predict_x0_eps(out, x_t, t)[0] - x0).square().flatten(1).mean(1)
         snr = d.tables["snr"][t].float()
         torch.testing.assert_close(d.loss_terms(out, x0, x_t, t, eps)["loss"],
-                                   snr.clamp(max=5) * error, rtol=1e-3, atol=1e-6)
+                                   snr.clamp(least, most) * error, rtol=1e-3, atol=1e-6)
 
 
 def test_unknown_settings_are_refused():
@@ -298,6 +299,18 @@ def test_an_image_depends_on_its_seed_alone():
             parts = [d.sample(model, (1, 4, 4), s, sampler=sampler, steps="10", eta=0.5)
                      for s in torch.arange(8).split(size)]
             assert torch.equal(torch.cat(parts), every)
+
+
+def test_guidance_leaves_out_the_noisiest_steps():
+    """Where it acts, the network gets each image twice."""
+    shown = {}
+
+    def model(x, t, y):
+        shown[t[0].item()] = len(x)
+        return x
+    d = Diffusion(linear_alpha_bar(1000), cfg_below=0.6)
+    d.sample(model, (1, 4, 4), torch.arange(3), steps="ddim5", y=torch.zeros(3).long(), cfg_scale=2)
+    assert shown == {800: 3, 600: 3, 400: 6, 200: 6, 0: 6}
 
 
 def test_guidance_touches_every_prediction_channel_and_no_variance():

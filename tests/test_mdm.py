@@ -519,6 +519,17 @@ def test_guidance_pushes_every_resolution_away_from_no_condition():
         torch.testing.assert_close(out, without + 3 * (with_c - without), atol=1e-4, rtol=1e-4)
 
 
+def test_guidance_leaves_out_the_noisiest_steps():
+    model, d = small((3, 16, 16), text=12, cfg_below=0.6)
+    shown = {}
+
+    def spy(z, t, **cond):
+        shown[t[0].item()] = len(t)
+        return model(z, t, **cond)
+    d.sample(spy, (3, 16, 16), torch.arange(2), steps="ddim5", cfg_scale=2, **words(2))
+    assert shown == {800: 2, 600: 2, 400: 4, 200: 4, 0: 4}
+
+
 # --- the condition ---
 
 def test_no_text_is_a_learned_token_whatever_the_words_behind_the_mask():
