@@ -109,7 +109,8 @@ class DiS(nn.Module):
                  shape,                     # (c, H, W) of the image or latent
                  width: int,                # d
                  depth: int,                # depth // 2 shallow blocks, 1 in the middle, depth // 2 deep: 24 gives 25
-                 patch: int | None = 2,     # p; None: the largest that leaves a grid of at least 4 x 4 patches
+                 patch: int | None = 2,     # p; None: the largest that leaves a grid of at least `grid` x `grid` patches
+                 grid: int = 4,
                  num_classes=0,             # 0: no classes
                  expand: int = 2,           # E
                  state: int = 16,           # N
@@ -125,7 +126,7 @@ class DiS(nn.Module):
         super().__init__()
         channels, H, W = shape
         if patch is None:
-            patch = next(p for p in range(max(1, min(H, W) // 4), 0, -1) if H % p == W % p == 0)
+            patch = next(p for p in range(max(1, min(H, W) // grid), 0, -1) if H % p == W % p == 0)
         if H % patch or W % patch:
             fits = dict.fromkeys("x".join(str(max(1, n // patch + k) * patch) for n in (H, W)) for k in (0, 1))
             raise UserError(f"image size {H}x{W} is not divisible by the patch size {patch}: try {' or '.join(fits)}")
