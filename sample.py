@@ -21,10 +21,11 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
+
+import support              # noqa: F401 (before torch: it chooses how many threads torch starts)
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
 
 from diffusion import UserError
 from support import checkpoint, denoise, latents

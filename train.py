@@ -30,9 +30,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
+
+import support              # noqa: F401 (before torch: it chooses how many threads torch starts)
+import torch
 
 import sample
 from diffusion import UserError, fold, normal, uniform

@@ -21,6 +21,7 @@ from unittest import mock
 BEGUN = time.monotonic()                                        # before torch is imported, which may take long
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import support  # noqa: E402, F401 (before torch)
 import torch  # noqa: E402
 import memory  # noqa: E402
 import processes  # noqa: E402

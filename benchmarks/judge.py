@@ -26,13 +26,14 @@ so is a new one of MNIST.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support  # noqa: F401 (before torch)
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import UserError
 from support import checkpoint, cli, datasets
 from support.pictures import to_pil

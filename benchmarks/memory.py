@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import support  # noqa: E402, F401 (before torch)
+import torch  # noqa: E402
 from support import cost  # noqa: E402
 from support.checkpoint import load_paper  # noqa: E402
 from support.parallel import recompute  # noqa: E402

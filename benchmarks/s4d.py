@@ -13,6 +13,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import support  # noqa: E402, F401 (before torch)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from timing import median, ratio, table, turns  # noqa: E402

@@ -17,6 +17,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import support  # noqa: E402, F401 (before torch)
 import torch  # noqa: E402
 from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns  # noqa: E402
 

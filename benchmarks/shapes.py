@@ -12,9 +12,10 @@ For an MDM:
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support  # noqa: F401 (before torch)
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from diffusion import fold, normal
 from support import checkpoint, cli, datasets, shapes

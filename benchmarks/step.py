@@ -23,6 +23,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import support  # noqa: E402, F401 (before torch)
 import torch  # noqa: E402
 from scan import using  # noqa: E402
 from timing import median, milliseconds, ratio, table, turns  # noqa: E402

@@ -4,9 +4,10 @@
                 prepare (a command)
     runs        checkpoint, parallel (devices, processes), cli (errors, flags), options (of `build`), log
     results     pictures, fid, denoise, cost (multiply-adds, memory)
-    speed       scan (of DiS), longconv (of DiffuSSM)
+    speed       threads (how many, and how they wait), scan (of DiS), longconv (of DiffuSSM)
     baselines   unet, published (both of cU-Net)
     a name      namesake: lets a file be called dis.py
 
 The papers, train.py and sample.py import from here; nothing here imports them.
 """
+from support import threads     # noqa: F401 (it says to torch's libraries how many to start, before they are loaded)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from diffusion import UserError, fold
+from support import threads
 
 QUIET = (os.environ.get("RANK") or "0") != "0"  # only the first of torchrun's processes shows progress
 
@@ -119,6 +120,7 @@ def run(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     at_once = several()
+    threads.watch()
     try:
         main()
         code = 0

@@ -39,7 +39,8 @@ def plan(args, folder, team, dataset, model, diffusion, world, micro):
         macs = cost.multiply_adds(model, diffusion, image)
     macs = "unknown" if macs is None else f"{macs / 1e6:,.1f}M"
     return (f"device      {team.device} ({'--device' if args.device != 'auto' else 'the best found'}), "
-            f"{world} process{'es' if world > 1 else ''}, {'bf16 autocast' if args.bf16 else 'float32'}\n"
+            f"{world} process{'es' if world > 1 else ''}, "
+            f"threads {torch.get_num_threads()} of {os.cpu_count()}, {'bf16 autocast' if args.bf16 else 'float32'}\n"
             f"data        {dataset.name}: {len(dataset):,} of {'x'.join(map(str, dataset.shape))}, "
             f"{dataset.condition}\n"
             f"model       {args.model} {args.preset}: {parameters:,} parameters, {macs} multiply-adds "
