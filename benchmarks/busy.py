@@ -1,12 +1,12 @@
 """How fast does train.py train beside other busy programs, and where it may use only one core?
 
-    python benchmarks/busy.py                       the four papers, about five minutes
+    python benchmarks/busy.py                       the four papers, about six minutes
     python benchmarks/busy.py --models dis --loops 2 --seconds 20
 
 Each run of train.py is timed alone, and then beside --loops programs that compute without end. `spinning` is the same
-run with GOMP_SPINCOUNT=300000: its threads wait for one another as torch's own do. A third run has one core, by its
-affinity (Linux), and a fourth by the quota of a cgroup (if we may make one). Both are compared with OMP_NUM_THREADS=1 on
-one core.
+run with GOMP_SPINCOUNT=300000: its threads wait for one another as torch's own do. Then a run has one core, by its
+affinity (Linux), and one by the quota of a cgroup (if we may make one): how many times as long does a step take as with
+OMP_NUM_THREADS=1 in the same place?
 """
 import argparse
 import csv
@@ -104,8 +104,8 @@ def main():
         for model in args.models:
             ours, busy = timed(model, args, args.loops)
             spinning, cliff = timed(model, args, args.loops, GOMP_SPINCOUNT="300000")
-            single, = timed(model, args, place=affinity, OMP_NUM_THREADS="1")
-            one = [single / timed(model, args, place=place)[0] if place else None for place in (affinity, quota)]
+            one = [timed(model, args, place=place, OMP_NUM_THREADS="1")[0] / timed(model, args, place=place)[0]
+                   if place else None for place in (affinity, quota)]
             rows.append([model, 32 * ours, 32 * spinning, ours / busy, spinning / cliff if cliff else math.inf, *one])
     table(["", "images/s alone", "spinning", "beside: times as long", "spinning", "one core: affinity", "quota"], rows)
 

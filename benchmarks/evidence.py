@@ -24,13 +24,12 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ASSETS = HERE.parent / "assets"
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import support  # noqa: F401 (before torch)
 import torch
 from torch.nn import functional
 
+HERE = Path(__file__).resolve().parent
+ASSETS = HERE.parent / "assets"
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import judge as judges
 import sample
 import train
