@@ -20,6 +20,9 @@ nothing is left to collate:
     dataset[[3, 5]] -> {"x": uint8 (2, 1, 28, 28), "y": long (2,)}      and "caption": list of str
     DataLoader(dataset, batch_size=None, sampler=batch_order(...))
 
+Files are downloaded only if they are not in --data-dir already. That folder may be torchvision's root, its MNIST/raw or
+FashionMNIST/raw (gzipped or not), and hold CIFAR-10 as bytes or as pickles, as an archive or not; see `locate`.
+
 Your own images need no code: pass the folder. For anything else write a function that returns a Dataset, as `digits`
 does below, and call it in `load`.
 """
@@ -29,9 +32,11 @@ import functools
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
+import pickle
 import posixpath
 import re
 import socket
@@ -41,7 +46,7 @@ import tempfile
 import unicodedata
 import zlib
 from array import array
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -187,7 +192,8 @@ def hold_out(dataset, phrases):
 def load(name, data_dir=None, image_size=None, split="train", text_encoder=None, frames=None):
     """A Dataset by its name or folder.
 
-    data_dir      where the files are, or are downloaded to; None: ~/.cache/four-denoisers
+    data_dir      where the files are, also as torchvision leaves them, or are downloaded to; None:
+                  ~/.cache/four-denoisers
     image_size    in pixels, as `parse_size` takes it; None: native. Digits and garments are padded to a larger size;
                   other pictures are scaled to cover the size and cropped in the middle
     split         "train" or "test"
@@ -292,19 +298,34 @@ SHA256 = {
     "mnist": {"train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
               "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
               "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-              "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"},
+              "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+              "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+              "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+              "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+              "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"},
     "fashion": {"train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
                 "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
                 "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-                "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"},
-    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}}
+                "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+                "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+                "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"},
+    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"}}
+SIZES = {9912422, 28881, 1648877, 4542, 26421880, 29515, 4422102, 5148,        # bytes of these files: no other file is
+         47040016, 60008, 7840016, 10008, 170052171, 170498071}                # worth the time for its checksum
+# Where a file of the right name will do, without its checksum. MNIST/raw and the like are torchvision's. The file names
+# of CIFAR-10 are no other data set's, so they may be in any folder.
+PLACES = {"mnist": ["mnist/", "MNIST/raw/", "raw/", ""], "fashion": ["fashion/", "FashionMNIST/raw/", "raw/", ""],
+          "cifar10": ["", "*/", "*/*/"]}
 AGAIN = "put a good copy in its place, or move it away to have it downloaded"
 
 
 def digits(name, root, size, split):
     part = "train" if split == "train" else "t10k"
-    x_path = locate(name, f"{part}-images-idx3-ubyte.gz", root)
-    y_path = locate(name, f"{part}-labels-idx1-ubyte.gz", root)
+    x_path, y_path = (locate(name, [f"{part}-{kind}-ubyte.gz", f"{part}-{kind}-ubyte"], root)
+                      for kind in ("images-idx3", "labels-idx1"))
     x, y = read_idx(x_path, 3)[:, None], read_idx(y_path, 1)                        # (N, 1, 28, 28), (N,)
     if len(x) != len(y) or not len(x):
         raise UserError(f"{x_path} has {len(x)} images and {y_path} {len(y)} labels: put the two files of one "
@@ -313,9 +334,10 @@ def digits(name, root, size, split):
 
 
 def read_idx(path, ndim):
-    """A gzipped idx file of bytes -> uint8 array of `ndim` axes."""
+    """An idx file of bytes, gzipped or not -> uint8 array of `ndim` axes."""
     try:
-        raw = gzip.decompress(path.read_bytes())
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path} cannot be read or is damaged ({e}): {AGAIN}") from None
     start = 4 + 4 * ndim                                    # after the magic number and the sizes
@@ -326,26 +348,58 @@ def read_idx(path, ndim):
 
 
 def cifar10(root, size, split):
-    """Reads unpacked .bin files, if there are any. Otherwise it reads straight from the archive. That takes a second or
-    two, and no file of an archive can be written to a wrong place on the disk."""
-    files = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
-    inside = "cifar-10-batches-bin"
-    folders = [f for f in (root / inside, root / "cifar10" / inside, root) if (f / files[0]).is_file()]
-    source = folders[0] if folders else locate("cifar10", "cifar-10-binary.tar.gz", root)
+    """Reads unpacked files, of the binary or the Python version, if there are any. Otherwise it reads straight from the
+    archive. That takes a second or two, and no file of an archive can be written to a wrong place on the disk."""
+    names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+    source = locate("cifar10", [f"{names[0]}.bin", names[0], *SHA256["cifar10"]], root)
     try:
-        if folders:
-            parts = [(source / file).read_bytes() for file in files]
+        if source.stem == names[0]:
+            parts = [source.with_name(name + source.suffix).read_bytes() for name in names]
+            source = source.parent
         else:
             with tarfile.open(source) as tar:
-                found = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-            parts = [found[f"{inside}/{file}"] for file in files]
+                found = {PurePosixPath(m.name).stem: tar.extractfile(m).read() for m in tar
+                         if m.isfile() and PurePosixPath(m.name).stem in names}
+            parts = [found[name] for name in names]
     except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as e:
         raise UserError(f"{source} is incomplete or damaged ({e}): {AGAIN}") from None
-    for file, part in zip(files, parts):
-        if not part or len(part) % 3073:                    # each image: a label and 3 x 32 x 32 pixels
-            raise UserError(f"{file} of {source} has {len(part)} bytes, not a multiple of 3073: {AGAIN}")
-    rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+    rows = np.concatenate([read_batch(f"{name} of {source}", part) for name, part in zip(names, parts)])
     return array_dataset("cifar10", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], source, size)
+
+
+def read_batch(name, raw):
+    """A file of CIFAR-10, binary or a pickle -> uint8 (N, 3073): a label and 3 x 32 x 32 pixels for each image."""
+    try:
+        if raw[:1] == b"\x80":                              # how a pickle begins
+            batch = Unpickler(io.BytesIO(raw), encoding="bytes").load()
+            _, shape, _, by_columns, pixels = batch[b"data"].state
+            x = np.frombuffer(pixels, np.uint8).reshape(shape, order="CF"[by_columns])             # (N, 3072)
+            rows = np.column_stack([np.array(batch[b"labels"], np.uint8), x])                      # (N, 3073)
+        else:
+            rows = np.frombuffer(raw, np.uint8)
+        return rows.reshape(rows.size // 3073 or 1, 3073)
+    except Exception as e:              # a damaged pickle raises all kinds of exceptions
+        raise UserError(f"{name} does not hold 3073 bytes for each image, plain or pickled ({e}): {AGAIN}") from None
+
+
+class Unpickler(pickle.Unpickler):
+    """A pickle may name any function of any module, to be called with any arguments. This one calls none. What NumPy's
+    arrays need is replaced by `Stored`, and all else is refused."""
+
+    def find_class(self, module, name):
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")):
+            return Stored
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+class Stored:
+    """In place of an array and of its dtype: keeps what NumPy would make them of."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
 
 
 def array_dataset(name, x, y, y_path, size, pad=False):
@@ -373,21 +427,35 @@ def preload(read, n, shape):
     if n * math.prod(shape) > IN_MEMORY:
         return read
     x = np.empty((n, *shape), np.uint8)
-    for i in tqdm(range(0, n, 64), desc="reading images", unit="batch", delay=2, disable=QUIET):
+
+    def fill(i):
         x[i:i + 64] = read(range(i, min(i + 64, n)))
+    all_of(fill, tqdm(range(0, n, 64), desc="reading images", unit="batch", delay=2, disable=QUIET))
     return x                                                                        # (n, C, H, W)
 
 
-def locate(name, file, root):
-    """The path of a data set's file: root/name/file or root/file. If neither exists, we download it to the first."""
-    path, beside = root / name / file, root / file
-    if path.is_file():
-        return path
+def locate(name, files, root):
+    """The path of the first of `files` that is there: under its name in PLACES below root, or else known by its
+    checksum, under any name, in root or up to two folders below. If there is none, we download one. Raises
+    UserError."""
+    sums, known = SHA256[name], [file for file in files if file in SHA256[name]]
     # Fashion-MNIST has the file names of MNIST: do not load one as the other
-    others = [sums.get(file) for other, sums in SHA256.items() if other != name]
-    if beside.is_file() and hashlib.sha256(beside.read_bytes()).hexdigest() not in others:
-        return beside
-    download([mirror + file for mirror in MIRRORS[name]], path, SHA256[name][file])
+    others = {other[file] for other in SHA256.values() if other is not sums for file in files if file in other}
+    named = (path for file in files for place in PLACES[name] for path in sorted(root.glob(place + file)))
+    for path in filter(os.path.isfile, named):
+        if not others or digest(path.read_bytes()) not in others:
+            return path
+    for path in filter(os.path.isfile, (path for depth in ("*", "*/*", "*/*/*") for path in root.glob(depth))):
+        if os.path.getsize(path) in SIZES and digest(path.read_bytes()) in [sums[file] for file in known]:
+            return path
+    file, path = known[0], root / name / known[0]
+    if not QUIET:
+        print(f"{name} is not in {root}: downloading {file}")
+    try:
+        download([mirror + file for mirror in MIRRORS[name]], path, sums[file])
+    except UserError as e:
+        raise UserError(f"no {' or '.join(files)} in {root} or its folders {' '.join(filter(None, PLACES[name]))}, nor "
+                        f"a file with the right checksum two folders deep; {e}") from None
     return path
 
 
@@ -496,7 +564,7 @@ def image_folder(name, folder, size, text_encoder=None):
     place = {c: i for i, c in enumerate(class_names)}
     captions = read_captions(folder, files)
     mode = "L" if all(is_gray(folder / f) for f in files) else "RGB"
-    shape = read_image(folder / files[0], mode, size).shape
+    [shape] = all_of(lambda f: read_image(folder / f, mode, size).shape, files, 1)
     read = functools.partial(read_images, folder, files, mode, size, shape)
     return Dataset(name, shape, preload(read, len(files), shape), len(files),
                    [place[c] for c in top] if class_names else None, class_names, captions,
@@ -565,13 +633,39 @@ def json_lines(f, table):
         yield line, file, captions
 
 
+def unreadable(images):
+    """The UserError for images that cannot be read. images: a str for each, its path and what is wrong."""
+    many, them = (f"{len(images):,} images cannot be read: ", "them") if len(images) > 1 else ("cannot read ", "it")
+    error = UserError(f"{many}{'; '.join(images[:3])}{'; ...' * (len(images) > 3)}: replace {them} or move {them} away")
+    error.images = images
+    return error
+
+
+def all_of(read, items, enough=None):
+    """[read(item) for each item], or for so many as are `enough`. Raises one UserError for all images that cannot be
+    read."""
+    done, bad = [], []
+    for item in items:
+        try:
+            done.append(read(item))
+        except UserError as e:
+            if not hasattr(e, "images"):
+                raise
+            bad += e.images
+        if len(done) == enough:
+            return done
+    if bad:
+        raise unreadable(bad)
+    return done
+
+
 def read_images(folder, files, mode, size, shape, indices):
     """The images `indices` of `files` -> uint8 (B, C, H, W). Raises UserError if one is not of `shape`."""
-    batch = [read_image(folder / files[i], mode, size) for i in indices]
+    batch = all_of(lambda i: read_image(folder / files[i], mode, size), indices)
     for i, image in zip(indices, batch):
         if image.shape != shape:
-            raise UserError(f"{folder / files[i]} is {image.shape[1]}x{image.shape[2]}, but "
-                            f"{files[0]} is {shape[1]}x{shape[2]}: pass --image-size, for example 64")
+            raise UserError(f"{folder / files[i]} is {image.shape[1]}x{image.shape[2]}, but images before it are "
+                            f"{shape[1]}x{shape[2]}: pass --image-size, for example 64")
     return np.stack(batch)                                                          # (B, C, H, W)
 
 
@@ -594,7 +688,7 @@ def read_image(path, mode, size=None):
                 image = Image.alpha_composite(paper, image.convert("RGBA"))
             image = image.convert(mode)
     except Exception as e:              # decoders raise all kinds of exceptions for damaged files
-        raise UserError(f"{path} is no readable image ({e}): replace it or move it away") from None
+        raise unreadable([f"{path} ({e})"]) from None
     if deep:                            # the conversion has clipped it
         raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
     return to_array(image, size)

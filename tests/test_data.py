@@ -49,14 +49,27 @@ def write_digits(folder, n=6, part="train", labels=None):
     return x, y
 
 
-def write_cifar(folder, n=4):
+def pickled(rows, order="C"):
+    """Rows of CIFAR-10 (N, 3073) as the Python version has them: pickled by Python 2, with NumPy of 2009."""
+    def string(content):
+        return b"T" + len(content).to_bytes(4, "little") + content
+    shape = b"J" + len(rows).to_bytes(4, "little") + b"M" + (3072).to_bytes(2, "little") + b"\x86"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    data = string(rows[:, 1:].tobytes(order))
+    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01" + shape + dtype
+             + (b"\x88" if order == "F" else b"\x89") + data + b"tb")
+    labels = b"](" + b"".join(b"K" + bytes([label]) for label in rows[:, 0]) + b"e"
+    return b"\x80\x02}(" + string(b"labels") + labels + string(b"data") + array + b"u."
+
+
+def write_cifar(folder, n=4, ending=".bin", content=np.ndarray.tobytes):
     """-> training x (5n, 3, 32, 32), y (5n,), and the same for the test file, of n images."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         rows = RNG.integers(0, 256, (n, 3073), dtype=np.uint8)
         rows[:, 0] %= 10
-        (folder / name).write_bytes(rows.tobytes())
+        (folder / f"{name}{ending}").write_bytes(content(rows))
         parts.append(rows)
     train = np.concatenate(parts[:5])
     return [(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]) for rows in (train, parts[5])]
@@ -381,12 +394,16 @@ def test_indices_out_of_range_are_refused(tmp_path, monkeypatch, in_memory):
 
 # --- arrays ---
 
-@pytest.mark.parametrize("name", ["mnist", "fashion"])
-@pytest.mark.parametrize("inside", [True, False])
-def test_digits_round_trip(tmp_path, name, inside):
-    folder = tmp_path / name if inside else tmp_path
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name, place", [("mnist", "mnist"), ("mnist", "."), ("mnist", "MNIST/raw"),
+                                         ("fashion", "FashionMNIST/raw"), ("fashion", "raw")])
+def test_digits_round_trip(tmp_path, name, place, packed):
+    """As downloaded, as torchvision has them, and in the latter's own folder."""
     for split, part in (("train", "train"), ("test", "t10k")):
-        x, y = write_digits(folder, 7, part)
+        x, y = write_digits(tmp_path / place, 7, part)
+        for path in () if packed else (tmp_path / place).glob("*.gz"):
+            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
         dataset = load(name, tmp_path, split=split)
         batch = dataset[[6, 0]]
         assert len(dataset) == 7 and dataset.shape == (1, 28, 28) and not dataset.has_captions
@@ -406,9 +423,11 @@ def test_digits_are_padded_to_larger_sizes_and_resized_to_smaller(tmp_path):
     assert np.corrcoef(small[:, 0].numpy().ravel(), means.ravel())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("place", ["cifar-10-batches-bin", ".", "cifar10/cifar-10-batches-bin"])
-def test_cifar_round_trip(tmp_path, place):
-    for split, (x, y) in zip(("train", "test"), write_cifar(tmp_path / place)):
+@pytest.mark.parametrize("place, version", [
+    ("cifar-10-batches-bin", ()), (".", ()), ("cifar10/cifar-10-batches-bin", ()), (".", ("", pickled)),
+    ("cifar-10-batches-py", ("", pickled)), ("a/folder", ("", lambda rows: pickled(rows, "F")))])
+def test_cifar_round_trip(tmp_path, place, version):
+    for split, (x, y) in zip(("train", "test"), write_cifar(tmp_path / place, 4, *version)):
         dataset = load("cifar10", tmp_path, split=split)
         batch = whole(dataset)
         assert dataset.class_names[0] == "airplane" and len(dataset) == len(y)
@@ -417,12 +436,16 @@ def test_cifar_round_trip(tmp_path, place):
     assert resized.shape == (3, 24, 40) and resized[[0]]["x"].shape == (1, 3, 24, 40)
 
 
-def test_cifar_out_of_its_archive(tmp_path):
-    train, test = write_cifar(tmp_path / "files")
-    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
-        for file in sorted((tmp_path / "files").iterdir(), reverse=True):   # order must not matter
-            tar.add(file, f"cifar-10-batches-bin/{file.name}")
-        tar.add(tmp_path / "files" / "test_batch.bin", "../escaped.bin")
+@pytest.mark.parametrize("version, folder, options", [
+    ("binary", "cifar-10-batches-bin", ()), ("python", "cifar-10-batches-py", ("", pickled))])
+def test_cifar_out_of_its_archive(tmp_path, version, folder, options):
+    train, test = write_cifar(tmp_path / "files", 4, *options)
+    files = sorted((tmp_path / "files").iterdir(), reverse=True)            # order must not matter
+    with tarfile.open(tmp_path / f"cifar-10-{version}.tar.gz", "w:gz") as tar:
+        for file in files:
+            tar.add(file, f"{folder}/{file.name}")
+        tar.add(files[0], "../escaped.bin")
+    shutil.rmtree(tmp_path / "files")
     before = sorted(tmp_path.rglob("*"))
     for split, (x, y) in (("train", train), ("test", test)):
         batch = whole(load("cifar10", tmp_path, split=split))
@@ -506,6 +529,25 @@ def test_digits_are_not_taken_for_garments(tmp_path, mirror, monkeypatch):
     here = tmp_path / "mirror"                              # holds MNIST under the same file names
     assert np.array_equal(whole(load("mnist", here))["x"][:, 0].numpy(), mirror)
     assert np.array_equal(whole(load("fashion", here))["x"][:, 0].numpy(), garments)
+
+
+def test_a_file_of_any_name_is_known_by_its_checksum(tmp_path, mirror, monkeypatch):
+    """Two folders deep. Files of another size are not even read; those of other bytes are not taken."""
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", [])
+    files, read = sorted((tmp_path / "mirror").iterdir()), []
+    monkeypatch.setattr(datasets, "SIZES", {path.stat().st_size for path in files})
+    monkeypatch.setattr(datasets, "digest", lambda content, real=datasets.digest: read.append(content) or real(content))
+    deep = tmp_path / "home" / "some" / "folder"
+    deep.mkdir(parents=True)
+    for number, path in enumerate(files):
+        path.rename(deep / str(number))
+    (deep / "imposter").write_bytes(bytes((deep / "0").stat().st_size))
+    (deep / "large").write_bytes(bytes(10**5))
+    assert np.array_equal(whole(load("mnist", tmp_path / "home"))["x"][:, 0].numpy(), mirror)
+    assert read and bytes(10**5) not in read
+    (deep / "0").unlink()
+    with pytest.raises(UserError, match="with the right checksum"):
+        load("mnist", tmp_path / "home")
 
 
 # --- folders ---
@@ -688,9 +730,9 @@ ERRORS = {
     "label": (lambda f: write_digits(f, 2, labels=[3, 10]),
               dict(name="mnist"), ["label 10", "0 to 9", "put a good copy"]),
     "short bin": (lambda f: replace_bin(f, "data_batch_3.bin", bytes(3073 + 5)),
-                  dict(name="cifar10"), ["data_batch_3.bin", "3073", "put a good copy"]),
+                  dict(name="cifar10"), ["data_batch_3 of", "3073", "put a good copy"]),
     "empty bin": (lambda f: replace_bin(f, "test_batch.bin", b""),
-                  dict(name="cifar10", split="test"), ["test_batch.bin", "put a good copy"]),
+                  dict(name="cifar10", split="test"), ["test_batch of", "put a good copy"]),
     "cifar label": (lambda f: replace_bin(f, "test_batch.bin", bytes([10]) + bytes(3072)),
                     dict(name="cifar10", split="test"), ["label 10", "put a good copy"]),
     "missing bin": (lambda f: (write_cifar(f), (f / "data_batch_4.bin").unlink()),
@@ -698,13 +740,22 @@ ERRORS = {
     "cut tar": (lambda f: (archive(f, ["test_batch.bin"]), cut(f / "cifar-10-binary.tar.gz")),
                 dict(name="cifar10", split="test"), ["cifar-10-binary.tar.gz", "put a good copy"]),
     "lacking tar": (lambda f: archive(f, ["data_batch_1.bin"]),
-                    dict(name="cifar10"), ["data_batch_2.bin", "put a good copy"]),
-    "no mirror": (None, dict(name="mnist"), ["train-images-idx3-ubyte.gz", "put it into", "mnist"]),
+                    dict(name="cifar10"), ["data_batch_2", "put a good copy"]),
+    "pickle that runs": (lambda f: write_cifar(f, 1, "", lambda _: b"\x80\x02c__builtin__\nopen\nU\x04evilU\x01w\x86R."),
+                         dict(name="cifar10"), ["data_batch_1 of", "it wants to run __builtin__.open", "put a good copy"]),
+    "other pickle": (lambda f: write_cifar(f, 1, "", lambda _: pickle.dumps([1, 2], 2)),
+                     dict(name="cifar10"), ["data_batch_1 of", "put a good copy"]),
+    "cut pickle": (lambda f: write_cifar(f, 1, "", lambda rows: pickled(rows)[:-99]),
+                   dict(name="cifar10"), ["data_batch_1 of", "put a good copy"]),
+    "no mirror": (None, dict(name="mnist"), [
+        "no train-images-idx3-ubyte.gz or train-images-idx3-ubyte in", "MNIST/raw/", "; cannot download", "put it into"]),
     "unwritable": (lambda f: (f / "file").write_text(""), dict(name="mnist", data_dir="file"),
                    ["cannot write", "--data-dir"]),
     "no images": (lambda f: (f / "a.txt").write_text(""), {}, ["no images", ".png"]),
     "not an image": (lambda f: (two_images(f), (f / "b.png").write_text("?")), {},
                      ["b.png", "replace"]),
+    "not images": (lambda f: [(f / f"{i}.png").write_text("?") for i in range(70)] + [two_images(f)], {},
+                   ["70 images cannot be read: ", "0.png", "1.png", "10.png", "; ...: replace them"]),
     "cut png": (lambda f: (two_images(f), noise(f / "c.png"), cut(f / "c.png")), {},
                 ["c.png", "replace"]),
     "cut jpg": (lambda f: (two_images(f), noise(f / "c.jpg"), cut(f / "c.jpg")), {},
