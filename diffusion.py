@@ -270,12 +270,13 @@ class Diffusion:
                clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
                start=None,          # (x (B, C, H, W), t): begin with x at step t, and choose `steps` from t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down to 0
-               **cond):             # y=, text=, text_mask=: one row per image
+               **cond):             # y=, text=, text_mask=: one row per image; y=4: class 4 for all
         """Draw len(seeds) images of `shape` = (C, H, W) -> (B, C, H, W). Image i depends on seeds[i] and row i of cond
         alone. Raises UserError for wrong `steps`, and if the model's output has another shape than its input."""
         # noise is drawn by number: number T gives the x to begin with, number i what step i adds
         x, last = start or (normal(fold(seeds, self.T), shape), None)                       # (B, C, H, W)
         d = self.respaced(steps, last)
+        cond = {name: torch.full_like(seeds, c) if isinstance(c, int) else c for name, c in cond.items()}
         # weights do not change here: a model may compute once what depends on them alone
         with getattr(model, "frozen", contextlib.nullcontext)():
             steered = guided(model, cfg_scale) if cfg_scale != 1 else model

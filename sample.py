@@ -8,9 +8,9 @@
     python sample.py --levels                               an mdm: all its resolutions, side by side
     python sample.py --num-fid-samples 50000                a folder of PNGs and an .npz, for FID tools
     torchrun --standalone --nproc_per_node=8 sample.py --num-fid-samples 50000
-    python sample.py --denoise photo.png --from-step 150    add noise to a picture and take it away again
-    python sample.py --denoise test --num-samples 100 --from-step 50,150,400        the same with test images
-    python sample.py --denoise test --from-step 150 --ckpt assets/dis-mnist.pt --against assets/diffussm-mnist.pt
+    python sample.py --ckpt assets/dis-mnist.pt --denoise photo.png --from-step 150    add noise and take it away again
+    python sample.py --ckpt assets/dis-mnist.pt --denoise test --num-samples 100 --from-step 50,150,400    test images
+    python sample.py --ckpt assets/dis-mnist.pt --denoise test --from-step 150 --against assets/diffussm-mnist.pt
 
 The checkpoint tells the model, the preset, the shape of the images and the schedule. Image i depends only on
 seed + i and on its label or prompt: it is the same, up to rounding, at any batch size and on any number of processes.
@@ -27,7 +27,7 @@ import support              # noqa: F401 (before torch: it chooses how many thre
 import torch
 from tqdm import tqdm
 
-from diffusion import UserError
+from diffusion import UserError, spaced_timesteps
 from support import checkpoint, denoise, latents
 from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, told_plainly
 from support.fid import fid_samples
@@ -47,18 +47,26 @@ def generate(model, diffusion, shape, seeds, cond, batch_size, device,
     film     None, or a list. It gets an entry for each step: the N images x0 that the model predicted at that step
     levels   draw all resolutions of an mdm, see `side_by_side`
     decode   turns latents into pictures, see `decoder`
-    options  of `Diffusion.sample`
+    options  of `Diffusion.sample`, `steps` among them
     """
     done, beliefs = [], {}
-    if film is not None:
-        options["on_step"] = lambda i, x, x0: beliefs.setdefault(i, []).append(decode(x0).cpu())
+    batches = range(0, len(seeds), batch_size)
+    bar = tqdm(total=len(batches) * len(spaced_timesteps(diffusion.T, options["steps"])), desc="sampling", unit="step",
+               leave=False, disable=not progress)
+
+    def on_step(i, x, x0):
+        bar.update()
+        if film is not None:
+            beliefs.setdefault(i, []).append(decode(x0).cpu())
+    if progress or film is not None:
+        options["on_step"] = on_step
     draw = diffusion.sample_levels if levels else diffusion.sample
-    for i in tqdm(range(0, len(seeds), batch_size), desc="sampling", unit="batch", leave=False,
-                  disable=not progress):
+    for i in batches:
         part = slice(i, i + batch_size)
         drawn = draw(model, shape, seeds[part].to(device), **options,
                      **{k: v[part].to(device) for k, v in cond.items()})
         done.append((side_by_side(drawn) if levels else decode(drawn)).cpu())
+    bar.close()
     if film is not None:
         film += [torch.cat(beliefs[i]) for i in sorted(beliefs, reverse=True)]           # i counts down
     return torch.cat(done)                                                               # (N, C, [T,] H, W)
@@ -182,7 +190,7 @@ def check_model(args, diffusion, trained):
         (args.levels and (args.gif or args.num_fid_samples or space),
          "--levels does not work with --gif, --num-fid-samples or latents: drop them"),
         (args.vae and not space, "this model was trained on pictures, not on latents: drop --vae"),
-        (args.denoise and space, "--denoise takes pictures, but this model was trained on latents: use another"),
+        (args.denoise and space, "--denoise takes pictures, but this model was trained on latents: name another --ckpt"),
         (video and (args.gif or args.num_fid_samples),
          "the .gif of a video is always written, and there is no FID of videos: drop --gif and --num-fid-samples"),
         (args.num_fid_samples and text and not args.prompt,
@@ -261,7 +269,7 @@ def main(argv=None, encode=None):
                     "batch_size": args.batch_size, "precision": args.precision, **options,
                     **({"prompts": prompts} if text else {}), **({"vae": args.vae} if space else {})}
         return fid_samples(team, args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
-                           lambda numbers: draw(numbers, condition(numbers, "random"), progress=False),
+                           lambda numbers: draw(numbers, condition(numbers, "random"), progress=not QUIET),
                            space["data"] if space else trained["data"])
 
     kinds = len(prompts) or (K if args.class_labels == "all" and K <= 20 else 0)

@@ -1,5 +1,5 @@
 """What `python dis.py`, `python diffussm.py`, `python mdm.py` and `python cunet.py` print: parameters and multiply-adds
-of their presets, beside the paper's figures. A function for each paper."""
+of their presets, beside the paper's figures. A function for each paper, and one for the presets that all four have."""
 import math
 from unittest import mock
 
@@ -9,6 +9,19 @@ from torch import nn
 from support.checkpoint import load_paper
 from support.cost import blank_batch, multiply_adds
 from support.longconv import operations
+
+# --- all four ---------------------------------------------------------------------------------------
+
+def small(name):
+    """The presets for a laptop, each with the data that it is for."""
+    print("\nFor a laptop                parameters  multiply-adds")
+    for preset, data, shape, classes in (("tiny", "shapes", (3, 32, 32), 8), ("mini", "MNIST", (1, 28, 28), 10)):
+        with torch.device("meta"):
+            model, diffusion = load_paper(name).build(preset, shape, classes)
+        macs = multiply_adds(model, diffusion, blank_batch(diffusion, shape, 1, classes))
+        weights = sum(p.numel() for p in model.parameters())
+        print(f"{preset}, {data:6s} {classes:3d} classes {weights:14,d} {macs / 1e6:13.0f}M")
+
 
 # --- DiS --------------------------------------------------------------------------------------------
 
@@ -56,6 +69,7 @@ def dis():
           "DiS-H/2 costs about twice DiT-XL/2, not a fraction of it.\n"
           "* From memory of the paper's table. The authors' counting script, written anew, gives the same numbers.\n"
           "  Only the paper's 28.4 (S) and 6.57 (L) are 28.457 and 6.579 cut off, not rounded.")
+    small("dis")
 
 
 # --- DiffuSSM ---------------------------------------------------------------------------------------
@@ -120,6 +134,7 @@ The paper's figures do not quite add up, so this is our own count.
   Growth    1066.2 is 3.80 times 280.3, though from L = 1024 to 4096 no term grows less than 4 times.
 So one image costs DiffuSSM-XL about twice what it costs DiT-XL/2, in training and in sampling. The saving that the
 paper reports is in the number of training images.""")
+    small("diffussm")
 
 
 def kernel_cost(channels, state, L):
@@ -165,6 +180,7 @@ def mdm():
         macs = multiply_adds(model, diffusion, blank_batch(diffusion, shape, 1, words=WORDS, **condition))
         sizes = " ".join("x".join(map(str, s[1:] if len(s) == 4 else s[1:2])) for s in model.shapes())
         print(f"{preset:14s} {sizes:26s} {parameters:12,d} {macs / 1e9:8.1f}G   {theirs}")
+    small("mdm")
 
 
 # --- cU-Net -----------------------------------------------------------------------------------------
@@ -209,3 +225,4 @@ Evaluations of the acceleration in a block, per forward pass. Preset tiny, rando
         with torch.no_grad():
             model(torch.randn(1, 1, 28, 28), torch.tensor([500]))
         print(f"  {solver:14s} {model.nfe:5.1f}{'' if solver in paper.FIXED else '   at rtol = atol = 1e-3'}")
+    small("cunet")

@@ -179,6 +179,14 @@ def command(program, *words):
     return quoted(["python", program if Path.cwd() == here else str(here / program), *map(str, words)])
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default, unless there is none or the help says it already."""
+
+    def _get_help_string(self, action):
+        none = action.default is None or action.default is False or action.default == []        # but 0 is a default
+        return action.help if none or "default" in action.help else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows defaults in --help, and reports an error in one line instead of a page of usage. description: of which the
     first line is shown, such as __doc__."""
@@ -186,7 +194,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **options):
         description = (description or "").partition("\n")[0]                # None under python -OO
         super().__init__(description=description, allow_abbrev=False, **options,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=Defaults)
 
     def parse_args(self, args=None, namespace=None):
         """A shell replaces the ~ of `--out ~/a.png`, but not that of `--out=~/a.png`. Here every flag's is."""

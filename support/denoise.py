@@ -3,9 +3,9 @@
 Section 5.2 of "The Missing U for Efficient Diffusion Models", Calvo-Ordonez et al. 2024 (2310.20092). It works with
 any model that has one resolution. The command line is sample.py's:
 
-    python sample.py --denoise photo.png --from-step 150
-    python sample.py --denoise test --num-samples 100 --from-step 50,150,400
-    python sample.py --denoise test --from-step 150 --ckpt assets/dis-mnist.pt --against assets/diffussm-mnist.pt
+    python sample.py --ckpt assets/dis-mnist.pt --denoise photo.png --from-step 150
+    python sample.py --ckpt assets/dis-mnist.pt --denoise test --num-samples 100 --from-step 50,150,400
+    python sample.py --ckpt assets/dis-mnist.pt --denoise test --from-step 150 --against assets/diffussm-mnist.pt
 
 When is a picture at its best? In the paper's Tables 2 and 3 each picture has its own best step, and scores, steps and
 seconds are averaged over the pictures. All pictures after the same number of steps, the best one, score less. We print
@@ -172,7 +172,7 @@ def strip_image(films, T, best):
         columns += [("best SSIM", [film[k][i] for i, k in enumerate(best[name][:SHOWN].tolist())]), ("last", film[S])]
     images = np.stack([image for _, column in columns for image in column])              # (columns rows, H, W, C)
     zoom = math.ceil(64 / images.shape[2])                  # wide enough for the words
-    grid, top = grid_image(images, len(film["clean"]), zoom=zoom), 16 * min(len(films), 2)
+    grid, top = grid_image(images, len(film["clean"]), zoom=zoom, wrap=False), 16 * min(len(films), 2)
     sheet = Image.new("RGB", (grid.width, grid.height + top), "white")
     sheet.paste(grid, (0, top))
     words = [(j, top - 13, name) for j, (name, _) in enumerate(columns)]
@@ -231,7 +231,7 @@ def check(args, networks):
     for _, diffusion, trained in networks.values():
         if not hasattr(diffusion, "q_sample"):
             raise UserError(f"{trained['model']} denoises several resolutions at once, but --denoise is for models "
-                            f"with one: use another model")
+                            f"with one: name a run of another model, as in --ckpt assets/dis-mnist.pt")
         for T in starts:
             if T >= diffusion.T:
                 raise UserError(f"--from-step {T}: this model's steps are 0 to {diffusion.T - 1}")

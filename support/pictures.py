@@ -77,30 +77,44 @@ def labels(names):
     return ImageFont.load_default(), numbers
 
 
-def grid_image(images, rows, names=None, zoom=None):
+SCREEN = 1600, 1200                     # pixels; a larger grid is given about this shape
+
+
+def grid_image(images, rows, names=None, zoom=None, wrap=True):
     """uint8 (B, H, W, C) -> a PIL image with picture i in row i % rows.
 
-    names: written beside the rows. zoom: how many times as large each pixel is shown. Videos (B, T, H, W, C)
-    show their frames one after another in the row.
+    names: written beside the rows. zoom: how many times as large each pixel is shown. wrap: long rows are broken into
+    lines, and many rows stand in columns, if the grid would not fit on a screen. Videos (B, T, H, W, C) show their
+    frames side by side.
     """
+    zoom = zoom or max(1, round(56 / min(images.shape[-3:-1])))         # a digit of 28 pixels is small on a screen
+    images = np.pad(images, ((0, 0),) * (images.ndim - 3) + ((1, 1), (1, 1), (0, 0)), constant_values=255)
     if images.ndim == 5:
-        images = np.pad(images, ((0, -len(images) % rows), *[(0, 0)] * 4), constant_values=255)
-        images = rearrange(images, "(col row) t h w c -> (col t row) h w c", row=rows)   # (B T, H, W, C)
-    B, H, W, C = images.shape
-    zoom = zoom or max(1, round(56 / min(H, W)))          # a digit of 28 pixels is small on a screen
-    images = np.pad(images, ((0, -B % rows), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    sheet = rearrange(images, "(col row) h w c -> (row h) (col w) c", row=rows)
+        images = rearrange(images, "b t h w c -> b h (t w) c")
+    B, H, W, C = images.shape                                           # with a white border around each picture
+    each, shape = math.ceil(B / rows), SCREEN[0] / SCREEN[1]            # each: pictures in a row
+    lines = max(1, round(math.sqrt(each * W / (rows * H * shape)))) if wrap and each * W * zoom > SCREEN[0] else 1
+    lines = math.ceil(each / math.ceil(each / lines))                   # of a row, without empty ones
+    images = np.pad(images, ((0, -B % (rows * lines)), *[(0, 0)] * 3), constant_values=255)
+    sheet = rearrange(images, "(line col row) h w c -> (row line h) (col w) c", row=rows, line=lines)
     picture = to_pil(sheet.repeat(zoom, 0).repeat(zoom, 1)[..., :3])
-    if not names:
+    if names:
+        font, names = labels(tuple(names))
+        margin = 12 + max(int(font.getlength(name)) for name in names)
+        labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
+        labelled.paste(picture, (margin, 0))
+        draw = ImageDraw.Draw(labelled)
+        for r, name in enumerate(names):
+            draw.text((6, (r + 0.5) * picture.height / rows - 6), name, fill="black", font=font)
+        picture = labelled
+    columns = round(math.sqrt(picture.height * shape / picture.width))
+    if not wrap or picture.height <= SCREEN[1] or columns < 2:
         return picture
-    font, names = labels(tuple(names))
-    margin = 12 + max(int(font.getlength(name)) for name in names)
-    labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
-    labelled.paste(picture, (margin, 0))
-    draw = ImageDraw.Draw(labelled)
-    for r, name in enumerate(names):
-        draw.text((6, (r + 0.5) * picture.height / rows - 6), name, fill="black", font=font)
-    return labelled
+    wide, high = picture.width, math.ceil(rows / columns) * picture.height // rows       # of a column
+    screen = Image.new(picture.mode, (math.ceil(picture.height / high) * wide, high), "white")
+    for c, top in enumerate(range(0, picture.height, high)):
+        screen.paste(picture.crop((0, top, wide, min(top + high, picture.height))), (c * wide, 0))
+    return screen
 
 
 # --- a run at a glance --------------------------------------------------------------------------

@@ -120,13 +120,13 @@ def main(argv=None):
     e.add_argument("--hflip", action="store_true", help="store the mirror images too: twice as many")
     e.add_argument("--batch-size", type=number(int, 1), default=32, help="pictures at a time, on each device")
     i = add(images, "Writes a data set as PNGs, for example to compare samples with.")
-    i.add_argument("--image-size", help="32, or HxW such as 24x40; None: the data's own")
+    i.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
     for command in (c, e):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     for command in (e, i):
         command.add_argument("data", help="shapes, mnist, fashion, cifar10 or a folder of images")
         command.add_argument("out", type=Path, help="the folder to make")
-        command.add_argument("--data-dir", help="where files are, or are downloaded to; None: ~/.cache/four-denoisers")
+        command.add_argument("--data-dir", help="where files are, or are downloaded to (default: a cache)")
     args = p.parse_args(argv)
     args.command(args)
 

@@ -313,6 +313,13 @@ def test_guidance_leaves_out_the_noisiest_steps():
     assert shown == {800: 3, 600: 3, 400: 6, 200: 6, 0: 6}
 
 
+def test_one_number_is_the_class_of_all_images():
+    d, model = Diffusion(linear_alpha_bar(100), "x0"), lambda x, t, y: 0 * x + y.view(-1, 1, 1, 1)
+    x, other = (d.sample(model, (1, 2, 2), torch.arange(3), steps=2, cfg_scale=2.0, clip=False, y=y)
+                for y in (4, torch.full((3,), 4)))
+    assert torch.equal(x, other) and (x == 9).all()             # without a class y is -1: -1 + 2 (4 + 1)
+
+
 def test_guidance_touches_every_prediction_channel_and_no_variance():
     def model(x, t, y):
         return torch.cat([x, x], 1) + y.view(-1, 1, 1, 1)

@@ -31,6 +31,15 @@ def idx(array):
                          + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
 
 
+@pytest.mark.parametrize("main, flags", [(TRAIN, []), (SAMPLE, []), (DATA, ["images"])])
+def test_help_shows_each_default_once_and_none_that_is_none(main, flags, capsys):
+    with pytest.raises(SystemExit):
+        main([*flags, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "None" not in said and not re.search(r"\(default[^-]*\(default", said)
+    assert main is DATA or "(default: 0)" in said
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("echo executed > executed",)
@@ -208,7 +217,7 @@ WRONG = [
     (SAMPLE, [*CKPT, "--clip", "soft"], "imagen"),
     (SAMPLE, ["--ckpt", "other/words", "--class-labels", "1"], "pass --prompt"),
     (SAMPLE, ["--ckpt", "other/words", "--prompt", "@gone.txt"], "gone.txt"),
-    (SAMPLE, ["--ckpt", "other/words", *FROM_5, "test"], "use another model"),
+    (SAMPLE, ["--ckpt", "other/words", *FROM_5, "test"], "--ckpt assets/dis-mnist.pt"),
     (SAMPLE, ["--ckpt", "other/deaf", "--cfg-scale", "2"], "drop --cfg-scale"),
     (SAMPLE, ["--ckpt", "other/clips", "--gif"], "drop --gif"),
     (SAMPLE, ["--ckpt", "other/clips", "--num-fid-samples", "2"], "drop --gif"),
@@ -261,7 +270,7 @@ WRONG = [
     (SAMPLE, [*CKPT, *FROM_5, "test", "--eta", "0.5"], "--sampler ddim"),
     (SAMPLE, [*CKPT, *FROM_5, "test", "--out", "file/x.png"], "file"),
     (SAMPLE, [*CKPT, *FROM_5, "mixed/0.png", "--num-samples", "2"], "--denoise test"),
-    (SAMPLE, [*CKPT, *FROM_5, "corrupt/1.png"], "no readable image"),
+    (SAMPLE, [*CKPT, *FROM_5, "corrupt/1.png"], "cannot read corrupt/1.png"),
     (SAMPLE, [*CKPT, *FROM_5, "gone.png"], "gone.png"),
     (SAMPLE, [*CKPT, *FROM_5, "mixed"], "one picture"),
     (SAMPLE, [*CKPT, "--denoise", "test", "--from-step", "1000"], "0 to 999"),

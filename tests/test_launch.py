@@ -45,7 +45,7 @@ SAFE = {"PYTHONSAFEPATH": "1"}                  # from Python 3.11 on; earlier o
 LAUNCHES = {
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *STEPS], "trained     2 of", {}),
     "smoke": (["python", "train.py", "--smoke", *TRAIN], "samples/step_0000002.png", {}),
-    "table": (["python", "dis.py"], "900,558,432", {}),
+    "table": (["python", "dis.py"], "mini, MNIST   10 classes", {}),
     "train": (["python", "train.py", *STEPS], "trained     2 of 2", {}),
     "train elsewhere": (["python", "ROOT/train.py", *STEPS], "trained     2 of 2", {}),
     "train, safe path": (["python", "train.py", *STEPS], "trained     2 of 2", SAFE),

@@ -138,15 +138,16 @@ def test_weights_draw_the_picture(name, tmp_path):
     assert np.abs(drawn - there).mean() < 4
 
 
-def test_python_in_the_readme(monkeypatch):
+def test_python_in_the_readme(monkeypatch, tmp_path):
     """The scan that is shown is dis.py's, and what is to be typed into a notebook runs."""
     shown, typed = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     scan = load_paper("dis").selective_scan_ref
     assert shown == inspect.getsource(scan).replace(f'    """{scan.__doc__}"""\n', "")
     monkeypatch.chdir(ROOT)
-    names = {}
-    exec(typed, names)
+    names, picture = {}, tmp_path / "fours.png"
+    exec(typed.replace("fours.png", picture.as_posix()).replace("y=4", "y=4, steps=5"), names)      # not 50
     assert names["fours"].shape == (8, 1, 28, 28) and names["DiS"].__name__ == "DiS"
+    assert Image.open(picture).size == (8 * 60, 60) and np.asarray(Image.open(picture)).std() > 50
 
 
 def test_reproduce_starts_what_exists(tmp_path):

@@ -260,6 +260,14 @@ def test_same_seed_same_image_at_any_batch_size(tmp_path):
         torch.testing.assert_close(other, images[0], atol=1e-4, rtol=0)
 
 
+def test_the_bar_of_sampling_counts_steps(monkeypatch):
+    bars = []
+    monkeypatch.setattr(sample, "tqdm", lambda real=sample.tqdm, **options: bars.append(real(**options)) or bars[0])
+    sample.generate(lambda x, t: 0 * x, Diffusion(cosine_alpha_bar(20)), (1, 4, 4), torch.arange(3), {}, 2, "cpu",
+                    steps="10,5")
+    assert (bars[0].n, bars[0].total, bars[0].unit) == (30, 30, "step")
+
+
 def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
     run(tmp_path, "--max-steps", 2)
     flags = ["--ckpt", tmp_path / "run", "--num-fid-samples", 7, "--steps", 2, "--batch-size", 2]
@@ -520,6 +528,23 @@ def test_grid_puts_each_class_in_its_row():
     sheet = np.asarray(grid_image(images, 3, zoom=1))
     assert sheet.shape == (30, 20)
     assert (sheet[11:19, [1, 8, 11, 18]] == 200).all() and not (sheet[1:9, 1:9]).any()
+
+
+@pytest.mark.parametrize("pictures, rows", [(1000, 10), (1000, 1), (999, 4), (300, 300)])
+def test_a_large_grid_is_wrapped_into_the_shape_of_a_screen(pictures, rows):
+    """Each row's pictures stay together, in order, under its name."""
+    images = np.arange(pictures).astype(np.uint8).reshape(-1, 1, 1, 1).repeat(30, 1).repeat(30, 2)
+    grid = grid_image(images, rows, zoom=2)
+    assert 1 < grid.width / grid.height < 2.2
+    seen = np.asarray(grid)[32::64, 32::64].T                       # the middle of each cell, (columns, lines)
+    if rows < 300:
+        high = seen.shape[1] // rows
+        for r in range(rows):
+            block = seen[:, r * high:(r + 1) * high].T.flatten()
+            assert np.array_equal(block[:len(images[r::rows])], images[r::rows, 0, 0, 0])
+    else:
+        assert np.array_equal(seen.flatten()[:300], images[:, 0, 0, 0])
+    assert grid_image(images, rows, zoom=2, wrap=False).size == (64 * -(-pictures // rows), 64 * rows)
 
 
 def test_gif_and_single_images(tmp_path):
