@@ -190,7 +190,7 @@ def check_model(args, diffusion, trained):
         (args.levels and (args.gif or args.num_fid_samples or space),
          "--levels does not work with --gif, --num-fid-samples or latents: drop them"),
         (args.vae and not space, "this model was trained on pictures, not on latents: drop --vae"),
-        (args.denoise and space, "--denoise takes pictures, but this model was trained on latents: name another --ckpt"),
+        (args.denoise and space, "--denoise takes pictures, but this model was trained on latents: name another"),
         (video and (args.gif or args.num_fid_samples),
          "the .gif of a video is always written, and there is no FID of videos: drop --gif and --num-fid-samples"),
         (args.num_fid_samples and text and not args.prompt,

@@ -180,11 +180,11 @@ def command(program, *words):
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a flag's default, unless there is none or the help says it already."""
+    """Shows a flag's default, if it has one. If None stands for something else, the help must say that itself."""
 
     def _get_help_string(self, action):
         none = action.default is None or action.default is False or action.default == []        # but 0 is a default
-        return action.help if none or "default" in action.help else super()._get_help_string(action)
+        return action.help if none else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
