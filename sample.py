@@ -107,6 +107,8 @@ def parse(argv):
     g.add_argument("--cfg-scale", type=number(float, -1000, 1000),
                    help="guidance: 1 is off; more gives clearer and less varied images (default: 2 if the model was "
                         "trained with classes or captions and --cond-dropout, otherwise 1)")
+    g.add_argument("--cfg-below", type=number(float, 0, 1), metavar="PART",
+                   help="guidance acts only at steps t < PART T (default: as the preset says; 1: at all)")
     g.add_argument("--sampler", choices=["ddim", "ddpm"],
                    help="how to step from noise to image (default: ddim; ddpm with --denoise)")
     g.add_argument("--steps", help="50: so many, evenly spaced; 10,15,20: so many in each third; ddim50: every "
@@ -168,9 +170,10 @@ def check_flags(args):
         (bool(args.denoise) != bool(args.from_step),
          "--denoise and --from-step go together: --denoise photo.png --from-step 150"),
         (args.denoise and (args.gif or args.save_images or args.num_fid_samples
-                           or args.cfg_scale not in (None, 1) or args.class_labels == "random"),
-         "--denoise does not work with --gif, --save-images, --num-fid-samples, --cfg-scale or --class-labels random: "
-         "drop them"),
+                           or args.cfg_scale not in (None, 1) or args.cfg_below is not None
+                           or args.class_labels == "random"),
+         "--denoise does not work with --gif, --save-images, --num-fid-samples, --cfg-scale, --cfg-below or "
+         "--class-labels random: drop them"),
         (args.against and not args.denoise, "--against is for --denoise: drop it, or add --denoise test"),
         (args.data_dir and args.denoise != "test", "--data-dir is where --denoise test looks: drop it"),
         (args.num_samples and args.denoise not in (None, "test"),
@@ -205,6 +208,10 @@ def check_model(args, diffusion, trained):
     diffusion.respaced(args.steps)                          # refuses a bad --steps before any work
     if args.cfg_scale is None:
         args.cfg_scale = 2.0 if guides else 1.0
+    refuse((args.cfg_below is not None and (args.cfg_scale == 1 or not hasattr(diffusion, "cfg_below")),
+            "--cfg-below limits guidance, and there is none, or this model has its own: drop it"))
+    if args.cfg_below is not None:
+        diffusion.cfg_below = args.cfg_below
 
 
 @told_plainly()
@@ -267,7 +274,8 @@ def main(argv=None, encode=None):
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, "precision": args.precision, **options,
-                    **({"prompts": prompts} if text else {}), **({"vae": args.vae} if space else {})}
+                    **({"prompts": prompts} if text else {}),
+                    **({} if args.cfg_below is None else {"cfg_below": args.cfg_below}), **({"vae": args.vae} if space else {})}
         return fid_samples(team, args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
                            lambda numbers: draw(numbers, condition(numbers, "random"), progress=not QUIET),
                            space["data"] if space else trained["data"])

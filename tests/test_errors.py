@@ -219,6 +219,7 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/words", "--prompt", "@gone.txt"], "gone.txt"),
     (SAMPLE, ["--ckpt", "other/words", *FROM_5, "test"], "--ckpt assets/dis-mnist.pt"),
     (SAMPLE, ["--ckpt", "other/deaf", "--cfg-scale", "2"], "drop --cfg-scale"),
+    (SAMPLE, [*CKPT, "--cfg-scale", "1", "--cfg-below", "0.5"], "drop it"),
     (SAMPLE, ["--ckpt", "other/clips", "--gif"], "drop --gif"),
     (SAMPLE, ["--ckpt", "other/clips", "--num-fid-samples", "2"], "drop --gif"),
     # processes, latents
