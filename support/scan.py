@@ -179,8 +179,9 @@ def chunked_backward(dy, u, delta, A, B, C, D, starts, carry):
         g = work[2, :len(x), :x.shape[1]]
         torch.mul(dy[at][:, :, None, :], C[at][:, :, :, None], out=g)         # (b, T, N, e)
         g[:, -1] += carry[rows]
-        for t in reversed(range(1, g.shape[1])):
-            g[:, t - 1].addcmul_(a[:, t], g[:, t])                            # (b, N, e)
+        gs = g.unbind(1)[::-1]                                                # from the right: g_t, g_{t-1}, ..
+        for a_t, g_t, before in zip(a.unbind(1)[::-1], gs, gs[1:]):
+            before.addcmul_(a_t, g_t)                                         # (b, N, e)
         torch.mul(a[:, 0], g[:, 0], out=carry[rows])
         # A row times a matrix, (1, e) @ (e, N): a matrix times a column takes seven times as long.
         dC[at] = (dy[at][:, :, None, :] @ hs.mT)[:, :, 0]                     # (b, T, N)
