@@ -655,7 +655,7 @@ def all_of(read, items, enough=None):
         if len(done) == enough:
             return done
     if bad:
-        raise unreadable(bad)
+        raise unreadable(list(dict.fromkeys(bad)))          # a batch may have an image twice
     return done
 
 

@@ -815,8 +815,8 @@ def test_lazy_folders_name_the_bad_image_when_they_reach_it(tmp_path, monkeypatc
     cut(tmp_path / "b.png")
     dataset = load(str(tmp_path))
     assert dataset[[0]]["x"].shape == (1, 3, 16, 16)
-    with pytest.raises(UserError, match="b.png"):
-        dataset[[0, 1]]
+    with pytest.raises(UserError, match="^cannot read .*b.png"):
+        dataset[[1, 0, 1]]
 
 
 def test_one_frame_of_a_clip_is_a_picture_and_sixteen_are_a_longer_clip():
