@@ -101,8 +101,8 @@ class Diffusion:
     min_snr       None, or gamma: a limit on the weight of steps with little noise (5 in its paper, from memory)
     max_snr       None, or the least weight, for steps with much noise. Without both, all errors weigh the same; with
                   one or both, x_0's error weighs max(max_snr, min(snr, min_snr))
-    cfg_below     guidance acts only at steps t < cfg_below T. At the noisiest steps it narrows the choice among samples:
-                  of drawn shapes it prefers the big ones, whose class is the first to be seen
+    cfg_below     guidance acts only at steps t < cfg_below T. At the noisiest steps it narrows the choice: of drawn
+                  shapes it prefers the big ones, whose class is the first to be seen
     timestep_map  (T,) the t that the network is shown; set by `respaced`
     """
 

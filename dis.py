@@ -109,7 +109,7 @@ class DiS(nn.Module):
                  shape,                     # (c, H, W) of the image or latent
                  width: int,                # d
                  depth: int,                # depth // 2 shallow blocks, 1 in the middle, depth // 2 deep: 24 gives 25
-                 patch: int | None = 2,     # p; None: the largest that leaves a grid of at least `grid` x `grid` patches
+                 patch: int | None = 2,     # p; None: the largest that leaves at least `grid` x `grid` patches
                  grid: int = 4,
                  num_classes=0,             # 0: no classes
                  expand: int = 2,           # E

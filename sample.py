@@ -275,7 +275,8 @@ def main(argv=None, encode=None):
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, "precision": args.precision, **options,
                     **({"prompts": prompts} if text else {}),
-                    **({} if args.cfg_below is None else {"cfg_below": args.cfg_below}), **({"vae": args.vae} if space else {})}
+                    **({} if args.cfg_below is None else {"cfg_below": args.cfg_below}),
+                    **({"vae": args.vae} if space else {})}
         return fid_samples(team, args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
                            lambda numbers: draw(numbers, condition(numbers, "random"), progress=not QUIET),
                            space["data"] if space else trained["data"])
