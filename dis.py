@@ -331,7 +331,7 @@ class Direction(nn.Module):
         L = x.shape[1]
         x = rearrange(x.contiguous(), "b l e -> b e l")                            # (b, e, L)
         if x.is_cpu:        # the same as a picture of one row: half the time, since the channels may lie side by side
-            u = F.conv2d(x[:, :, None], self.conv.weight[:, :, None], self.conv.bias, groups=len(self.D),
+            u = F.conv2d(x[:, :, None], self.conv.weight[:, 0, None, None], self.conv.bias, groups=len(self.D),
                          padding=(0, self.conv.padding[0]))[:, :, 0]
         else:
             u = self.conv(x)                                                       # (b, e, L + taps - 1)

@@ -100,7 +100,7 @@ class Bar(tqdm):
         return tqdm.status_printer(file) if file.isatty() else lambda line: line and print(line, file=file, flush=True)
 
     def clear(self, *args, **options):
-        if self.fp.isatty():
+        if not self.disable and self.fp.isatty():
             super().clear(*args, **options)
 
 

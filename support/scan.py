@@ -129,7 +129,7 @@ def work_arrays(count, u, A):
     as much as the arithmetic."""
     rows, T = block_size(u, A)
     shape = count, rows, min(T, u.shape[1]), *A.T.shape
-    if not u.is_cpu:
+    if not u.is_cpu or type(u) is not torch.Tensor:     # the second: without numbers, to count memory
         return u.new_empty(shape)
     n, dtype = math.prod(shape), torch.promote_types(u.dtype, torch.float32)
     if SPARE.memory.dtype != dtype or len(SPARE.memory) < n:

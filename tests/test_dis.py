@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -95,6 +96,23 @@ def test_scan_equals_reference(L, segments, N, monkeypatch):
     grads = torch.autograd.grad(y, x, dy)
     for got, want in zip((y, *grads), (expected, *torch.autograd.grad(expected, x, dy.double()))):
         assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def test_memory_of_a_scan_is_used_again_whatever_came_before():
+    """A new thread has none yet. What inference mode makes, nothing outside of it may change."""
+    y = []
+
+    def scans():
+        x = inputs(2, 5, 4, 3, torch.float32)
+        with torch.inference_mode():
+            y.append(dis.selective_scan(*(v.detach().clone() for v in x)))
+        y.append(dis.selective_scan(*x))
+        y[1].sum().backward()
+        y.append(x[0].grad)
+    thread = threading.Thread(target=scans)
+    thread.start()
+    thread.join()
+    assert len(y) == 3 and torch.equal(y[0], y[1].detach())
 
 
 @pytest.mark.parametrize("L, N, fast", [(1, 2, False), (2, 1, False), (37, 2, False),
