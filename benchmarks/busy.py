@@ -1,6 +1,6 @@
 """How fast does train.py train beside other busy programs, and where it may use only one core?
 
-    python benchmarks/busy.py                       the four papers, about six minutes
+    python benchmarks/busy.py                       the four papers, more than ten minutes
     python benchmarks/busy.py --models dis --loops 2 --seconds 20
 
 Each run of train.py is timed alone, and then beside --loops programs that compute without end. `spinning` is the same
