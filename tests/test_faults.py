@@ -294,11 +294,12 @@ class Stuck:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_answered_at_once(capfd, number):
-    stop = parallel.Interruption()
+    stop, before = parallel.Interruption(), signal.signal(number, signal.SIG_DFL)       # nohup and & ignore SIGINT
     stop.next(iter("ab"))
     for _ in range(2 - (number == signal.SIGINT)):              # a second Ctrl-C would end this process
         signal.raise_signal(number)
     stop.over()
+    signal.signal(number, before)
     said = capfd.readouterr().err
     assert said.count("finishing this step, then saving") == 1
     assert ("Ctrl-C again: quit without saving" in said) == (number == signal.SIGINT)
