@@ -44,7 +44,7 @@ could read only the paper's abstract, summaries of it, and the code. So we cite 
  7. Multiply-adds are counted with the mixers. The GFLOPs of the paper leave them out.
  8. Guidance acts on every channel (diffusion.py). The code's acts on three of four latent channels.
  9. skip="add" and time="adaln" are ablations of the paper. The code lacks them, so their details are ours.
-10. `pos_init` and `label_std` are ours. Their defaults are the code's values.
+10. `pos_init`, `label_std`, `patch=None` and `conv=None` are ours. The defaults are the code's values.
 11. Two norms stand before the last layer, as in the code. The paper, as far as we read it, has one.
 
 In a notebook Python's own `dis` is loaded already. There write
