@@ -102,7 +102,7 @@ class Diffusion:
     max_snr       None, or the least weight, for steps with much noise. Without both, all errors weigh the same; with
                   one or both, x_0's error weighs max(max_snr, min(snr, min_snr))
     cfg_below     guidance acts only at steps t < cfg_below T. At the noisiest steps it narrows the choice: of drawn
-                  shapes it prefers the big ones, whose class is the first to be seen
+                  shapes it prefers the big ones
     timestep_map  (T,) the t that the network is shown; set by `respaced`
     """
 

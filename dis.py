@@ -329,12 +329,12 @@ class Direction(nn.Module):
     def forward(self, x):
         """(b, L, e) -> (b, L, e), tokens in this direction's order."""
         L = x.shape[1]
-        x = rearrange(x.contiguous(), "b l e -> b e l")                            # (b, e, L)
-        if x.is_cpu:        # the same as a picture of one row: half the time, since the channels may lie side by side
-            u = F.conv2d(x[:, :, None], self.conv.weight[:, 0, None, None], self.conv.bias, groups=len(self.D),
-                         padding=(0, self.conv.padding[0]))[:, :, 0]
+        if x.is_cpu:        # as a picture of one row: the same in half the time, as its channels may lie side by side
+            x = rearrange(x.contiguous(), "b l e -> b e 1 l")                      # (b, e, 1, L)
+            u = F.conv2d(x, self.conv.weight[:, 0, None, None], self.conv.bias, groups=len(self.D),
+                         padding=(0, self.conv.padding[0]))[:, :, 0]               # (b, e, L + taps - 1)
         else:
-            u = self.conv(x)                                                       # (b, e, L + taps - 1)
+            u = self.conv(rearrange(x, "b l e -> b e l"))                          # the same
         u = rearrange(F.silu(u[..., :L]), "b e l -> b l e")                        # cut, hence causal (b, L, e)
         low, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)   # (b, L, R), 2 x (b, L, N)
         # delta is float32 from here on. The output of dt_proj is near -7 for long memories. Autocast would round it
