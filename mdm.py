@@ -211,6 +211,7 @@ class UNet(nn.Module):
     temporal  each smaller size has half the frames, not half the height and width; each pixel looks at all frames
     micro     micro-conditioning: the network is told the original size of each picture. Nothing here passes it; your
               own code can, as `size` to `loss` and `sample`"""
+    standardise = False                         # divide z of this resolution by its standard deviation; see `assemble`
 
     def __init__(self, shape, channels, blocks, E, attention=None, middle=None, heads=None, condition=None, D=0,
                  temporal=False, micro=False):
@@ -260,6 +261,8 @@ class UNet(nn.Module):
         C_1, H, W) before the head. above: features that the network around this one adds to all rows or the first."""
         x, t_x, side = z[-1], t[:len(z[-1])], min(self.shape[-2:])
         check_shape(x, self.shape)
+        if self.standardise:
+            x = x / x.std(dim=[*range(1, x.ndim)], keepdim=True)                      # (n, *shape)
         e = self.embed_t(sinusoid(t_x, self.sines))                                   # (n, E)
         if pooled is not None:
             e = e + pooled[:len(x)]
@@ -332,7 +335,7 @@ def zero(layer):
 
 def group_norm(C):
     """At most 32 groups. Their number divides C, and each has 4 channels or more where C allows: a group of one
-    channel would lose its mean. (The authors always have 32 groups.)"""
+    channel would lose its mean. (The authors always have 32 groups: per_group=1 of `assemble`.)"""
     return nn.GroupNorm(math.gcd(C, min(32, max(1, C // 4))), C)
 
 
@@ -459,14 +462,18 @@ class Condition(nn.Module):
 
     text is (B, L, K) bytes if the model was built with text="bytes". Otherwise it is (B, L, n), embeddings of a frozen
     language model, and n is __init__'s `text`. A class is a caption of one token. "No condition" is a label -1, a row
-    of the mask without a True, or y and text both None. A learned token stands for it."""
+    of the mask without a True, or y and text both None. A learned token stands for it.
 
-    def __init__(self, num_classes, text, D, E, layers):
+    empty_prompt  there is no such token: who wants no text passes the language model's embedding of the empty prompt
+    see_padding   cross-attention also looks at the padding, whose embeddings are zeros. So the returned mask is None"""
+
+    def __init__(self, num_classes, text, D, E, layers, empty_prompt, see_padding):
         super().__init__()
+        self.see_padding = see_padding
         self.num_classes = num_classes          # of the embeddings below, the last one is for "no class"
         self.source = (nn.Embedding(num_classes + 1, D) if num_classes else
                        Spelling(D) if text == "bytes" else nn.Linear(text, D))          # Spelling: support/text.py
-        self.null = None if num_classes else nn.Parameter(torch.randn(D))
+        self.null = None if num_classes or empty_prompt else nn.Parameter(torch.randn(D))
         self.layers = nn.ModuleList(TextLayer(D) for _ in range(layers))
         self.pool = nn.Linear(D, E, bias=False)
 
@@ -476,6 +483,10 @@ class Condition(nn.Module):
         if self.num_classes:
             y = torch.full_like(t, -1) if y is None else y
             tokens = self.source(torch.where(y < 0, self.num_classes, y))[:, None]    # (B, 1, D)
+        elif self.null is None:
+            if text is None:
+                raise UserError("this model always reads text: pass the embedding of the empty prompt for none")
+            tokens = self.source(text)                                                # (B, L, D)
         elif text is None:
             tokens = self.null.expand(len(t), 1, -1)                                  # (B, 1, D)
         else:
@@ -487,7 +498,7 @@ class Condition(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, mask)
         valid = mask[..., None].to(tokens.dtype)                                      # (B, L, 1)
-        return tokens, mask, self.pool((tokens * valid).sum(1) / valid.sum(1))
+        return tokens, None if self.see_padding else mask, self.pool((tokens * valid).sum(1) / valid.sum(1))
 
 
 class TextLayer(nn.Module):
@@ -515,12 +526,13 @@ def _level(*channels, n=1):         # a level around another: n residual blocks 
 
 _PAPER = dict(channels=(256, 512, 768), blocks=(2, 2, 2), attention=(0, 1, 5), side=64, text_width=1024, layers=2,
               micro=False, embedding=1024, heads=8, schedule="cosine", predict="v", error="eps", power=1)
-_RELEASED = _PAPER | dict(text_width=2048, layers=0, micro=True)
+_RELEASED = _PAPER | dict(text_width=2048, layers=0, micro=True, per_group=1, see_padding=True, standardise=True,
+                          empty_prompt=True)
 _X4, _X16 = _level(64, 128, 256, n=2), _level(32, 32, 64, n=2)      # 4 times as large; around _X4: 16 times
 _TINY = _PAPER | dict(channels=(48, 96), blocks=(1, 1), attention=(0, 1), side=16, text_width=64, embedding=256,
                       heads=4, predict="x0", error="x0")
 CONFIGS = {                         # `outer` lists levels from the inside out
-    # The released sizes, but not quite the released function (departures 5 and 9): those weights do not work here.
+    # The released networks. `python -m support.released_mdm` makes checkpoints of the authors' weights.
     "cc12m-64": _RELEASED | dict(outer=()),
     "cc12m-256": _RELEASED | dict(outer=(_X4,)),
     "cc12m-1024": _RELEASED | dict(outer=(_X4, _X16), power=2),
@@ -548,7 +560,8 @@ def build(preset, shape, num_classes=0, text=0, **options):
 
 def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int], attention: list[Annotated[int, 0]],
              outer: list[Level], temporal: Level | None = None, side: int, text_width: int, layers: Annotated[int, 0],
-             micro: bool, embedding: int, heads: int, middle: Annotated[int, 0] = 1,
+             micro: bool, embedding: int, heads: int, middle: Annotated[int, 0] = 1, per_group: int = 4,
+             see_padding: bool = False, standardise: bool = False, empty_prompt: bool = False,
              schedule: Literal[tuple(SCHEDULES)] = "cosine", T: Annotated[int, 1, 10**6] = 1000,
              predict: Literal["v", "x0", "eps"] = "v", error: Literal["v", "x0", "eps"] = "eps",
              power: Annotated[float, 0, 10] = 1, weights: Literal["finest"] | list[float] | None = None,
@@ -557,12 +570,17 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
 
     channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it; it takes one after the
     other while the coarsest pictures stay at least 3/4 of `side` wide. temporal: the level that makes a frame into a
-    clip. text_width: D. layers: of self-attention for the text. embedding: E. See also UNet and ExtendedDiffusion."""
+    clip. text_width: D. layers: of self-attention for the text. embedding: E. per_group: group norms have so many
+    channels in a group, or more. standardise: networks between the innermost and the finest divide their z by its
+    standard deviation. See also UNet, Condition and ExtendedDiffusion."""
     for key, width in (("text_width", text_width), ("embedding", embedding)):
         if width % 8:
             raise UserError(f"{key}={width}: must be divisible by 8, try {width // 8 * 8 or 8}")
     if num_classes and text:
         raise UserError("a model reads classes or text, not both: drop one")
+    if empty_prompt and text == "bytes":
+        raise UserError("empty_prompt=True needs a T5, as in --text-encoder google/flan-t5-xl: pass one, or --set "
+                        "empty_prompt=False")
     C, *frames, H, W = shape
     ratios = [2 ** sum(len(level["channels"]) - 1 for level in outer[:n]) for n in range(len(outer) + 1)]
     levels = outer[:sum(min(H, W) / ratio >= 0.75 * side for ratio in ratios[1:])]
@@ -572,7 +590,7 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
         raise UserError(f"image size {H}x{W} is not divisible by {ratio}, the ratio of the finest to the coarsest "
                         f"resolution: try {near}")
     D, E, H, W = text_width if num_classes or text else 0, embedding, H // ratio, W // ratio
-    condition = Condition(num_classes, text, D, E, layers) if D else None
+    condition = Condition(num_classes, text, D, E, layers, empty_prompt, see_padding) if D else None
     model = UNet((C, H, W), channels, blocks, E, attention, middle, heads, condition, D, micro=micro)
     if frames:
         sizes = {2**k: k + 1 for k in range(1, len(temporal["channels"]))} if temporal else {}
@@ -584,6 +602,12 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
     for level in levels:
         H, W = (n * 2 ** (len(level["channels"]) - 1) for n in (H, W))
         model = NestedUNet(model, (C, *frames, H, W), **level, E=E, micro=micro)
+    for network in model.nest[1:-1]:
+        network.standardise = standardise
+    for norm in model.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = math.gcd(norm.num_channels, min(32, max(1, norm.num_channels // per_group)))
+    model.empty_prompt = bool(text) and empty_prompt            # tells train.py and sample.py what "no text" is
     diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed,
                                   cfg_below)
     return model.to(memory_format=torch.channels_last), diffusion           # the faster layout of convolutions

@@ -44,7 +44,9 @@ FREE_TO_CHANGE = {                              # flags that may differ between 
     "image_size", "frames"}                     # (we compare the shape instead of these two, "options" for "set")
 MUST_MATCH = {"model", "preset", "options", "shape", "num_classes", "text", "text_encoder"}     # for --resume PATH
 # Presets that have changed since. Their older runs keep the old values, but did not write them down.
-BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "tiny-x4", "tiny-video")}
+BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "tiny-x4", "tiny-video")} | {
+    ("mdm", preset): dict(per_group=4, see_padding=False, standardise=False, empty_prompt=False)
+    for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")}
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -192,9 +194,9 @@ def load_run(path, weights="ema", device="cpu", model=None):
 
 
 def before(saved):
-    """What the arguments of a run tell of its options: all of them, or, of an older run, those that its preset would
-    not give today."""
-    return saved.get("options") or {**BEFORE.get((saved["model"], saved["preset"]), {}), **saved["set"]}
+    """What the arguments of a run tell of its options: all that there were, or, of an older run, those that its preset
+    would not give today."""
+    return {**BEFORE.get((saved["model"], saved["preset"]), {}), **(saved.get("options") or saved["set"])}
 
 
 def options_of(saved, args):
