@@ -267,6 +267,7 @@ class Diffusion:
                steps="50",          # how many of the T steps, see `spaced_timesteps`
                eta=0.0,             # of DDIM: 0 deterministic .. 1 as noisy as DDPM
                cfg_scale=1.0,       # guidance, see `guided` and `cfg_below`; 1 turns it off and halves the work
+               negative=None,       # what guidance leads away from, see `guided`; None: no condition
                clip=True,           # keep the predicted x_0 in [-1, 1], see `bounded`; False for latents
                start=None,          # (x (B, C, H, W), t): begin with x at step t, and choose `steps` from t .. 0
                on_step=None,        # called as on_step(i, x, x0) after each step, i counting down to 0
@@ -279,7 +280,7 @@ class Diffusion:
         cond = {name: torch.full_like(seeds, c) if isinstance(c, int) else c for name, c in cond.items()}
         # weights do not change here: a model may compute once what depends on them alone
         with getattr(model, "frozen", contextlib.nullcontext)():
-            steered = guided(model, cfg_scale) if cfg_scale != 1 else model
+            steered = guided(model, cfg_scale, negative) if cfg_scale != 1 else model
             steer = (d.timestep_map < self.cfg_below * self.T).tolist()
             for i in reversed(range(d.T)):
                 t = torch.full_like(seeds, i)                                               # (B,)
@@ -356,20 +357,22 @@ def bounded(x0, clip):
 
 # --- guidance --------------------------------------------------------------------------------------------------------
 
-def with_and_without(cond):
-    """{name: (B, ..)} -> {name: (2B, ..)}: first with the condition, then without: label -1, mask 0."""
+def with_and_without(cond, negative=None):
+    """{name: (B, ..)} -> {name: (2B, ..)}: first with the condition, then without: label -1, mask 0; or `negative`."""
     none = {"y": lambda y: torch.full_like(y, -1), "text_mask": torch.zeros_like}
+    none |= {k: other.expand_as for k, other in (negative or {}).items()}
     return {k: torch.cat([v, none[k](v) if k in none else v]) for k, v in cond.items() if v is not None}
 
 
-def guided(model, scale):
-    """Classifier-free guidance: `model`, with its prediction pushed away from the unconditional one.
+def guided(model, scale, negative=None):
+    """Classifier-free guidance: `model`, with its prediction pushed away from the unconditional one, or from that of
+    `negative`: {"text": (1, L, n), "text_mask": (1, L)}.
 
     It runs one batch of 2B (`with_and_without`). It guides all C prediction channels; the variance stays conditional.
     (DiT, and DiS after it, guide only the first three of four latent channels; DiT's authors call that unintended.)
     """
     def call(x, t, **cond):
-        both = with_and_without(cond)
+        both = with_and_without(cond, negative)
         with_c, without = model(torch.cat([x, x]), torch.cat([t, t]), **both).float().chunk(2)
         C = x.shape[1]
         pred = without[:, :C] + scale * (with_c[:, :C] - without[:, :C])

@@ -162,8 +162,8 @@ class ExtendedDiffusion:
         return [level.respaced(spec) for level in self.levels]
 
     @torch.no_grad()
-    def sample_levels(self, model, shape, seeds, *, sampler="ddim", steps="50", eta=0.0, cfg_scale=1.0, clip=True,
-                      on_step=None, **cond):
+    def sample_levels(self, model, shape, seeds, *, sampler="ddim", steps="50", eta=0.0, cfg_scale=1.0,
+                      negative=None, clip=True, on_step=None, **cond):
         """Like diffusion.Diffusion.sample, without `start` -> every resolution, [(B, *shape_r)]. One call of the
         network a step denoises all of them, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
@@ -171,7 +171,7 @@ class ExtendedDiffusion:
         levels, numbers, ddpm = self.respaced(steps), (sum(self.sizes),), sampler == "ddpm"
         z = self.unpack(normal(fold(seeds, self.T), numbers))                              # [(B, *shape_r)]
         cond = {name: torch.full_like(seeds, c) if isinstance(c, int) else c for name, c in cond.items()}
-        steered = guided(model, cfg_scale) if cfg_scale != 1 else model
+        steered = guided(model, cfg_scale, negative) if cfg_scale != 1 else model
         steer = (levels[0].timestep_map < self.cfg_below * self.T).tolist()
         for i in reversed(range(levels[0].T)):
             t = torch.full_like(seeds, i)                                                  # (B,)
@@ -190,10 +190,11 @@ class ExtendedDiffusion:
         return self.sample_levels(model, shape, seeds, on_step=finest, **options)[-1]
 
 
-def guided(model, scale):
+def guided(model, scale, negative=None):
     """Like diffusion.guided, at every resolution."""
     def call(z, t, **cond):
-        outs = model([torch.cat([z_r, z_r]) for z_r in z], torch.cat([t, t]), **with_and_without(cond))
+        outs = model([torch.cat([z_r, z_r]) for z_r in z], torch.cat([t, t]),
+                     **with_and_without(cond, negative))
         pairs = [out.float().chunk(2) for out in outs]                                # [2 x (B, *shape_r)]
         return [without + scale * (with_c - without) for with_c, without in pairs]    # [(B, *shape_r)]
     return call

@@ -72,16 +72,25 @@ def generate(model, diffusion, shape, seeds, cond, batch_size, device,
     return torch.cat(done)                                                               # (N, C, [T,] H, W)
 
 
+def negative(model, encode, prompt, device):
+    """What guidance leads away from, an option of `Diffusion.sample`: a negative prompt, or the empty one if the model
+    reads that where no text is meant. Otherwise {}: the model itself knows "no text"."""
+    if prompt is None and not getattr(model, "empty_prompt", False):
+        return {}
+    return {"negative": {k: v.to(device) for k, v in zip(("text", "text_mask"), encode([prompt or ""]))}}
+
+
 def preview(model, diffusion, args, encode, vae, device):
     """The small grid that train.py draws now and then, always from the same noise -> PIL image."""
     rows = min(args.num_classes, 10) or len(args.prompts) or 4
     columns = 4 if len(args.shape) == 3 else 1                      # a video fills a row with its frames
-    cond = {"y": torch.arange(rows).repeat(columns)} if args.num_classes else {}
+    cond, away = {"y": torch.arange(rows).repeat(columns)} if args.num_classes else {}, {}
     if encode:
+        away = negative(model, encode, None, device)
         cond = dict(zip(("text", "text_mask"), encode(args.prompts * columns)))
     images = generate(model, diffusion, tuple(args.shape), torch.arange(columns * rows), cond, columns * rows,
                       device, progress=False, steps=str(min(25, diffusion.T)), clip=not args.space,
-                      decode=decoder(args.space, vae), cfg_scale=2.0 if cond and args.cond_dropout else 1.0)
+                      decode=decoder(args.space, vae), cfg_scale=2.0 if cond and args.cond_dropout else 1.0, **away)
     return grid_image(to_uint8(images), rows, args.class_names[:rows] or args.prompts)
 
 
@@ -103,7 +112,14 @@ def parse(argv):
     g.add_argument("--text-encoder", metavar="NAME", help="the T5 of the training, if its folder has moved")
     g.add_argument("--prompt", nargs="+", metavar="TEXT",
                    help="what to draw, if the model reads text; @FILE: one on a line (default: captions of its data)")
+    g.add_argument("--text-device", metavar="DEVICE",
+                   help="where the T5 runs (default: as --device). It leaves the memory before images are drawn, "
+                        "unless there are more than 1,000 prompts")
+    g.add_argument("--text-precision", choices=["fp32", "bf16"], default="fp32",
+                   help="of the T5: bf16 takes half the memory")
     g = p.add_argument_group("how")
+    g.add_argument("--negative-prompt", metavar="TEXT",
+                   help="guidance leads away from what this text describes (default: from no text)")
     g.add_argument("--cfg-scale", type=number(float, -1000, 1000),
                    help="guidance: 1 is off; more gives clearer and less varied images (default: 2 if the model was "
                         "trained with classes or captions and --cond-dropout, otherwise 1)")
@@ -180,14 +196,18 @@ def check_flags(args):
          "--num-samples counts test images: drop it, or pass --denoise test"))
 
 
-def check_model(args, diffusion, trained):
+def check_model(args, model, diffusion, trained):
     """Refuse what this model cannot do. trained: the arguments of its training."""
     text, space, classes = trained.get("text"), trained.get("space"), trained["num_classes"]
-    video, guides = len(trained["shape"]) == 4, (classes or text) and trained["cond_dropout"] > 0
+    video, reads = len(trained["shape"]) == 4, getattr(model, "empty_prompt", False)
+    guides = reads or (classes or text) and trained["cond_dropout"] > 0
     refuse(
         (args.prompt and not text, "this model reads no text: drop --prompt, or train with --model mdm --cond text"),
         (text and args.class_labels != "all", "this model reads text: pass --prompt instead of --class-labels"),
-        (args.text_encoder and (not text or text == "bytes"), "this model reads no T5: drop --text-encoder"),
+        ((args.text_encoder or args.text_device or args.text_precision == "bf16") and (not text or text == "bytes"),
+         "this model reads no T5: drop --text-encoder, --text-device and --text-precision"),
+        (args.negative_prompt is not None and not text, "this model reads no text: drop --negative-prompt"),
+        (args.denoise and reads, "this model always reads a prompt, and --denoise passes none: name another"),
         (args.levels and not hasattr(diffusion, "sample_levels"),
          "--levels shows the resolutions of an mdm, and this model has one: drop it"),
         (args.levels and (args.gif or args.num_fid_samples or space),
@@ -208,7 +228,9 @@ def check_model(args, diffusion, trained):
     diffusion.respaced(args.steps)                          # refuses a bad --steps before any work
     if args.cfg_scale is None:
         args.cfg_scale = 2.0 if guides else 1.0
-    refuse((args.cfg_below is not None and (args.cfg_scale == 1 or not hasattr(diffusion, "cfg_below")),
+    refuse((args.negative_prompt is not None and args.cfg_scale == 1,
+            "a negative prompt needs guidance: pass --cfg-scale 3, or drop --negative-prompt"),
+           (args.cfg_below is not None and (args.cfg_scale == 1 or not hasattr(diffusion, "cfg_below")),
             "--cfg-below limits guidance, and there is none, or this model has its own: drop it"))
     if args.cfg_below is not None:
         diffusion.cfg_below = args.cfg_below
@@ -228,7 +250,7 @@ def main(argv=None, encode=None):
         # with --against, one may be a paper's model and the other your own: --model is for that one
         own = not args.against or checkpoint.read(path)["args"]["model"].endswith(".py")
         model, diffusion, trained = checkpoint.load_run(path, weights, device, args.model if own else None)
-        check_model(args, diffusion, trained)
+        check_model(args, model, diffusion, trained)
         if args.precision == "bf16":
             model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         if args.compile:    # no step changes shapes or looks at numbers, so a GPU can replay CUDA graphs
@@ -252,13 +274,21 @@ def main(argv=None, encode=None):
         return denoise.main(args, networks, device, args.out)
 
     prompts = (read_prompts(args.prompt) or trained["prompts"]) if text else []
-    if text and not encode:                                             # loading this or a VAE may take a while
-        encode = text_encoder(args.text_encoder or trained["text_encoder"], device)
+    ours = text and not encode
+    if ours:                                                            # loading this or a VAE may take a while
+        dtype = torch.bfloat16 if args.text_precision == "bf16" else torch.float32
+        where = pick_device(args.text_device or args.device)
+        encode = text_encoder(args.text_encoder or trained["text_encoder"], where, dtype)
+    if text:
+        encode.empty = getattr(model, "empty_prompt", False)
     if text and (said := cut(encode, prompts, "prompts")) and not QUIET:
         print(said)
     args.vae = full_name(args.vae) if args.vae else space and space["vae"]
     vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip, cfg_scale=args.cfg_scale)
+    away = negative(model, encode, args.negative_prompt, device) if text else {}
+    if ours and hasattr(encode, "only") and len(prompts) <= 1000:
+        encode.only(prompts)
 
     def condition(numbers, labels):
         """numbers of images (N,), labels as in --class-labels -> what `generate` takes as cond."""
@@ -269,12 +299,14 @@ def main(argv=None, encode=None):
 
     def draw(numbers, cond, **more):
         return generate(model, diffusion, shape, args.seed + numbers, cond, args.batch_size, device,
-                        decode=decoder(space, vae), **options, **more)
+                        decode=decoder(space, vae), **options, **away, **more)
 
     if args.num_fid_samples:
         settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, "precision": args.precision, **options,
                     **({"prompts": prompts} if text else {}),
+                    **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
+                    **({} if args.text_precision == "fp32" else {"text_precision": args.text_precision}),
                     **({} if args.cfg_below is None else {"cfg_below": args.cfg_below}),
                     **({"vae": args.vae} if space else {})}
         return fid_samples(team, args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,

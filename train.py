@@ -18,6 +18,7 @@ that `build` returns may have some of these attributes, but needs none:
     frozen()         a context for sampling: in it no weight changes, so diffussm.py computes its kernels only once
     seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
                      depends on neither processes nor micro-batches. In dis.py: which images skip a block (drop_path)
+    empty_prompt     true if the model reads a T5's empty prompt where no text is meant. In mdm.py: presets cc12m-..
     load_inner(ema)  takes the averaged weights of a smaller run, for --init-inner. mdm.py has it
 
 --weight-decay knows a model's matrices by their names: weight.. or W.. (support/optimizer.py).
@@ -168,6 +169,10 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     text, mask = (batch["text"], batch["text_mask"]) if "text" in batch else encode(batch["caption"])
     text, mask = text.to(device, non_blocking=True), mask.to(device, non_blocking=True)
     text = text if text.dtype == torch.long else text.float()           # bytes; stored embeddings are float16
+    if encode.empty:
+        none, none_mask = (v.to(device) for v in encode([""]))                            # (1, L, dim), (1, L)
+        return x0, t, noise, {"text": torch.where(hide[:, None, None], none, text),
+                              "text_mask": torch.where(hide[:, None], none_mask, mask)}   # (B, L, dim), (B, L)
     return x0, t, noise, {"text": text, "text_mask": mask & ~hide[:, None]}               # (B, L, ...), (B, L)
 
 
@@ -230,6 +235,8 @@ def main(argv=None, drawing=()):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                        **({"text": args.text} if encode else {}), **args.set)
     args.options = {**paper.CONFIGS[args.preset], **args.set}               # a run keeps them if its preset changes
+    if encode:
+        encode.empty = getattr(model, "empty_prompt", False)
     folder = checkpoint.folder_of(args)
     team.say(plan(args, folder, team, dataset, model, diffusion, world, micro))
     if planned:

@@ -33,6 +33,7 @@ def store_text(folder, name, device):
         raise UserError("bytes needs no file: name a T5, such as google/flan-t5-xl")
     path, about, captions, description = text_files(folder, flat(captions), name)
     encoder = text_encoder(name, device)
+    encoder.empty = True
     if not QUIET and (said := cut(encoder, captions)):
         print(said)
     lengths = [encoder.size(caption) for caption in captions]

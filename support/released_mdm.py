@@ -9,7 +9,6 @@ Nothing is downloaded here, and nothing that is in the file runs. The weights ar
 """
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -67,8 +66,8 @@ def read(path):
     """The authors' file -> {their name: tensor}, mapped from the file. Raises UserError.
 
     Nothing that the file names is imported or called: weights_only=True admits only tensors and plain data. The authors
-    may have saved objects beside the weights. The names of their classes are looked up in the file's own list, and each
-    such object becomes an `Inert`. PyTorch refuses some names (those of os and sys) even then."""
+    may have saved objects beside the weights. The names of their classes and functions stand in the file, and each of
+    them becomes `Inert`. PyTorch refuses some names (those of os and sys) even then."""
     if not Path(path).is_file():
         raise UserError(f"no file at {path}: download one of {', '.join(map(ADDRESS.format, GIGABYTES))} (1.8 to 1.9 "
                         f"GB each, under the licence of github.com/apple/ml-mdm) and pass its path")
@@ -85,6 +84,8 @@ def read(path):
         raise
     except Exception:                                   # damage makes zipfile and the unpickler stumble in many ways
         raise UserError(f"{path} is damaged, cut short or no checkpoint: download it again") from None
+    if names:
+        print(f"left out    what is no weight ({', '.join(sorted(names))}): nothing of it ran")
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} has no state_dict of tensors: pass one of the files that the authors released")

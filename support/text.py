@@ -1,7 +1,8 @@
 """Captions to tensors: spelt in bytes, or read by a frozen T5.
 
     encoder = text_encoder(name)
-    text, mask = encoder(captions)      mask (B, L): True where there is a token; nowhere, if a caption is empty
+    text, mask = encoder(captions)      mask (B, L): True where there is a token; nowhere, if a caption is empty, except
+                                        with `encoder.empty = True`: a T5 then embeds the empty caption, too
 
     ByteText      "bytes", built in: the bytes of each word. text long (B, 16, 12)
     Spelling      a layer of the model, for "bytes": it learns to read them
@@ -14,6 +15,7 @@ caption, of which the encoder reads the first `encoder.L`, counted in `encoder.u
 import hashlib
 import json
 import logging
+import math
 import re
 import warnings
 from pathlib import Path
@@ -29,8 +31,8 @@ TOKENS = 128                            # of a caption that a T5 reads
 MEMO = 2**30                            # bytes of embeddings that a T5Text keeps
 
 
-def text_encoder(name, device="cpu"):
-    return ByteText() if name == "bytes" else T5Text(name, device)
+def text_encoder(name, device="cpu", dtype=torch.float32):
+    return ByteText() if name == "bytes" else T5Text(name, device, dtype)
 
 
 def full_name(name):
@@ -78,6 +80,7 @@ class ByteText:
     """Words as the bytes that spell them. text: long (B, 16, 12). Each word fills a row, a word of more than 12 bytes
     several rows. 0 means that there is no byte."""
     name = dim = "bytes"
+    empty = False
     L, W = 16, 12                                           # words; bytes of a word
     unit = "words of 12 bytes (a longer word counts as several)"
 
@@ -117,9 +120,9 @@ class T5Text:
 
     Each caption runs alone, without padding, so its embedding depends on nothing else. A resumed run gets the same
     bits, although it embeds other captions together."""
-    L, unit = TOKENS, "tokens"
+    L, unit, empty = TOKENS, "tokens", False
 
-    def __init__(self, name, device):
+    def __init__(self, name, device, dtype):
         try:
             import transformers                             # nothing else here needs it
         except ImportError:
@@ -132,13 +135,13 @@ class T5Text:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
             return transformers.T5EncoderModel.from_pretrained(name, local_files_only=local, output_loading_info=True)
 
-        self.model = pretrained("text encoder", name, load, "google/flan-t5-xl").to(device)
+        self.model = pretrained("text encoder", name, load, "google/flan-t5-xl").to(device, dtype)
         self.name, self.device, self.dim = name, torch.device(device), self.model.config.d_model
         self.memo, self.room = {}, MEMO                     # caption: its embedding; bytes left for more
 
     def tokens(self, caption, most=TOKENS):
         caption = tidy(caption)
-        return self.tokenizer(caption, truncation=True, max_length=most).input_ids if caption else []
+        return self.tokenizer(caption, truncation=True, max_length=most).input_ids if caption or self.empty else []
 
     def size(self, caption):
         return len(self.tokens(caption, 10**6))
@@ -157,6 +160,13 @@ class T5Text:
             self.room += 2 * self.memo.pop(next(iter(self.memo))).numel()
         return e
 
+    def only(self, captions):
+        """Embed these captions, and let the network go: whoever draws needs its memory. It can embed no others."""
+        self.room = math.inf
+        for caption in captions:
+            self.embed(caption)
+        self.model = None
+
     def __call__(self, captions):
         found = [self.embed(caption) for caption in captions]
         text = torch.zeros(len(found), TOKENS, self.dim, dtype=torch.float16)       # (B, 128, dim)
@@ -168,7 +178,7 @@ class T5Text:
 
 class StoredText:
     """Looks embeddings of captions up in a file, without the T5: on the CPU, and in worker processes too."""
-    L, unit = TOKENS, "tokens"
+    L, unit, empty = TOKENS, "tokens", False
 
     def __init__(self, name, path, captions, lengths):
         self.name, self.path, self.lengths = name, path, np.array(lengths)
@@ -190,8 +200,11 @@ class StoredText:
             raise UserError(f"{self.path} cannot be read ({e}): run python -m support.prepare captions again") from None
         text = torch.zeros(len(rows), TOKENS, self.dim, dtype=torch.float16 if half else torch.float32)
         text[:, :found.shape[1]] = torch.from_numpy(found)
-        mask = np.arange(TOKENS) < self.lengths[rows, None]
-        return text, torch.from_numpy(mask)                                         # (B, 128, dim), (B, 128)
+        mask = torch.arange(TOKENS) < torch.from_numpy(self.lengths[rows, None])    # (B, 128)
+        if not self.empty:                                  # the file has embeddings of empty captions, too
+            none = torch.tensor([not tidy(caption) for caption in captions])        # (B,)
+            text[none], mask[none] = 0, False
+        return text, mask                                                           # (B, 128, dim), (B, 128)
 
 
 def text_files(folder, captions, name):
@@ -200,7 +213,7 @@ def text_files(folder, captions, name):
     path = folder / f"text-{re.sub('[^A-Za-z0-9.]+', '-', name)}.npy"
     captions = sorted({"", *captions})
     digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
-    return path, path.with_suffix(".json"), captions, {"encoder": name, "captions": digest}
+    return path, path.with_suffix(".json"), captions, {"encoder": name, "captions": digest, "empty": True}
 
 
 def stored_text(folder, captions, name):

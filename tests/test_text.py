@@ -96,7 +96,7 @@ class Counted(torch.nn.Module):
 class PretendT5(T5Text):
     """What transformers would load is made up: bytes are tokens, and all tokens of a caption mix."""
 
-    def __init__(self, name="pretend/t5", device="cpu"):
+    def __init__(self, name="pretend/t5", device="cpu", dtype=torch.float32):
         torch.manual_seed(0)
         table, mix = torch.nn.Embedding(257, 16), torch.nn.Linear(16, 16)
 
@@ -127,8 +127,8 @@ def make(request, tmp_path, monkeypatch):
     name = "pretend/t5" if request.param == "pretend" else save_t5(tmp_path / "t5")
     real = T5Text if request.param == "transformers" else PretendT5
 
-    def encoder(name=name, device="cpu"):
-        made = real(name, device)
+    def encoder(name=name, device="cpu", dtype=torch.float32):
+        made = real(name, device, dtype)
         if not isinstance(made.model, Counted):
             made.model = Counted(made.model)
         return made
