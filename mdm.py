@@ -33,8 +33,10 @@ error="eps" is the code's loss, "x0" the paper's; the presets "tiny.." and "mini
 is the code's, which counts frames like pixels; the paper has no formula. (4) Batches of mixed resolutions, the paper's
 default, are off unless you pass, say, mixed=[1, 0.67]. (5) Text: padding is masked, and a learned token means "no
 text". (6) A class is a caption of one token. (8) Video has five dimensions, and its attention knows the order of
-frames. (11) No described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come
-close. (12) A resolution without weight is hidden from the network.
+frames. (9) Group norms have 4 channels a group or more, and no network divides z by its standard deviation. (11) No
+described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come close. (12) A
+resolution without weight is hidden from the network. The presets "cc12m-.." compute what the released networks do:
+their options see_padding, empty_prompt, per_group and standardise undo (5) and (9).
 """
 import math
 from typing import Annotated, Literal, TypedDict

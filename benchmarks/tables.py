@@ -167,7 +167,7 @@ MDM_ROWS = [                # preset, shape, condition, what the authors' code h
 def mdm():
     """Prints the table. The token for "no text", which is ours alone, is not counted among the parameters."""
     build = load_paper("mdm").build
-    print(f"Parameters without the token for \"no text\" (2048 or 1024 more), which is ours. Multiply-adds of one\n"
+    print(f"Parameters without the token for \"no text\" (1024 more in paper-..), which is ours. Multiply-adds of one\n"
           f"picture or clip, and of a caption of {WORDS} tokens.\n"
           f"preset         resolutions                  parameters  mult.-adds   the authors' code, measured")
     for i, (preset, shape, condition, theirs) in enumerate(MDM_ROWS):

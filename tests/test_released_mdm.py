@@ -114,6 +114,11 @@ def test_all_names_and_shapes_of_the_three_files_have_their_place(side, count):
     assert released_mdm.GIGABYTES[side] == pytest.approx(gigabytes, abs=0.05)
 
 
+def test_a_network_with_a_token_for_no_text_is_another():
+    with pytest.raises(UserError, match="inner_unet.inner_unet.condition.null is missing"):
+        released_mdm.convert(golden()[0], (3, 32, 32), **GOLDEN, empty_prompt=False)
+
+
 # --- files that are none of the three ---
 
 class Code:
