@@ -328,6 +328,8 @@ def test_guidance_touches_every_prediction_channel_and_no_variance():
     assert out[:, :4].flatten(1).unique(dim=1).squeeze(1).tolist() == [7, 11]
     assert out[:, 4:].flatten(1).unique(dim=1).squeeze(1).tolist() == [3, 5]
     torch.testing.assert_close(guided(model, 1.0)(x, t, y=y), model(x, t, y).float())
+    away = guided(model, 2.0, {"y": torch.tensor([1])})(x, t, y=y)      # 1 + 2 (y - 1)
+    assert away[:, :4].flatten(1).unique(dim=1).squeeze(1).tolist() == [5, 9]
 
 
 # --- noise as a function ---

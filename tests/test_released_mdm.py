@@ -246,6 +246,8 @@ def test_from_a_prompt_to_pictures_away_from_another(drawn):
     fid = drawn(*prompt, "--cfg-scale", "7.5", "--negative-prompt", "low quality", "--num-fid-samples", "2", fid=True)
     assert np.abs(fid - other).max() <= 1
     assert np.load("pictures4.npz")["arr_0"].shape == (2, 16, 16, 3)
+    with pytest.raises(SystemExit):                         # these are pictures away from something else
+        drawn(*prompt, "--cfg-scale", "7.5", "--num-fid-samples", "2", folder="pictures4", fid=True)
 
 
 def test_no_text_is_the_empty_prompt_and_nothing_else(tmp_path):
@@ -274,6 +276,16 @@ def test_flags_that_do_not_fit(drawn, capsys, flags, needed):
 
 # --- further training ---
 
+def test_older_runs_of_these_presets_keep_what_they_computed():
+    """Their options do not name the four that the presets have now."""
+    new = {"per_group", "see_padding", "standardise", "empty_prompt"}
+    preset = mdm.CONFIGS["cc12m-64"]
+    run = dict(model="mdm", preset="cc12m-64", set={}, options={k: v for k, v in preset.items() if k not in new})
+    options = checkpoint.before(run)
+    assert options.keys() == preset.keys() and {k for k in new if options[k] != preset[k]} == new
+    assert checkpoint.before({**run, "options": preset}) == preset
+
+
 def captioned(folder, captions):
     folder.mkdir()
     lines = ["file_name,text"]
@@ -296,7 +308,12 @@ def test_training_goes_on_from_a_released_network(tmp_path, monkeypatch, capsys,
     if stored:
         prepare.store_text(Path(folder), "pretend/t5", "cpu")
         assert load(folder, text_encoder="pretend/t5").texts([""])[1].any() == False        # noqa: E712
-    given, real = [], train.make_batch
+    given, real, read = [], train.make_batch, mdm.Condition.forward
+
+    def forward(self, t, y, text, mask):                    # also for the grid of samples, which is guided
+        assert mask.any(1).all()
+        return read(self, t, y, text, mask)
+    monkeypatch.setattr(mdm.Condition, "forward", forward)
 
     def make_batch(*args):
         given.append(real(*args))

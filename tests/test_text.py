@@ -190,6 +190,25 @@ def test_t5_forgets_what_is_too_much(make, monkeypatch):
     assert len(encoder.memo) == 3 and encoder.room == 0
 
 
+def test_t5_lets_its_network_go_and_keeps_what_it_read(make, monkeypatch):
+    monkeypatch.setattr(text, "MEMO", 100)                      # not even one caption
+    encoder = make()
+    first = encoder(CAPTIONS)
+    encoder.only(CAPTIONS)
+    assert encoder.model is None
+    for got, expected in zip(encoder(CAPTIONS[::-1]), first):
+        assert torch.equal(got.flip(0), expected)
+
+
+def test_t5_in_half_the_memory(tmp_path):
+    name = save_t5(tmp_path)
+    whole, half = (text_encoder(name, "cpu", dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    (text, mask), (rough, same) = whole(CAPTIONS), half(CAPTIONS)
+    assert torch.equal(mask, same) and rough.dtype == torch.float32
+    torch.testing.assert_close(rough, text, atol=0.1, rtol=0.1)
+
+
 def test_t5_agrees_with_transformers_on_a_padded_batch(tmp_path):
     name = save_t5(tmp_path)
     import transformers
@@ -270,7 +289,7 @@ def test_subsets_and_workers_keep_text_aligned(tmp_path, monkeypatch, workers):
         assert torch.equal(batch["text"].float(), text[old]) and torch.equal(batch["text_mask"], mask[old])
 
 
-@pytest.mark.parametrize("damage", ["caption", "json", "npy", "no npy", "name"])
+@pytest.mark.parametrize("damage", ["caption", "json", "npy", "no npy", "name", "older"])
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, damage):
     folder = Path(stored(tmp_path, monkeypatch))
     npy, about = folder / "text-pretend-t5.npy", folder / "text-pretend-t5.json"
@@ -282,6 +301,8 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, damage):
         npy.write_bytes(npy.read_bytes()[:-9])
     elif damage == "no npy":
         npy.unlink()
+    elif damage == "older":                                     # from when the empty caption was not embedded
+        about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "empty"}))
     else:                                                       # a T5 whose name gives the same file name
         about.write_text(json.dumps({**json.loads(about.read_text()), "encoder": "pretend-t5"}))
     with pytest.raises(UserError) as e:
