@@ -1,6 +1,6 @@
-"""The authors' released MDM checkpoints: a tiny network of their classes with its outputs, the names and shapes in their
-three files, files that are none of these, and the way from such a file to pictures and to further training. The weights
-themselves are not here."""
+"""The authors' released MDM checkpoints: a tiny network of their classes with its outputs, the names and shapes in
+their three files, files that are none of these, and the way from such a file to pictures and to further training. The
+weights themselves are not here."""
 import os
 import sys
 import types
@@ -22,13 +22,14 @@ mdm = checkpoint.load_paper("mdm")
 HERE = Path(__file__).parent
 LEVEL = dict(channels=(32, 32), blocks=(1, 1))
 GOLDEN = dict(**LEVEL, attention=(0, 2), outer=(LEVEL, LEVEL), side=8, text_width=64, embedding=64, heads=8)
-THIN = dict(channels=(4, 8, 16), blocks=(1, 1, 1), attention=(0, 0, 1), text_width=16, embedding=16, heads=2, side=8, T=10)
+THIN = dict(channels=(4, 8, 16), blocks=(1, 1, 1), attention=(0, 0, 1), text_width=16, embedding=16, heads=2, side=8,
+            T=10)
 SIDES = (8, 16, 32)
 
 
 def golden():
-    """The authors' classes, configured like their network for 1024 pixels, but tiny, with random weights -> {their name:
-    tensor}, and inputs and outputs. The weights are whole numbers q times a scale s."""
+    """The authors' classes, configured like their network for 1024 pixels, but tiny, with random weights -> {their
+    name: tensor}, and inputs and outputs. The weights are whole numbers q times a scale s."""
     stored = np.load(HERE / "released_mdm_tiny.npz")
     state, q = {}, torch.from_numpy(stored["q"])
     for line, s in zip(bytes(stored["names"]).decode().splitlines(), stored["s"]):
@@ -128,7 +129,8 @@ class Code:
         self.function, self.mark = function, mark
 
     def __reduce__(self):
-        return self.function, (f"touch {self.mark}" if self.function is os.system else f"open({str(self.mark)!r}, 'w')",)
+        words = f"touch {self.mark}" if self.function is os.system else f"open({str(self.mark)!r}, 'w')"
+        return self.function, (words,)
 
 
 def refused(path, capsys, *needed):
@@ -201,8 +203,8 @@ def test_without_a_file_it_says_where_to_get_one(tmp_path, capsys):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """A function: flags of sample.py -> pictures (N, H, W, 3), drawn by a thin network of two levels, from a file like the
-    authors'. The T5 is made up. While pictures are drawn, it must be gone."""
+    """A function: flags of sample.py -> pictures (N, H, W, 3), drawn by a thin network of two levels, from a file like
+    the authors'. The T5 is made up. While pictures are drawn, it must be gone."""
     _, options = thin_file(tmp_path / "vis_model.pth", 16, "cc12m-256", outer=(dict(channels=(8, 8), blocks=(1, 1)),))
     released_mdm.write(tmp_path / "vis_model.pth", tmp_path / "mdm.pt", shape=(3, 16, 16), text_encoder="pretend/t5",
                        **options)
@@ -236,13 +238,14 @@ def test_from_a_prompt_to_pictures_away_from_another(drawn):
     model, diffusion, _ = checkpoint.load_run("mdm.pt")
     t5 = PretendT5()
     t5.empty = True
-    (text, mask), (away, away_mask) = t5([prompt[1]]), t5(["low quality"])
+    for negative, pictures in (("", plain), ("low quality", other)):
+        (text, mask), (away, away_mask) = t5([prompt[1]]), t5([negative])
 
-    def guided(z, t):                                       # two calls, with the authors' formula
-        pairs = zip(model(z, t, text=away, text_mask=away_mask), model(z, t, text=text, text_mask=mask))
-        return [u + 7.5 * (c - u) for u, c in pairs]
-    x = diffusion.sample(guided, (3, 16, 16), torch.tensor([0]), steps="ddim2")
-    assert np.abs(sample.to_uint8(x)[0] - other[0]).max() <= 1
+        def guided(z, t):                                   # two calls, with the authors' formula
+            pairs = zip(model(z, t, text=away, text_mask=away_mask), model(z, t, text=text, text_mask=mask))
+            return [u + 7.5 * (c - u) for u, c in pairs]
+        x = diffusion.sample(guided, (3, 16, 16), torch.tensor([0]), steps="ddim2")
+        assert np.abs(sample.to_uint8(x)[0] - pictures[0]).max() <= 1
     fid = drawn(*prompt, "--cfg-scale", "7.5", "--negative-prompt", "low quality", "--num-fid-samples", "2", fid=True)
     assert np.abs(fid - other).max() <= 1
     assert np.load("pictures4.npz")["arr_0"].shape == (2, 16, 16, 3)
@@ -320,11 +323,11 @@ def test_training_goes_on_from_a_released_network(tmp_path, monkeypatch, capsys,
         return given[-1]
     monkeypatch.setattr(train, "make_batch", make_batch)
     flags = ["--model", "mdm", "--preset", "cc12m-64", "--data", folder, "--image-size", "64", "--text-encoder",
-             "pretend/t5", "--results-dir", str(tmp_path), "--name", "mine", "--global-batch-size", "4", "--cond-dropout",
-             "0.5", "--ckpt-every", "1", "--keep-ckpts", "2", "--warmup-steps", "1",
+             "pretend/t5", "--results-dir", str(tmp_path), "--name", "mine", "--global-batch-size", "4",
+             "--cond-dropout", "0.5", "--ckpt-every", "1", "--keep-ckpts", "2", "--warmup-steps", "1",
              "--set", *(f"{key}={value}" for key, value in options.items())]
-    train.main([*flags, "--resume", str(tmp_path / "mdm.pt"), "--max-steps", "2", "--sample-every", "1", "--lr", "1e-3"],
-               ["--steps", "2"])
+    train.main([*flags, "--resume", str(tmp_path / "mdm.pt"), "--max-steps", "2", "--sample-every", "1", "--lr",
+                "1e-3"], ["--steps", "2"])
     t5 = PretendT5()
     t5.empty = True
     (empty, empty_mask), hidden = t5([""]), 0
