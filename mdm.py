@@ -336,10 +336,14 @@ def zero(layer):
     return layer
 
 
-def group_norm(C):
+def groups(C, per_group=4):
     """At most 32 groups. Their number divides C, and each has 4 channels or more where C allows: a group of one
     channel would lose its mean. (The authors always have 32 groups: per_group=1 of `assemble`.)"""
-    return nn.GroupNorm(math.gcd(C, min(32, max(1, C // 4))), C)
+    return math.gcd(C, min(32, max(1, C // per_group)))
+
+
+def group_norm(C):
+    return nn.GroupNorm(groups(C), C)
 
 
 def sinusoid(t, width):
@@ -609,7 +613,7 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
         network.standardise = standardise
     for norm in model.modules():
         if isinstance(norm, nn.GroupNorm):
-            norm.num_groups = math.gcd(norm.num_channels, min(32, max(1, norm.num_channels // per_group)))
+            norm.num_groups = groups(norm.num_channels, per_group)
     model.empty_prompt = bool(text) and empty_prompt            # tells train.py and sample.py what "no text" is
     diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed,
                                   cfg_below)

@@ -87,7 +87,8 @@ def read(path):
     if names:
         print(f"left out    what is no weight ({', '.join(sorted(names))}): nothing of it ran")
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f"{path} has no state_dict of tensors: pass one of the files that the authors released")
     return state
 
@@ -101,7 +102,7 @@ def convert(state, shape=None, **options):
     preset = ["cc12m-64", "cc12m-256", "cc12m-1024"][min(depth, 2)]
     shape = shape or (3, *[int(preset.split("-")[1])] * 2)
     text = state.get(f"{'inner_unet.' * depth}lm_proj.weight")
-    width = 2048 if text is None else text.shape[-1]
+    width = 2048 if text is None or text.ndim != 2 else text.shape[1]
     with torch.device("meta"):
         model, _ = checkpoint.load_paper("mdm").build(preset, shape, text=width, **options)
     ours = {their_name(name, model): (name, tensor) for name, tensor in model.state_dict().items()}
@@ -120,8 +121,8 @@ def write(path, out, half=False, text_encoder=T5, shape=None, **options):
     """The authors' file `path` -> the file `out`, a checkpoint of ours -> its preset. shape, options: see `convert`."""
     preset, shape, width, weights = convert(read(path), shape, **options)
     weights = {name: tensor.half() if half else tensor.float() for name, tensor in weights.items()}
-    options = {**checkpoint.load_paper("mdm").CONFIGS[preset], **options}
-    args = dict(model="mdm", preset=preset, set=options, options=options, shape=list(shape), num_classes=0,
+    everything = {**checkpoint.load_paper("mdm").CONFIGS[preset], **options}
+    args = dict(model="mdm", preset=preset, set=options, options=everything, shape=list(shape), num_classes=0,
                 class_names=[], text=width, text_encoder=text_encoder, prompts=["a red fox in the snow"],
                 data="50M pairs from Flickr", identity="released", num_examples=50_000_000, cond_dropout=0.0,
                 space=None, resume="auto", seed=0)
