@@ -506,7 +506,7 @@ def test_what_to_try_next_can_be_tried(monkeypatch, flags, denoises):
         if program == "sample.py":
             asked = sample.parse(given)
             sample.check_flags(asked)
-            sample.check_model(asked, diffusion, vars(args))
+            sample.check_model(asked, None, diffusion, vars(args))
             assert asked.ckpt == "a run" and asked.model == ("own.py" if "own.py" in argv else None)
         else:
             again, told = train.parse(given), [word for word in given if word.startswith("--max-steps")]
