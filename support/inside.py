@@ -1,0 +1,276 @@
+"""What a paper's idea does inside a trained network: one command measures it, prints the numbers and draws a picture.
+
+    python -m support.inside --ckpt assets/dis-mnist.pt
+
+The pages in docs/ say what to see. Without --data-dir the network looks at pictures that it has drawn itself; with it,
+at test images. What is shown comes from the papers' public functions, and from hooks on their modules. The functions
+that measure need nothing more; drawing needs `pip install matplotlib`.
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from diffusion import UserError, fold, normal
+from support import checkpoint, cli, datasets
+from support.pictures import to_uint8
+
+try:
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+LEVELS = 50, 300, 600, 900          # the steps t, of 1000, that are shown: from little noise to much
+
+
+# --- what the networks look at ----------------------------------------------------------------------------------
+
+def pictures(model, diffusion, args, n=32, data_dir=None):
+    """-> x0 (n, C, H, W) in [-1, 1], and {"y": labels (n,)} or {}: test images, or samples of the network itself."""
+    classes, shape = args["num_classes"], tuple(args["shape"])
+    if data_dir:
+        batch = datasets.load(args["data"], data_dir, shape[1:], "test")[list(range(n))]
+        return batch["x"] / 127.5 - 1, {"y": batch["y"]} if classes else {}
+    cond = {"y": torch.arange(n) % classes} if classes else {}
+    return diffusion.sample(model, shape, torch.arange(n), steps="25", **cond), cond
+
+
+def noised(diffusion, x0, t):
+    """x0 (b, C, H, W), t of 1000 -> x_t, and t (b,). Picture i has the same noise in every run."""
+    t = torch.full((len(x0),), t * diffusion.T // 1000)
+    return diffusion.q_sample(x0, t, normal(fold(torch.arange(len(x0)), t), x0.shape[1:])), t
+
+
+@contextlib.contextmanager
+def hooked(*handles):
+    """Hooks for the time of a `with`."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def watched(modules, keep):
+    """For the time of a `with`, a list of keep(inputs, output) at each call of these modules, in their order."""
+    calls = []
+    with hooked(*(m.register_forward_hook(lambda _, inputs, output: calls.append(keep(inputs, output)))
+                  for m in modules)):
+        yield calls
+
+
+# --- DiS --------------------------------------------------------------------------------------------------------
+
+WAYS = "forwards", "backwards"
+
+
+def dis_blocks(model):
+    return [*model.shallow, model.middle, *model.deep]
+
+
+def patches(model):
+    """-> rows and columns of patches."""
+    return [side // model.patch for side in model.shape[1:]]
+
+
+@torch.no_grad()
+def step_sizes(model, x_t, t, **cond):
+    """-> Delta of every scan (blocks, 2, b, J, e): forwards, then backwards, both in the order of the patches. (The
+    tokens of the step and the class, if there are any, are left out.)"""
+    scans = [getattr(block.mixer, way) for block in dis_blocks(model) for way in WAYS]
+    with watched([scan.dt_proj for scan in scans], lambda _, output: F.softplus(output)) as delta:
+        model(x_t, t, **cond)
+    delta = [d.flip(1) if i % 2 else d for i, d in enumerate(delta)]                   # [(b, L, e)]
+    delta = torch.stack(delta)[:, :, -math.prod(patches(model)):]                      # (2 blocks, b, J, e)
+    return rearrange(delta, "(block way) b j e -> block way b j e", way=2)
+
+
+def half_lives(model, delta):
+    """delta as from `step_sizes` -> after how many tokens a state has lost half of what it knew, at the mean step size
+    of its channel: (blocks, 2, e, N)."""
+    A = torch.stack([getattr(block.mixer, way).A_log.exp() for block in dis_blocks(model) for way in WAYS])
+    A = rearrange(A.detach(), "(block way) e n -> block way e n", way=2)               # |A|
+    return math.log(2) / (delta.mean((2, 3))[..., None] * A)
+
+
+def reach(model, x_t, t, place, only=None, probes=32, **cond):
+    """How much the token of one patch depends on each patch of a picture, after each block: the gradient of random
+    sums of the token's channels, root mean square over a patch's pixels -> (blocks, rows, columns).
+
+    x_t (1, C, H, W); place: the number of the patch. only: one of WAYS, to silence the other direction. The first
+    `blocks` entries are of the residual stream that enters the next block, with what its mixer will add."""
+    silent = [getattr(block.mixer, way) for block in dis_blocks(model) for way in WAYS if only not in (None, way)]
+    cond = {name: c.expand(probes) for name, c in cond.items()}
+    x = x_t.repeat(probes, 1, 1, 1).requires_grad_()
+    with (hooked(*(m.register_forward_hook(lambda _, inputs, y: torch.zeros_like(y)) for m in silent)),
+          watched(dis_blocks(model), lambda _, output: sum(output)) as streams):
+        model(x, t.expand(probes), **cond)
+    place -= math.prod(patches(model))                  # counted from the end: step and class stand before the patches
+    maps = []
+    for stream in streams:                                                             # (probes, L, d)
+        v = normal(torch.arange(probes), stream.shape[2:])
+        slope, = torch.autograd.grad((stream[:, place] * v).sum(), x, retain_graph=True)
+        maps.append(F.avg_pool2d(slope.square().mean((0, 1))[None], model.patch)[0].sqrt())
+    return torch.stack(maps)
+
+
+@torch.no_grad()
+def without_skips(model, cut, x_t, t, **cond):
+    """The network's output if the deep blocks whose numbers are in `cut` get zeros from their long skips."""
+    with hooked(*(model.deep[i].register_forward_pre_hook(
+            lambda _, inputs: (*inputs[:2], torch.zeros_like(inputs[2]), *inputs[3:])) for i in cut)):
+        return model(x_t, t, **cond)
+
+
+@torch.no_grad()
+def swings(model, looks, cond):
+    """How much the step sizes differ within a picture, relative to their mean (of logarithms) over the picture ->
+    their logarithms (levels, blocks, 2, b, J, e), and a table with a row for each level of noise: largest / smallest
+    of a channel (the median of all), the same of the mean of all channels, and the share of the variance that is not
+    alike in all pictures."""
+    delta = torch.stack([step_sizes(model, *look, **cond) for look in looks]).log()    # (levels, blocks, 2, b, J, e)
+    each = delta - delta.mean(4, keepdim=True)
+    ranges = [(of.amax(4) - of.amin(4)).flatten(1).median(1).values.exp() for of in (each, each.mean(5, keepdim=True))]
+    own = (each - each.mean(3, keepdim=True)).square().flatten(1).mean(1) / each.square().flatten(1).mean(1)
+    return each, torch.stack([*ranges, own], dim=1)
+
+
+def dis(figure, model, diffusion, args, x0, cond):
+    """Draws into a matplotlib figure -> {what: numbers to print}."""
+    looks, top = [noised(diffusion, x0, t) for t in LEVELS], [f"t = {t}" for t in LEVELS]
+    grid, depth, fresh = patches(model), len(dis_blocks(model)), untrained(args)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.45, 1))
+    said = {}
+
+    each, table = swings(model, looks, cond)
+    channel = (each.amax(4) - each.amin(4)).mean((0, 3)).argmax(-1)                    # (blocks, 2)
+    scans = {f"{'last' if i else 'first'} block,\nfrom the {'right' if way else 'left'}": (i, way)
+             for i in (0, -1) for way in (0, 1)}
+    left, right = upper.subfigures(1, 2, width_ratios=(1.18, 1))
+    for part, title, rows, maps in (
+            (left, "1a. Step size Delta at each patch, mean of all channels", ["x_t", *scans], each.mean(5)),
+            (right, "1b. The same of the channel where it varies most", [""] * 5, None)):
+        maps = [(each[:, i, way, :, :, channel[i, way]] if maps is None else maps[:, i, way])[:, 0].exp()
+                for i, way in scans.values()]                                          # [(levels, J)]
+        tiles(part, title, [[x_t[0] for x_t, _ in looks], *(line.unflatten(1, grid) for line in maps)], rows, top,
+              "step size / its mean over the picture", [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], cmap="RdBu_r", norm="log")
+    said |= {"step sizes, a row for each t: largest / smallest in a picture, of a channel and of the mean of all; "
+             "share of the variance that is not alike in all pictures": table,
+             "the same before training": swings(fresh, looks, cond)[1]}
+
+    a, b, c = lower.subfigures(1, 3, width_ratios=(1, 0.9, 1.25))
+    x_t, t = (of[:1] for of in looks[1])
+    place = grid[0] // 2 * grid[1] - grid[1] // 2 - 1                                  # in the middle of the picture
+    seen = torch.stack([reach(model, x_t, t, place, only, **{name: y[:1] for name, y in cond.items()})
+                        for only in (*WAYS, None)])                                    # (3, blocks, rows, columns)
+    seen = seen / seen.flatten(2)[:, :, place, None, None]
+    shown = [0, depth // 2, depth - 1]
+    tiles(a, f"2. What the token of a patch sees, {top[1]}", seen[:, shown].transpose(0, 1).clamp(min=1e-9),
+          [f"{i + 1} block{'s' * (i > 0)}" for i in shown], ["from left", "from right", "both"],
+          "gradient / that of the patch itself", [1e-4, 1e-3, 0.01, 0.1, 1], cmap="magma", norm="log")
+    said["gradient of the other patches / that of the patch itself, mean; rows: from left, from right, both; a column "
+         "for each block"] = (seen.sum((2, 3)) - 1) / (math.prod(grid) - 1)
+
+    before, after = (torch.quantile(half_lives(net, step_sizes(net, *looks[1], **cond)).flatten(2), torch.tensor(
+        [0.1, 0.5, 0.9]), dim=2) for net in (fresh, model))                            # (3, blocks, 2)
+    axis, at = axes(b, "3. Half-lives of the states, in tokens"), torch.arange(1, depth + 1).numpy()
+    axis.fill_between(at, *before[[0, 2]].mean(2).numpy(), color="#dddddd", label="before training")
+    for way, colour, side in ((0, BLUE, "left"), (1, RED, "right")):
+        axis.vlines(at + 0.2 * way - 0.1, *after[[0, 2], :, way].numpy(), colour, linewidth=3)
+        axis.plot(at + 0.2 * way - 0.1, after[1, :, way].numpy(), "o", color=colour, label=f"from the {side}")
+    for tokens, name in ((grid[1], "a row"), (math.prod(grid), "the picture")):
+        axis.axhline(tokens, color="black", linewidth=0.8, linestyle=":")
+        axis.text(depth + 0.6, tokens, name, va="center")
+    axis.set(yscale="log", xlabel="block (dot: median; bar: 10% to 90%)")
+    axis.legend(loc="upper left", frameon=False)
+    said |= {"half-lives in tokens: 10%, median, 90% of the states; a column for each block; before training":
+             before.mean(2), "trained, from the left": after[..., 0], "trained, from the right": after[..., 1]}
+
+    cuts = {"all skips": [], "minus the\nlongest": [len(model.deep) - 1], "minus all": range(len(model.deep))}
+    guesses = [[diffusion.predict_x0_eps(without_skips(model, cut, *look, **cond), *look)[0] for look in looks]
+               for cut in cuts.values()]                                               # [[(b, C, H, W)]]
+    errors = torch.tensor([[(guess - x0).square().mean() for guess in line] for line in guesses])
+    changes = [[(guess - whole)[0].mean(0) for guess, whole in zip(line, guesses[0])] for line in guesses[1:]]
+    tiles(c, "4. Its guess of x0, and how that changes\nwithout long skips (below: squared error)",
+          [[guess[0] for guess in guesses[0]], *changes], list(cuts), top, "change of a pixel (black to white: 2)",
+          [-0.5, 0, 0.5], [[f"{e:.4f}" for e in line] for line in errors], cmap="RdBu_r")
+    return said | {"squared error of x0, a column for each t: all skips, without the longest, without any": errors}
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------
+
+BLUE, RED, GREEN = "#1f6fb4", "#d9701c", "#2f8f4e"
+
+
+def untrained(args):
+    """The network as it was before training, but for its random numbers."""
+    paper = checkpoint.load_paper(args["model"])
+    torch.manual_seed(0)
+    return paper.build(args["preset"], tuple(args["shape"]), args["num_classes"],
+                       **checkpoint.before(args))[0].eval()
+
+
+def axes(figure, title):
+    figure.suptitle(title, x=0.01, ha="left")
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
+
+
+def tiles(figure, title, values, rows, columns, unit=None, ticks=None, below=None, **look):
+    """values[r][c]: numbers (H, W), whose colours ticks[0] to ticks[-1] explain, or a picture (C, H, W) in [-1, 1].
+    below[r][c]: what to write under it."""
+    figure.suptitle(title, x=0.01, ha="left")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for r, line in enumerate(values):
+        for c, value in enumerate(line):
+            axis = grid[r, c]
+            axis.set(xticks=[], yticks=[], title=columns[c] if r == 0 else "", xlabel=below[r][c] if below else "")
+            if value.ndim == 3:
+                axis.imshow(to_uint8(value[None])[0], "gray", vmin=0, vmax=255)
+            else:
+                shown = axis.imshow(value.numpy(), vmin=ticks[0], vmax=ticks[-1], **look)
+            if c == 0:
+                axis.set_ylabel(rows[r], rotation=0, ha="right", va="center")
+    if unit:
+        bar = figure.colorbar(shown, ax=grid, label=unit, location="bottom", shrink=0.7, aspect=40, pad=0.02)
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.ax.minorticks_off()
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+DRAW = {"DiS": (dis, 12.2)}           # the class of the network: what draws it, and how high the picture is, in inches
+
+
+@cli.told_plainly()
+def main(argv=None):
+    p = cli.Parser(__doc__)
+    p.add_argument("--ckpt", required=True, metavar="PATH", help="a checkpoint, or a run's folder")
+    p.add_argument("--data-dir", help="look at test images from this folder (default: at samples of the network)")
+    p.add_argument("--out", default="inside.png", help="the picture, 1,200 pixels wide")
+    args = p.parse_args(argv)
+    model, diffusion, trained = checkpoint.load_run(args.ckpt)
+    if type(model).__name__ not in DRAW or len(trained["shape"]) != 3:
+        raise UserError(f"{args.ckpt} is a {type(model).__name__} for {trained['shape']}: pass a {', '.join(DRAW)} for "
+                        f"pictures")
+    if not pyplot:
+        raise UserError("drawing needs matplotlib: pip install matplotlib")
+    draw, height = DRAW[type(model).__name__]
+    x0, cond = pictures(model, diffusion, trained, data_dir=args.data_dir)
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "svg.fonttype": "none"}):
+        figure = pyplot.figure(figsize=(12, height), dpi=100, layout="constrained")
+        for what, numbers in draw(figure, model, diffusion, trained, x0, cond).items():
+            print(what, *(" ".join(f"{n:9.4g}" for n in line) for line in numbers.tolist()), sep="\n    ")
+        figure.savefig(args.out)
+        pyplot.close(figure)
+    print(f"picture     {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,120 @@
+"""Pictures of trained networks: what they show is what their labels say."""
+import pytest
+import torch
+
+from support import inside
+from support.checkpoint import load_paper
+
+
+def small(paper, **options):
+    """An untrained network whose last layers are not zero -> (model, diffusion, args)."""
+    torch.manual_seed(1)
+    args = dict(model=paper, preset="tiny", shape=[1, 8, 8], num_classes=3, set=options, data="mnist")
+    model, diffusion = load_paper(paper).build("tiny", (1, 8, 8), 3, **options)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return model.eval(), diffusion, args
+
+
+SMALL = {"dis": dict(width=16, depth=2, patch=2)}
+
+
+@pytest.mark.parametrize("paper", SMALL)
+def test_a_picture_of_each_paper(paper, tmp_path, monkeypatch, capsys):
+    """1,200 pixels wide, from samples of the network itself; all numbers are finite."""
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: small(paper, **SMALL[paper]))
+    inside.main(["--ckpt", "small.pt", "--out", str(tmp_path / "a.png")])
+    picture, said = Image.open(tmp_path / "a.png"), capsys.readouterr().out
+    assert picture.width == 1200 and 800 < picture.height < 2000
+    assert "nan" not in said and "inf" not in said.replace("inside", "")
+    assert len(said.splitlines()) > 10
+
+
+def test_what_cannot_be_drawn(monkeypatch, capsys):
+    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: small("dis", **SMALL["dis"]))
+    monkeypatch.setattr(inside, "pyplot", None)
+    with pytest.raises(SystemExit):
+        inside.main(["--ckpt", "small.pt"])
+    assert "pip install matplotlib" in capsys.readouterr().err
+    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: (torch.nn.Linear(1, 1), None, {"shape": [1, 8, 8]}))
+    with pytest.raises(SystemExit):
+        inside.main(["--ckpt", "small.pt"])
+    assert "Linear" in capsys.readouterr().err
+
+
+# --- DiS --------------------------------------------------------------------------------------------------------
+
+def noisy(model, diffusion, n=2):
+    x_t, t = inside.noised(diffusion, torch.zeros(n, *model.shape), 300)
+    return x_t, t, torch.arange(n)
+
+
+def test_step_sizes_are_what_the_scans_read():
+    """Also with tokens of the step and the class, and in the order of the patches."""
+    model, diffusion, _ = small("dis", **SMALL["dis"], time="token")
+    x_t, t, y = noisy(model, diffusion)
+    read = []
+    for block in inside.dis_blocks(model):
+        for way in inside.WAYS:
+            scan = getattr(block.mixer, way)
+            scan.selective_scan = lambda u, delta, *rest, true=scan.selective_scan: (
+                read.append(delta), true(u, delta, *rest))[1]
+    delta = inside.step_sizes(model, x_t, t, y=y)
+    assert delta.shape == (3, 2, 2, 16, 16)                             # blocks, directions, pictures, patches, e
+    for i, of in enumerate(read):                                       # from the right, patch 0 is read last but ...
+        assert torch.equal(delta[i // 2, i % 2], (of.flip(1) if i % 2 else of)[:, 2:])      # ... two tokens precede it
+
+
+def test_half_lives():
+    """After that many tokens the scan has forgotten half: a recurrence of the same decay tells."""
+    model, diffusion, _ = small("dis", **SMALL["dis"])
+    x_t, t, y = noisy(model, diffusion)
+    delta = inside.step_sizes(model, x_t, t, y=y)
+    life = inside.half_lives(model, delta)                              # (blocks, 2, e, N)
+    A = -model.deep[0].mixer.backwards.A_log.exp()
+    assert torch.allclose((delta[2, 1].mean((0, 1))[:, None] * A * life[2, 1]).exp(), torch.tensor(0.5))
+
+
+def test_reach_is_the_gradient():
+    """One direction sees only what it has read; the number is that of the Jacobian, up to its random probes."""
+    model, diffusion, _ = small("dis", **SMALL["dis"])
+    x_t, t, y = noisy(model, diffusion, 1)
+    left, right, both = (inside.reach(model, x_t, t, 5, only, 512, y=y) for only in (*inside.WAYS, None))
+    assert left.shape == (3, 4, 4)
+    assert not left.flatten(1)[:, 6:].any() and left.flatten(1)[:, :6].all()
+    assert not right.flatten(1)[:, :5].any() and right.flatten(1)[:, 5:].all() and both.all()
+    stream = {}
+    model.middle.register_forward_hook(lambda m, inputs, output: stream.update(x=sum(output)[0, 5]))
+
+    def token(x):
+        model(x, t, y)
+        return stream["x"]
+    slopes = torch.autograd.functional.jacobian(token, x_t)[:, 0, 0]    # (d, H, W)
+    want = slopes.square().sum(0).view(4, 2, 4, 2).mean((1, 3)).sqrt()
+    assert torch.allclose(both[1], want, rtol=0.2)
+
+
+def test_cut_skips():
+    """A deep block that gets zeros is one whose weights for the skip are zero."""
+    model, diffusion, _ = small("dis", **SMALL["dis"])
+    x_t, t, y = noisy(model, diffusion)
+    whole, same, cut = model(x_t, t, y), *(inside.without_skips(model, which, x_t, t, y=y) for which in ([], [0]))
+    assert torch.equal(whole, same) and not torch.allclose(whole, cut, atol=1e-4)
+    with torch.no_grad():
+        model.deep[0].skip_linear.weight[:, 16:] = 0
+    assert torch.allclose(model(x_t, t, y), cut, atol=1e-6)
+
+
+def test_swings(monkeypatch):
+    """One channel is 4 times as large at the first patch of all pictures, the other a quarter: their mean is the same
+    everywhere. Then a picture of its own kind."""
+    delta = torch.ones(1, 2, 3, 4, 2)                                   # blocks, 2, b, J, e
+    delta[..., 0, 0], delta[..., 0, 1] = 4, 1 / 4
+    monkeypatch.setattr(inside, "step_sizes", lambda *look: delta)
+    each, table = inside.swings(None, [()], {})
+    assert each.shape == (1, *delta.shape) and torch.allclose(table, torch.tensor([[4.0, 1, 0]]), atol=1e-6)
+    delta[:, :, 0] = delta[:, :, 0].flip(2)
+    assert inside.swings(None, [()], {})[1][0, 2] > 0.3
