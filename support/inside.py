@@ -320,6 +320,118 @@ def cunet(figure, model, diffusion, args, x0, cond):
     return said | {"how far a block moves z, divided by z(0); rows: t = 0, 500, 999; columns: blocks": moved}
 
 
+# --- MDM --------------------------------------------------------------------------------------------------------
+
+def reduced(diffusion, x0):
+    """x0 (b, C, H, W) -> the picture at all resolutions, [(b, C, H_r, W_r)], the coarsest first."""
+    return [checkpoint.load_paper("mdm").reduce(x0, shape) for shape in diffusion.shapes]
+
+
+def noised_levels(diffusion, x, t):
+    """[(b, C, H_r, W_r)], t of 1000 -> the same with the noise of step t, and t (b,)."""
+    t = torch.full((len(x[0]),), t * diffusion.T // 1000)
+    noise = diffusion.unpack(normal(fold(torch.arange(len(t)), t), (sum(diffusion.sizes),)))
+    return [level.q_sample(x_r, t, eps) for level, x_r, eps in zip(diffusion.levels, x, noise)], t
+
+
+@torch.no_grad()
+def beliefs(model, diffusion, z, t, **cond):
+    """-> what the network takes x0 to be, at all resolutions, [(b, C, H_r, W_r)]."""
+    outs = model(diffusion.visible(z), t, **cond)
+    return [level.predict_x0_eps(out, z_r, t)[0] for level, out, z_r in zip(diffusion.levels, outs, z)]
+
+
+def pyramid(model, diffusion, seeds, **cond):
+    """Draws -> for each of 50 steps, the noisiest first, (t, z and beliefs of all resolutions, [(b, C, H_r, W_r)])."""
+    film, t = [], diffusion.respaced("50")[0].timestep_map.tolist()
+    diffusion.sample_levels(model, diffusion.shapes[-1], seeds, **cond,
+                            on_step=lambda i, z, x0: film.append((t[i], z, x0)))
+    return film
+
+
+def spectrum(x):
+    """x (b, C, H, W) -> the mean power of waves, 1 to min(H, W) / 2 of them in a picture. That of white noise is 1."""
+    H, W = x.shape[2:]
+    power = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1))
+    waves = torch.hypot(torch.fft.fftfreq(H, 1 / H)[:, None], torch.fft.fftfreq(W, 1 / W)).round()     # (H, W)
+    return torch.stack([power[waves == k].mean() for k in range(1, min(H, W) // 2 + 1)])
+
+
+def swapped(model, diffusion, x, t, **cond):
+    """The coarsest z is exchanged for that of another picture, and then all others are -> the beliefs at the finest
+    resolution in the first case (b, C, H, W), and two numbers: how far the finest belief went in the first case, and
+    the coarsest in the second. 0: it stayed as without exchange; 1: it is what the network believes of the other."""
+    z, t = noised_levels(diffusion, x, t)
+    other = [z_r.roll(1, 0) for z_r in z]
+    own, theirs, first, second = (beliefs(model, diffusion, mix, t, **cond) for mix in (
+        z, other, [other[0], *z[1:]], [z[0], *other[1:]]))
+
+    def part(belief, r):
+        way = theirs[r] - own[r]
+        return ((belief[r] - own[r]) * way).sum() / way.square().sum()
+    return first[-1], part(first, -1), part(second, 0)
+
+
+def mdm(figure, model, diffusion, args, x0, cond):
+    """Draws into a matplotlib figure -> {what: numbers to print}."""
+    names, x = [f"{shape[-2]} x {shape[-1]}" for shape in diffusion.shapes], reduced(diffusion, x0)
+    fine, coarse, ts, colours = names[-1], names[0], range(0, 1000, 111), (RED, BLUE, GREEN)
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(0.5 * len(names), 0.9, 1.1))
+
+    film = pyramid(model, diffusion, torch.arange(len(x0)), **cond)
+    shown = [film[i] for i in (0, 5, 10, 15, 20, 27, 35, 49)]
+    tiles(upper, "1. A picture is drawn: z at each resolution, and what the network believes the picture to be",
+          [[(z, belief)[k][r][3] for _, z, belief in shown] for r in range(len(names)) for k in (0, 1)],
+          [f"{name}\n{what}" for name in names for what in ("z", "belief")], [f"t = {t}" for t, *_ in shown])
+
+    a, b, c = axes(middle, "", 3)
+    end = film[-1][2]
+    left = torch.tensor([[(guess[r] - end[r]).square().mean() / (end[r] - end[r].mean(0)).square().mean()
+                          for *_, guess in film] for r in range(len(names))])          # (R, steps)
+    looks = [noised_levels(diffusion, x, t) for t in ts]
+    guesses = [beliefs(model, diffusion, *look, **cond) for look in looks]
+    errors = torch.tensor([[(guess[r] - x[r]).square().mean() for guess in guesses] for r in range(len(names))]
+                          + [[(reduced(diffusion, guess[-1])[0] - x[0]).square().mean() for guess in guesses]])
+    for r, (name, colour, level) in enumerate(zip(names, colours, diffusion.levels)):
+        a.plot([t for t, *_ in film], left[r].numpy(), color=colour, label=name)
+        c.plot(ts, errors[r].numpy(), "o-", color=colour, label=name)
+        power = spectrum(x[r])
+        for t in LEVELS[1:]:
+            ratios = (level.tables["snr"][t * diffusion.T // 1000] * power).numpy()
+            b.plot(range(1, len(power) + 1), ratios, color=colour, label=name if t == LEVELS[1] else None)
+            if r == len(names) - 1:
+                b.text(len(power) * 1.05, ratios[-1], f"t = {t}", va="center")
+    c.plot(ts, errors[-1].numpy(), "--", color=colours[r], label=f"{fine}, shrunk to {coarse}")
+    b.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    a.set(title="2. Distance of the belief from the end\n(1: as far as the mean picture)", xlabel="t, as it is drawn")
+    a.invert_xaxis()
+    b.set(title="3. Power of signal / noise", yscale="log", xscale="log", xlabel="waves in a picture")
+    c.set(title="4. Squared error of x0", yscale="log", xlabel="t")
+    for axis in (a, b, c):
+        axis.legend(frameon=False)
+    plain(b)
+    plain(c)
+
+    left_, right = lower.subfigures(1, 2)
+    none = {name: torch.full_like(y, -1) for name, y in cond.items()}                  # the class would tell
+    zs = [noised_levels(diffusion, x, t) for t in LEVELS]
+    tiles(left_, f"5. The {coarse} pixels of another picture", [
+        [z[-1][0] for z, _ in zs], [beliefs(model, diffusion, *look, **none)[-1][0] for look in zs],
+        [z[0][-1] for z, _ in zs], [swapped(model, diffusion, x, t, **none)[0][0] for t in LEVELS]],
+          [f"z, {fine}", "belief", f"z, {coarse},\nof another", "belief\nwith that"], [f"t = {t}" for t in LEVELS])
+    pulls = torch.tensor([swapped(model, diffusion, x, t, **none)[1:] for t in ts]).T  # (2, steps)
+    axis = axes(right, "6. Whom a belief follows: 0, its own z; 1, that of the other resolutions")
+    for line, colour, label in zip(pulls, (colours[r], colours[0]), (
+            f"belief at {fine}, if z at {coarse} is another's", f"belief at {coarse}, if all other z are another's")):
+        axis.plot(ts, line.numpy(), "o-", color=colour, label=label)
+    axis.set(xlabel="t", ylim=(-0.05, 1.05))
+    axis.legend(frameon=False)
+    return {"t of the columns below": torch.tensor([ts]).float(), "squared error of x0, a row for each resolution, the "
+            f"coarsest first; then {fine} shrunk to {coarse}": errors, "6: the finest belief, the coarsest": pulls,
+            "distance of the belief from the end, a row for each resolution, while it is drawn; columns: t":
+            torch.cat([torch.tensor([[float(t) for t, *_ in film]]), left])[:, ::7]}
+
+
 # --- drawing ----------------------------------------------------------------------------------------------------
 
 BLUE, RED, GREEN = "#1f6fb4", "#d9701c", "#2f8f4e"
@@ -373,7 +485,7 @@ def tiles(figure, title, values, rows, columns, unit=None, ticks=None, below=Non
 # --- command line -----------------------------------------------------------------------------------------------
 
 # The class of a network: what draws it, and how high the picture is, in inches.
-DRAW = {"DiS": (dis, 12.2), "CUNet": (cunet, 12.5)}
+DRAW = {"DiS": (dis, 12.2), "CUNet": (cunet, 12.5), "NestedUNet": (mdm, 13)}
 
 
 @cli.told_plainly()

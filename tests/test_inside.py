@@ -17,7 +17,8 @@ def small(paper, **options):
     return model.eval(), diffusion, args
 
 
-SMALL = {"dis": dict(width=16, depth=2, patch=2), "cunet": dict(nf=2)}
+SMALL = {"dis": dict(width=16, depth=2, patch=2), "cunet": dict(nf=2),
+         "mdm": dict(side=4, channels=[8, 8], outer=[dict(channels=[8, 8], blocks=[1, 1])], text_width=8, embedding=16)}
 
 
 @pytest.mark.parametrize("paper", SMALL)
@@ -151,3 +152,40 @@ def test_solver_errors(monkeypatch):
     assert error[2] == pytest.approx(exact) and error[0] == pytest.approx(model(x_t, t, y).square().mean().item())
     assert found["euler"][0, 0] == 1 and found["dopri5"][1, 1] < found["dopri5"][0, 1]
     assert model.ups[0].solver == "rk4" and model.ups[0].steps == 1
+
+
+# --- MDM --------------------------------------------------------------------------------------------------------
+
+def test_the_pyramid():
+    """Both levels have the noise of their own schedule. The last belief is the sample."""
+    model, diffusion, _ = small("mdm", **SMALL["mdm"])
+    z, t = inside.noised_levels(diffusion, inside.reduced(diffusion, torch.zeros(64, 1, 8, 8)), 300)
+    for z_r, level, side in zip(z, diffusion.levels, (4, 8), strict=True):
+        assert z_r.shape == (64, 1, side, side) and z_r.std().item() == pytest.approx(
+            level.tables["noise"][300].item(), rel=0.05)
+    y = torch.arange(3)
+    film = inside.pyramid(model, diffusion, torch.arange(3), y=y)
+    assert [step[0] for step in film] == sorted((step[0] for step in film), reverse=True) and len(film) == 50
+    assert film[0][0] == 999 and film[-1][0] == 0
+    assert torch.equal(film[-1][2][-1], diffusion.sample(model, (1, 8, 8), torch.arange(3), y=y))
+
+
+def test_spectrum():
+    """White noise of variance 1 has a power of 1 in all waves; a wave has all its power in one place."""
+    noise = torch.randn(1000, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(inside.spectrum(noise), torch.ones(8), atol=0.05)
+    wave = torch.sin(2 * torch.pi * 3 * torch.arange(16) / 16).expand(1, 1, 16, 16)
+    power = inside.spectrum(wave)
+    assert power.argmax() == 2 and power.sum() == pytest.approx(power[2].item())
+
+
+def test_swapped():
+    """Networks that believe their own z, or the other resolution's."""
+    _, diffusion, _ = small("mdm", **SMALL["mdm"])
+    x = inside.reduced(diffusion, torch.randn(4, 1, 8, 8))
+    up = torch.nn.Upsample(scale_factor=2)
+    cases = ((lambda z, t: z, 0, 0), (lambda z, t: [z[0], up(z[0])], 1, 0),
+             (lambda z, t: [inside.reduced(diffusion, z[1])[0], z[1]], 0, 1))
+    for model, *want in cases:
+        belief, *parts = inside.swapped(model, diffusion, x, 300)
+        assert torch.tensor(parts).allclose(torch.tensor(want).float(), atol=1e-5) and belief.shape == (4, 1, 8, 8)
