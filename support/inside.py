@@ -432,6 +432,118 @@ def mdm(figure, model, diffusion, args, x0, cond):
             torch.cat([torch.tensor([[float(t) for t, *_ in film]]), left])[:, ::7]}
 
 
+# --- DiffuSSM ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def kernels(model):
+    """-> the kernels of all blocks (blocks, 2D, L), without the direct path: what a token gets from the one l before
+    it (the first D channels) or behind it (the others)."""
+    L, paper = math.prod(model.shape[1:]) // model.patch**2, checkpoint.load_paper("diffussm")
+    return torch.stack([paper.kernel(*block.ssm.discretized(), L) for block in model.blocks])
+
+
+def laid(K, rows, columns, place):
+    """Kernels (2D, L) as they lie over the picture if the token `place` reads: (2D, rows, columns)."""
+    D, L = len(K) // 2, K.shape[1]
+    over = torch.zeros_like(K)
+    over[:D, :place + 1] = K[:D, :place + 1].flip(1)
+    over[D:, place:] = K[D:, :L - place]
+    return over.unflatten(1, (rows, columns))
+
+
+def at_rows(K, columns, n=3):
+    """The share of a kernel's energy that is 1, .., n rows away, give or take a token, of all up to n rows: (2D,)."""
+    energy = K[:, 2:n * columns + 2].square()                           # from 2 tokens away
+    whole = torch.zeros(energy.shape[1], dtype=torch.bool)
+    for k in range(1, n + 1):
+        whole[k * columns - 3:k * columns] = True
+    return energy[:, whole].sum(1) / energy.sum(1)
+
+
+@torch.no_grad()
+def states(ssm):
+    """-> of each state its period in tokens, and after how many tokens it has kept 1 / e; both (2D, N/2)."""
+    log_Abar, _ = ssm.discretized()
+    angle = torch.remainder(log_Abar.imag.abs(), 2 * math.pi)           # faster than half a turn a token looks slower
+    return 2 * math.pi / torch.minimum(angle, 2 * math.pi - angle), -1 / log_Abar.real
+
+
+def sight(model, x_t, t, row, column, **cond):
+    """The gradient of one pixel of the output by each of the input, absolute: (H, W). x_t (1, C, H, W)."""
+    x = x_t.clone().requires_grad_()
+    slope, = torch.autograd.grad(model(x, t, **cond)[0, 0, row, column], x)
+    return slope[0].abs().sum(0)
+
+
+@torch.no_grad()
+def phase_errors(model, diffusion, x0, t, **cond):
+    """The squared error of x0 for each of the M places in a fold, divided by their mean: (M,). The pictures are moved
+    by 0 to M - 1 pixels, so that each place sees the same pictures."""
+    M, errors = model.ratio, 0
+    for shift in range(M):
+        moved = x0.roll(shift, 3)
+        x_t, steps = noised(diffusion, moved, t)
+        guess = diffusion.predict_x0_eps(model(x_t, steps, **cond), x_t, steps)[0]
+        errors += (guess - moved).square().mean((0, 1)).flatten().unflatten(0, (-1, M)).mean(0)
+    return errors / errors.mean()
+
+
+def diffussm(figure, model, diffusion, args, x0, cond):
+    """Draws into a matplotlib figure -> {what: numbers to print}."""
+    M, fresh, ends = model.ratio, untrained(args), {"first block": 0, "last block": -1}
+    rows, columns = (side // model.patch for side in model.shape[1:])
+    K, before = kernels(model), kernels(fresh)                                         # (blocks, 2D, L)
+    D, place = K.shape[1] // 2, rows // 2 * columns + columns // 2                     # the token in the middle
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(0.85, 0.9, 1))
+
+    left, right = upper.subfigures(1, 2, width_ratios=(1, 3))
+    over = [laid(K[i], rows, columns, place) for i in ends.values()]                   # 2 x (2D, rows, columns)
+    sizes = [o.square().sum(0).div(D).sqrt() for o in over]
+    tiles(left, "1a. What the token in the middle reads:\nsize of all kernels", [[size / size.max()] for size in sizes],
+          list(ends), [""], "kernel / its largest value", [0.01, 0.1, 1], cmap="magma", norm="log")
+    best = [at_rows(K[i], columns).view(2, D).topk(2).indices + torch.tensor([[0], [D]]) for i in ends.values()]
+    near = slice(max(0, rows // 2 - 7), rows // 2 + 8)
+    tiles(right, "1b. 15 rows of the kernels that look most at whole rows, two of each direction",
+          [[o[n, near] / o[n].abs().max() for n in of.flatten()] for o, of in zip(over, best)], ["", ""],
+          ["from the left"] * 2 + ["from the right"] * 2, "kernel / its largest value", [-1, 0, 1], cmap="RdBu_r")
+
+    a, b, c = axes(middle, "", 3)
+    lags = range(1, min(4 * columns, K.shape[2]))
+    a.plot(lags, before[:, :, lags].square().mean((0, 1)).sqrt().numpy(), color="#aaaaaa", label="before training")
+    for (name, i), colour in zip(ends.items(), (BLUE, RED)):
+        a.plot(lags, K[i, :, lags].square().mean(0).sqrt().numpy(), color=colour, label=name)
+    for n in range(1, 4):
+        a.axvline(n * columns, color="black", linestyle=":", linewidth=0.8)
+    a.set(title="2. Size of the kernels (dotted: whole rows)", yscale="log", xlabel="tokens away")
+    ways = [states(net.blocks[-1].ssm) for net in (fresh, model)]                      # 2 x 2 x (2D, N/2)
+    for way, colour, size, label in zip(ways, (RED, BLUE), (7, 1), ("before training", "trained")):
+        b.scatter(*(x[::2].flatten().numpy() for x in way), size, color=colour, linewidths=0, label=label)
+    b.set(title="3. States of the last block", xscale="log", yscale="log", xlim=(1.8, 1000), xlabel="period in tokens",
+          ylabel="memory in tokens")
+    phases = torch.stack([phase_errors(model, diffusion, x0, t, **cond) for t in LEVELS])      # (levels, M)
+    for line, colour, t in zip(phases, (GREEN, BLUE, RED, "black"), LEVELS):
+        c.plot(range(M), line.numpy(), "o-", color=colour, label=f"t = {t}")
+    c.set(title="4. Squared error of x0 / its mean", xticks=range(M), ylim=(0, 1.5),
+          xlabel=f"place of a pixel among the {M} of a fold")
+    for axis in (a, b, c):
+        axis.legend(frameon=False)
+        plain(axis)
+
+    row, first = model.shape[1] // 2, model.shape[2] // 2 // M * M
+    one = {name: y[:1] for name, y in cond.items()}
+    seen = [[sight(model, *(of[:1] for of in noised(diffusion, x0, t)), row, first + m, **one) for m in range(M)]
+            for t in LEVELS[1::2]]
+    tiles(lower, "5. What a pixel in the middle of the output depends on: gradient by each pixel of x_t", [
+        [s / s.max() for s in line] for line in seen], [f"t = {t}" for t in LEVELS[1::2]],
+          [f"place {m} of a fold" for m in range(M)], "gradient / its largest value", [1e-3, 0.01, 0.1, 1],
+          cmap="magma", norm="log")
+    spread = [torch.stack([x.flatten().quantile(torch.tensor([0.1, 0.5, 0.9]), interpolation="nearest") for x in way]) for way in ways]
+    return {"share of the kernels' energy near whole rows, a column for each block; before training, trained":
+            torch.stack([torch.stack([at_rows(k, columns).mean() for k in net]) for net in (before, K)]),
+            "states of the last block: 10%, median, 90% of periods, then of memories; before training": spread[0],
+            "trained": spread[1], "squared error of x0 / its mean, a row for each t, a column for each place": phases}
+
+
 # --- drawing ----------------------------------------------------------------------------------------------------
 
 BLUE, RED, GREEN = "#1f6fb4", "#d9701c", "#2f8f4e"
@@ -485,7 +597,7 @@ def tiles(figure, title, values, rows, columns, unit=None, ticks=None, below=Non
 # --- command line -----------------------------------------------------------------------------------------------
 
 # The class of a network: what draws it, and how high the picture is, in inches.
-DRAW = {"DiS": (dis, 12.2), "CUNet": (cunet, 12.5), "NestedUNet": (mdm, 13)}
+DRAW = {"DiS": (dis, 12.2), "CUNet": (cunet, 12.5), "NestedUNet": (mdm, 13), "DiffuSSM": (diffussm, 12.5)}
 
 
 @cli.told_plainly()

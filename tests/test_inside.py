@@ -18,7 +18,8 @@ def small(paper, **options):
 
 
 SMALL = {"dis": dict(width=16, depth=2, patch=2), "cunet": dict(nf=2),
-         "mdm": dict(side=4, channels=[8, 8], outer=[dict(channels=[8, 8], blocks=[1, 1])], text_width=8, embedding=16)}
+         "mdm": dict(side=4, channels=[8, 8], outer=[dict(channels=[8, 8], blocks=[1, 1])], text_width=8, embedding=16),
+         "diffussm": dict(width=8, depth=2, state=4)}
 
 
 @pytest.mark.parametrize("paper", SMALL)
@@ -189,3 +190,62 @@ def test_swapped():
     for model, *want in cases:
         belief, *parts = inside.swapped(model, diffusion, x, 300)
         assert torch.tensor(parts).allclose(torch.tensor(want).float(), atol=1e-5) and belief.shape == (4, 1, 8, 8)
+
+
+# --- DiffuSSM ---------------------------------------------------------------------------------------------------
+
+def test_kernels_lie_over_the_picture():
+    """What the token in the middle reads is what the layer brings to it from a single token."""
+    model, _, _ = small("diffussm", **SMALL["diffussm"])
+    K, place = inside.kernels(model), 27
+    assert K.shape == (2, 16, 64)
+    over, ssm = inside.laid(K[1], 8, 8, place).flatten(1), model.blocks[1].ssm          # (2D, L)
+    U = torch.eye(64)[:, :, None].expand(-1, -1, 16)                                    # a picture for each token
+    with torch.no_grad():
+        brought = ssm(U)[:, place].T.clone()                                            # (2D, L)
+        brought[:, place] -= ssm.D
+    assert torch.allclose(over, brought, atol=1e-5)
+    assert not over[:8, place + 1:].any() and not over[8:, :place].any()
+
+
+def test_states():
+    """After `memory` tokens 1 / e is left; after a period a state has turned once, in one sense or the other."""
+    model, _, _ = small("diffussm", **SMALL["diffussm"])
+    ssm = model.blocks[0].ssm
+    with torch.no_grad():
+        ssm.log_dt[0] = 0.5                     # so fast that a state turns by more than half a turn in a token
+    period, memory = inside.states(ssm)
+    log_Abar = ssm.discretized()[0]
+    assert torch.allclose((log_Abar.real * memory).exp(), torch.tensor(0.3679), atol=1e-4) and (period >= 2).all()
+    turning = log_Abar.imag.abs() > 1e-6
+    sense = (log_Abar.imag * period)[turning] / (2 * torch.pi)          # turns in a period, and some whole ones a token
+    other = [sense, *(sense - k * period[turning] for k in (-1, 1))]
+    assert torch.stack([(x.abs() - 1).abs() for x in other]).amin(0).max() < 1e-3
+
+
+def test_at_rows():
+    K = torch.zeros(4, 64)
+    K[0, 8], K[1, 25], K[2, 12], K[3, 16], K[3, 20] = 1, 1, 1, 1, 1
+    assert inside.at_rows(K, 8).tolist() == [1, 1, 0, 0.5]
+
+
+def test_phase_errors():
+    """A network that errs at every fourth pixel."""
+    class Model:
+        ratio = 4
+
+        def __call__(self, x, t):
+            return torch.tensor([0.0, 1, 0, 0]).repeat(2).expand_as(x)
+    diffusion = small("diffussm", **SMALL["diffussm"])[1]
+    assert inside.phase_errors(Model(), diffusion, torch.zeros(2, 1, 8, 8), 300).tolist() == [0, 4, 0, 0]
+
+
+def test_sight():
+    """The gradient of the pixel that is named, by small differences."""
+    model, diffusion, _ = small("diffussm", **SMALL["diffussm"])
+    x_t, t, y = noisy(model, diffusion, 1)
+    step = torch.zeros(1, 1, 8, 8)
+    step[0, 0, 5, 5] = 0.1
+    with torch.no_grad():
+        slope = (model(x_t + step, t, y) - model(x_t - step, t, y))[0, 0, 5, 6] / 0.2
+    assert inside.sight(model, x_t, t, 5, 6, y=y)[5, 5].item() == pytest.approx(abs(slope.item()), rel=0.02) != 0
