@@ -3,7 +3,7 @@
     data        datasets, shapes (drawn), text (of captions), latents (of a VAE), inputs (for train.py),
                 prepare (a command)
     runs        checkpoint, parallel (devices, processes), cli (errors, flags), options (of `build`), log
-    results     pictures, fid, denoise, cost (multiply-adds, memory)
+    results     pictures, fid, denoise, cost (multiply-adds, memory), inside (a command: looks into a trained network)
     speed       threads (how many, and how they wait), scan (of DiS), longconv (of DiffuSSM)
     baselines   unet, published (both of cU-Net)
     a name      namesake: lets a file be called dis.py

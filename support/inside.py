@@ -469,10 +469,10 @@ def states(ssm):
 
 
 def sight(model, x_t, t, row, column, **cond):
-    """The gradient of one pixel of the output by each of the input, absolute: (H, W). x_t (1, C, H, W)."""
+    """The gradient of a pixel of the output by each of the input, absolute, mean of the pictures x_t: (H, W)."""
     x = x_t.clone().requires_grad_()
-    slope, = torch.autograd.grad(model(x, t, **cond)[0, 0, row, column], x)
-    return slope[0].abs().sum(0)
+    slope, = torch.autograd.grad(model(x, t, **cond)[:, 0, row, column].sum(), x)
+    return slope.abs().sum(1).mean(0)
 
 
 @torch.no_grad()
@@ -529,19 +529,21 @@ def diffussm(figure, model, diffusion, args, x0, cond):
         axis.legend(frameon=False)
         plain(axis)
 
-    row, first = model.shape[1] // 2, model.shape[2] // 2 // M * M
-    one = {name: y[:1] for name, y in cond.items()}
-    seen = [[sight(model, *(of[:1] for of in noised(diffusion, x0, t)), row, first + m, **one) for m in range(M)]
-            for t in LEVELS[1::2]]
-    tiles(lower, "5. What a pixel in the middle of the output depends on: gradient by each pixel of x_t", [
-        [s / s.max() for s in line] for line in seen], [f"t = {t}" for t in LEVELS[1::2]],
+    row, first = model.shape[1] // 2, model.shape[2] // 2 // M * M                     # of the fold in the middle
+    seen = [[sight(model, *noised(diffusion, x0, t), row, first + m, **cond) for m in range(M)] for t in LEVELS[1::2]]
+    tiles(lower, "5. What a pixel in the middle of the output depends on: gradient by each pixel of x_t, mean of all "
+          "pictures", [[s / s.max() for s in line] for line in seen], [f"t = {t}" for t in LEVELS[1::2]],
           [f"place {m} of a fold" for m in range(M)], "gradient / its largest value", [1e-3, 0.01, 0.1, 1],
           cmap="magma", norm="log")
-    spread = [torch.stack([x.flatten().quantile(torch.tensor([0.1, 0.5, 0.9]), interpolation="nearest") for x in way]) for way in ways]
+    parts = torch.tensor([0.1, 0.5, 0.9])
+    spread = [torch.stack([x.flatten().quantile(parts, interpolation="nearest") for x in way]) for way in ways]
     return {"share of the kernels' energy near whole rows, a column for each block; before training, trained":
             torch.stack([torch.stack([at_rows(k, columns).mean() for k in net]) for net in (before, K)]),
             "states of the last block: 10%, median, 90% of periods, then of memories; before training": spread[0],
-            "trained": spread[1], "squared error of x0 / its mean, a row for each t, a column for each place": phases}
+            "trained": spread[1],
+            f"gradient by pixels of the same row, t = {LEVELS[1]}: the fold before, its own, the fold behind; a row for "
+            "each place": torch.stack([line[row, first - M:first + 2 * M] / line.max() for line in seen[0]]),
+            "squared error of x0 / its mean, a row for each t, a column for each place": phases}
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------
