@@ -541,8 +541,8 @@ def diffussm(figure, model, diffusion, args, x0, cond):
             torch.stack([torch.stack([at_rows(k, columns).mean() for k in net]) for net in (before, K)]),
             "states of the last block: 10%, median, 90% of periods, then of memories; before training": spread[0],
             "trained": spread[1],
-            f"gradient by pixels of the same row, t = {LEVELS[1]}: the fold before, its own, the fold behind; a row for "
-            "each place": torch.stack([line[row, first - M:first + 2 * M] / line.max() for line in seen[0]]),
+            f"gradient by pixels of the same row, t = {LEVELS[1]}: the fold before, its own, the fold behind; a row "
+            "for each place": torch.stack([line[row, first - M:first + 2 * M] / line.max() for line in seen[0]]),
             "squared error of x0 / its mean, a row for each t, a column for each place": phases}
 
 
