@@ -553,6 +553,7 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     "tiny-x4": _TINY | dict(outer=(_level(12, 24, 48),)),   # {16, 64}, where tiny has {16, 32, 64}: as in Figure 8b
     "tiny-video": _TINY | dict(temporal=_level(24, 24, 32, 48, 48), outer=(_level(16, 24),)),
     "mini": _TINY | dict(channels=(32, 64), embedding=128, outer=(_level(16, 32),)),        # {14, 28}, for MNIST
+    "small": _TINY | dict(channels=(64, 128), outer=(_level(16, 32),), predict="v", error="v"),     # for CIFAR-10
 }
 Level = TypedDict("Level", {"channels": list[int], "blocks": list[int]})        # a number for each size, largest first
 
