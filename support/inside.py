@@ -300,15 +300,17 @@ def cunet(figure, model, diffusion, args, x0, cond):
     plain(axis)
     axis.legend(frameon=False)
 
-    grid, said = axes(lower, "4. Other solvers in the trained network (star: the solver of its training, rk4 with 1 "
-                      "step; dotted: the exact ODE)", 3), {}
+    default = (model.bottleneck.solver, model.bottleneck.steps) == ("rk4", 1)
+    star = "star: the solver of its training, rk4 with 1 step; " * default
+    grid, said = axes(lower, f"4. Other solvers in the trained network ({star}dotted: the exact ODE)", 3), {}
     errors = {t: solver_errors(model, diffusion, x0, *looks[i], **cond) for i, t in enumerate(top[:2])}
     for axis, t, column, title in zip(grid, (top[1], *top), (1, 2, 2), (
             "x0, distance from that of the exact ODE", "x0, squared error", "x0, squared error")):
         found, exact = errors[t]
         for (name, rows), colour in zip(found.items(), (RED, GREEN, BLUE, "black")):
             axis.plot(*rows[:, [0, column]].T.numpy(), "o-", color=colour, label=name)
-        axis.plot(*found["rk4"][0, [0, column]].numpy(), "*", color=BLUE, markersize=18)
+        if default:
+            axis.plot(*found["rk4"][0, [0, column]].numpy(), "*", color=BLUE, markersize=18)
         if column == 2:
             axis.axhline(exact, color="black", linestyle=":", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="evaluations of the acceleration in a block", title=f"{title}, {t}")
