@@ -568,7 +568,7 @@ def build(preset, shape, num_classes=0, text=0, **options):
 
 def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int], attention: list[Annotated[int, 0]],
              outer: list[Level], temporal: Level | None = None, side: int, text_width: int, layers: Annotated[int, 0],
-             micro: bool, embedding: int, heads: int, middle: Annotated[int, 0] = 1, per_group: int = 4,
+             micro: bool, embedding: int, heads: int, middle: Annotated[int, 0] = 1, per_group: Annotated[int, 1] = 4,
              see_padding: bool = False, standardise: bool = False, empty_prompt: bool = False,
              schedule: Literal[tuple(SCHEDULES)] = "cosine", T: Annotated[int, 1, 10**6] = 1000,
              predict: Literal["v", "x0", "eps"] = "v", error: Literal["v", "x0", "eps"] = "eps",
