@@ -28,7 +28,7 @@ def small(monkeypatch):
     load, train = datasets.load, judge.train
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
         name, data_dir, size, split, **kw).subset(range(1440 if split == "train" else 400)))
-    monkeypatch.setattr(judge, "train", lambda dataset: train(dataset, steps=20, batch=32))
+    monkeypatch.setattr(judge, "train", lambda dataset, photographs: train(dataset, photographs, 20, 32))
     monkeypatch.setattr(judge, "ASSETS", Path("no classifier is here"))
 
 
@@ -58,6 +58,25 @@ def test_precision_and_recall_of_what_is_known():
     assert judge.share_within(far, real) == judge.share_within(real, far) == 0
     loop = torch.tensor([[0.0], [1], [2], [3], [10]])       # radii to the third neighbour: 3, 2, 2, 3, 9
     assert judge.share_within(torch.tensor([[-3.0], [-3.1], [5.9], [0.99], [20]]), loop) == pytest.approx(0.6)
+
+
+def test_photographs_are_moved_and_mirrored():
+    """At most 4 pixels, about half of them mirrored, the same for the same seeds. A picture keeps what it shows."""
+    x = torch.zeros(400, 1, 12, 12)
+    x[:, 0, 6, 5], x[:, 0, 6, 7] = 1, 2                         # two dots, 2 pixels apart
+    y = judge.moved(x, torch.arange(400))
+    assert torch.equal(y, judge.moved(x, torch.arange(400))) and torch.equal(y.sum((1, 2, 3)), torch.full((400,), 3.0))
+    one, two = ((y == dot).flatten(1).float().argmax(1) for dot in (1, 2))
+    assert set((one // 12).tolist()) == set(range(2, 11)) and set((two - one).tolist()) == {2, -2}
+    assert 0.4 < (two < one).float().mean() < 0.6
+
+
+def test_a_classifier_of_photographs_learns(small):
+    part = datasets.load("shapes")
+    net, x, y = judge.train(part, True), *(part[range(300)][k] for k in ("x", "y"))
+    with torch.no_grad():
+        features, logits = net(x / 127.5 - 1)
+    assert features.shape == (300, 256) and (logits.argmax(1) == y).float().mean() > 0.25
 
 
 def test_the_judge_on_cases_with_known_answers(small, tmp_path):
