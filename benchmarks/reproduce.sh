@@ -2,13 +2,11 @@
 # Makes the numbers and pictures of README.md and docs/ again. You can stop it at any time: the next start goes on with
 # what is missing. It was not run as a whole yet; its parts add up to half a day on two cores.
 #
-#     bash benchmarks/reproduce.sh DATA [EMOJI]
+#     bash benchmarks/reproduce.sh DATA
 #
-# DATA: a folder with the files of MNIST, or the folder to download them to. EMOJI: a folder of pictures with captions,
-# for one picture of docs/mdm.md.
+# DATA: a folder with the files of MNIST, or the folder to download them to.
 set -euo pipefail
 data=$(realpath "${1:?say where MNIST is, or where to download it to: bash benchmarks/reproduce.sh DATA}")
-emoji=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
 mkdir -p results/reproduced
 SECONDS=0
@@ -53,7 +51,7 @@ for model in dis diffussm mdm cunet; do
 done
 python benchmarks/figures.py --into docs/results.md         # its tables; the words around them are yours to check
 
-# words, emoji and moving shapes by MDM
+# words and moving shapes by MDM
 mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }
 words=(--data shapes --cond text --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
 mdm words-16 "${words[@]}" --image-size 16 --max-steps 1200
@@ -72,13 +70,6 @@ step draw-moving python sample.py --ckpt results/moving-8x32 --cfg-scale 1.5 --n
     "a small blue ring moving up" "a big purple heart moving down" "a small orange star moving right" \
     "a big yellow square moving up" "a small green moon moving down" "a big blue triangle moving left"
 cp results/moving-mdm.gif assets/moving-mdm.gif
-if [ -n "$emoji" ]; then
-    mdm emoji-16 --data "$emoji" --image-size 16 --max-steps 1400
-    mdm emoji-32 --data "$emoji" --image-size 32 --max-steps 900 --init-inner results/emoji-16
-    mdm emoji-64 --data "$emoji" --image-size 64 --max-steps 700 --init-inner results/emoji-32
-    step draw-emoji python sample.py --ckpt results/emoji-64 --sampler ddpm --steps 100 --cfg-scale 3 --levels \
-        --num-samples 16 --out assets/emoji-mdm.png
-fi
 
 # speed and faults
 for name in scan s4d memory kill processes; do step $name python benchmarks/$name.py; done
