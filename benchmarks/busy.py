@@ -97,6 +97,7 @@ def main():
     args = p.parse_args()
     print(f"{threads.cores()} cores, quota {threads.quota():g}; {args.loops} busy loops\n")
     rows = []
+    columns = ["", "images/s alone", "spinning", "beside: times as long", "spinning", "one core: affinity", "quota"]
     with ExitStack() as stack:
         quota = one_core_quota(stack)
         first = {min(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else None
@@ -107,7 +108,7 @@ def main():
             one = [timed(model, args, place=place, OMP_NUM_THREADS="1")[0] / timed(model, args, place=place)[0]
                    if place else None for place in (affinity, quota)]
             rows.append([model, 32 * ours, 32 * spinning, ours / busy, spinning / cliff if cliff else math.inf, *one])
-    table(["", "images/s alone", "spinning", "beside: times as long", "spinning", "one core: affinity", "quota"], rows)
+            table(columns, rows)                            # again after each model: you may stop it
 
 
 if __name__ == "__main__":
