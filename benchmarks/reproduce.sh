@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/reproduce.sh DATA
 #
-# DATA: a folder with the files of MNIST, or the folder to download them to.
+# DATA: a folder with the files of MNIST and CIFAR-10, or the folder to download them to. Needs matplotlib.
 set -euo pipefail
 data=$(realpath "${1:?say where MNIST is, or where to download it to: bash benchmarks/reproduce.sh DATA}")
 cd "$(dirname "$0")/.."
@@ -50,6 +50,21 @@ for model in dis diffussm mdm cunet; do
         --out assets/$model-shapes.png
 done
 python benchmarks/figures.py --into docs/results.md         # its tables; the words around them are yours to check
+
+# photographs
+step cifar10 python train.py --model mdm --data cifar10 --data-dir "$data" --preset small --hflip --lr 1e-3 \
+    --warmup-steps 500 --max-steps 8000
+cp results/mdm-cifar10/log.csv assets/cifar10-mdm.csv
+step draw-cifar10 python sample.py --ckpt results/mdm-cifar10 --cfg-scale 3 --num-samples 60 --out assets/cifar10-mdm.png
+step draw-cifar10-500 python sample.py --ckpt results/mdm-cifar10 --cfg-scale 3 --num-samples 500 \
+    --save-images results/cifar10-500
+step judge-cifar10 python benchmarks/judge.py results/cifar10-500 --data cifar10 --data-dir "$data" --class-labels all
+
+# inside the trained networks
+for model in dis diffussm mdm cunet; do
+    step inside-$model python -m support.inside --ckpt assets/$model-mnist.pt --data-dir "$data" \
+        --out assets/inside-$model.png
+done
 
 # words and moving shapes by MDM
 mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }

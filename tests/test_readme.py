@@ -159,14 +159,14 @@ def test_reproduce_starts_what_exists(tmp_path):
     python = tmp_path / "python"
     python.write_text("""#!/usr/bin/env bash
 printf '%q ' "$@" >> notes; echo >> notes
-for run in {dis,diffussm,mdm,cunet}-shapes moving-8x32 evidence/mnist-minutes-{dis,diffussm,mdm,cu-net}-0; do
+for run in {dis,diffussm,mdm,cunet}-shapes mdm-cifar10 moving-8x32 evidence/mnist-minutes-{dis,diffussm,mdm,cu-net}-0; do
     mkdir -p results/$run; touch results/$run/{log.csv,samples.png} results/moving-mdm.gif
 done
 for word in "$@"; do case $word in assets/*) touch $word;; esac; done
 """)
     python.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = ["bash", str(tmp_path / "benchmarks/reproduce.sh"), str(tmp_path), str(tmp_path)]
+    script = ["bash", str(tmp_path / "benchmarks/reproduce.sh"), str(tmp_path)]
     counts = []
     for _ in range(2):
         done = subprocess.run(script, env=env, capture_output=True, text=True)
