@@ -198,7 +198,7 @@ def dis(figure, model, diffusion, args, x0, cond):
                for cut in cuts.values()]                                               # [[(b, C, H, W)]]
     errors = torch.tensor([[(guess - x0).square().mean() for guess in line] for line in guesses])
     changes = [[(guess - whole)[0].mean(0) for guess, whole in zip(line, guesses[0])] for line in guesses[1:]]
-    tiles(c, "4. Its guess of x0, and how that changes\nwithout long skips (below: squared error)",
+    tiles(c, "4. Its guess of x0, and how that changes\nwithout long skips (below: mean squared error)",
           [[guess[0] for guess in guesses[0]], *changes], list(cuts), top, "change of a pixel (black to white: 2)",
           [-0.5, 0, 0.5], [[f"{e:.4f}" for e in line] for line in errors], cmap="RdBu_r")
     return said | {"squared error of x0, a column for each t: all skips, without the longest, without any": errors}
@@ -296,6 +296,7 @@ def cunet(figure, model, diffusion, args, x0, cond):
     axis, blocks = axes(right, "3. How far a block moves z, divided by z(0)"), range(1, len(model.blocks()) + 1)
     for line, colour, name in zip(moved, (BLUE, GREEN, RED), top):
         axis.plot(blocks, line.numpy(), "o-", color=colour, label=name)
+    axis.axhline(1, color="black", linestyle=":", linewidth=0.8)
     axis.set(yscale="log", xlabel=f"block ({len(model.downs) + 1}: the bottleneck)", xticks=blocks)
     plain(axis)
     axis.legend(frameon=False)
@@ -407,7 +408,7 @@ def mdm(figure, model, diffusion, args, x0, cond):
     b.axhline(1, color="black", linewidth=0.8, linestyle=":")
     a.set(title="2. Distance of the belief from the end\n(1: as far as the mean picture)", xlabel="t, as it is drawn")
     a.invert_xaxis()
-    b.set(title="3. Power of signal / noise", yscale="log", xscale="log", xlabel="waves in a picture")
+    b.set(title="3. Signal / noise (power) in each wave", yscale="log", xscale="log", xlabel="waves in a picture")
     c.set(title="4. Squared error of x0", yscale="log", xlabel="t")
     for axis in (a, b, c):
         axis.legend(frameon=False)
@@ -426,7 +427,7 @@ def mdm(figure, model, diffusion, args, x0, cond):
     for line, colour, label in zip(pulls, (colours[r], colours[0]), (
             f"belief at {fine}, if z at {coarse} is another's", f"belief at {coarse}, if all other z are another's")):
         axis.plot(ts, line.numpy(), "o-", color=colour, label=label)
-    axis.set(xlabel="t", ylim=(-0.05, 1.05))
+    axis.set(xlabel="t", ylim=(-0.05, 1.05), ylabel="share of the way to the other digit")
     axis.legend(frameon=False)
     return {"t of the columns below": torch.tensor([ts]).float(), "squared error of x0, a row for each resolution, the "
             f"coarsest first; then {fine} shrunk to {coarse}": errors, "6: the finest belief, the coarsest": pulls,
@@ -518,7 +519,7 @@ def diffussm(figure, model, diffusion, args, x0, cond):
         a.axvline(n * columns, color="black", linestyle=":", linewidth=0.8)
     a.set(title="2. Size of the kernels (dotted: whole rows)", yscale="log", xlabel="tokens away")
     ways = [states(net.blocks[-1].ssm) for net in (fresh, model)]                      # 2 x 2 x (2D, N/2)
-    for way, colour, size, label in zip(ways, (RED, BLUE), (7, 1), ("before training", "trained")):
+    for way, colour, size, label in zip(ways, ("#bbbbbb", BLUE), (14, 2), ("before training", "trained")):
         b.scatter(*(x[::2].flatten().numpy() for x in way), size, color=colour, linewidths=0, label=label)
     b.set(title="3. States of the last block", xscale="log", yscale="log", xlim=(1.8, 1000), xlabel="period in tokens",
           ylabel="memory in tokens")
