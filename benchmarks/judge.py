@@ -19,9 +19,10 @@ It prints
 With fewer images the distance is larger, whatever they show. So compare `distance` and `x real` only between sets of
 equally many images. They are not FID either: the features are this classifier's, and they are for one data set only.
 
-The classifier of MNIST is in assets/, in half precision. Training it again on another machine changes distances by
-about 10%, by rounding alone. The classifiers of other data sets are trained once and kept in --cache; with --train,
-so is a new one of MNIST.
+The classifiers of MNIST, shapes and CIFAR-10 are in assets/, in half precision. Training one again on another machine
+changes distances by about 10%, by rounding alone (measured for MNIST). The classifiers of other data sets are trained
+once and kept in --cache; with --train, so is a new one of these. That of CIFAR-10 recognises 89.0% of the test images;
+its precision is no measure: it calls pure noise precise (0.88). Without samples, this program shows such cases.
 """
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ class Residual(nn.Sequential):
 
 class Classifier(nn.Module):
     """(B, C, H, W) in [-1, 1] -> features (B, 128 or 256), logits (B, K). Photographs get a deeper network, a narrow
-    ResNet-9. The shallow one recognises too few of CIFAR-10."""
+    ResNet-9."""
 
     def __init__(self, shape, num_classes, photographs=False):
         super().__init__()
@@ -61,8 +62,8 @@ class Classifier(nn.Module):
         if photographs:
             self.body = nn.Sequential(
                 conv(C, 32), conv(32, 64), nn.MaxPool2d(2), Residual(conv(64, 64), conv(64, 64)),
-                conv(64, 128), nn.MaxPool2d(2), conv(128, 256), nn.MaxPool2d(2), Residual(conv(256, 256), conv(256, 256)),
-                nn.AdaptiveMaxPool2d(1), nn.Flatten())
+                conv(64, 128), nn.MaxPool2d(2), conv(128, 256), nn.MaxPool2d(2),
+                Residual(conv(256, 256), conv(256, 256)), nn.AdaptiveMaxPool2d(1), nn.Flatten())
             self.head = nn.Linear(256, num_classes)
             return
         layers = []
@@ -90,12 +91,12 @@ def moved(x, seeds):
 
 def train(dataset, photographs=False, steps=None, batch=128, seed=0):
     """-> a trained Classifier. Its 1,400 steps go 3.6 times through 50,000 images: 3 minutes on two cores. 2,600 steps
-    of photographs take half an hour."""
+    of photographs took 34 minutes on a busy core that has bf16."""
     torch.manual_seed(seed)
     net = Classifier(dataset.shape, dataset.num_classes, photographs)
     if photographs:                         # with bf16, below, almost three times as fast
         net = net.to(memory_format=torch.channels_last)
-    steps = steps or (2600 if photographs else 1400)
+    steps, bf16 = steps or (2600 if photographs else 1400), photographs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=5e-2 if photographs else 1e-2)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step, indices in enumerate(datasets.batch_order(len(dataset), seed, batch, 0, steps, 0, batch)):
@@ -103,7 +104,7 @@ def train(dataset, photographs=False, steps=None, batch=128, seed=0):
         x = part["x"] / 127.5 - 1
         if photographs:
             x = moved(x, fold(seed, step, torch.arange(batch))).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=photographs and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(net(x)[1], part["y"], label_smoothing=0.1 if photographs else 0)
         optimizer.zero_grad()
         loss.backward()
