@@ -86,7 +86,7 @@ def moved(x, seeds):
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     rows, cols = ((uniform(fold(seeds, k)) * 9).long() for k in (1, 2))
     return torch.stack([image[:, i:i + x.shape[2], j:j + x.shape[3]]
-                        for image, i, j in zip(F.pad(x, (4, 4, 4, 4)), rows.tolist(), cols.tolist())])
+                        for image, i, j in zip(F.pad(x, (4, 4, 4, 4)), rows.tolist(), cols.tolist())])   # (B, C, H, W)
 
 
 def train(dataset, photographs=False, steps=None, batch=128, seed=0):
@@ -96,7 +96,9 @@ def train(dataset, photographs=False, steps=None, batch=128, seed=0):
     net = Classifier(dataset.shape, dataset.num_classes, photographs)
     if photographs:                         # with bf16, below, almost three times as fast
         net = net.to(memory_format=torch.channels_last)
-    steps, bf16 = steps or (2600 if photographs else 1400), photographs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    steps = steps or (2600 if photographs else 1400)
+    bf16 = (photographs and torch.backends.mkldnn.is_available()            # not in every build of PyTorch
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=5e-2 if photographs else 1e-2)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step, indices in enumerate(datasets.batch_order(len(dataset), seed, batch, 0, steps, 0, batch)):
