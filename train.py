@@ -202,14 +202,16 @@ def smoke(argv, args):
 @checkpoint.finished()
 def main(argv=None, drawing=()):
     """drawing: more flags for the pictures at the end."""
-    argv = sys.argv[1:] if argv is None else argv
+    typed, argv = argv is None, sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.smoke:
         return smoke(argv, args)
 
-    # Processes. torchrun starts one for each GPU and tells it its rank; without torchrun there is one. Each takes
-    # an equal part of every batch and splits it into --grad-accum micro-batches.
+    # Processes. torchrun starts one for each GPU and tells it its rank. On a CPU we do that: one for each core. Each
+    # takes an equal part of every batch and splits it into --grad-accum micro-batches.
     planned = args.dry_run is not None
+    if typed and not planned:
+        parallel.share_cores(args)
     world = args.dry_run or processes()[1]                                  # a dry run plans for any number
     parts = world * args.grad_accum
     micro, rest = divmod(args.global_batch_size, parts)
@@ -321,7 +323,7 @@ def main(argv=None, drawing=()):
         # draws, and the others wait at their next step. With shards all run the model, since each holds a part of it.
         if args.sample_every and not at_end and (
                 step % args.sample_every == 0 or step == min(100, args.sample_every)):
-            with log.pause():
+            with log.pause(), parallel.all_cores():
                 if team.rank == 0 or args.shard:
                     picture = sample.preview(ema, diffusion, args, encode, vae, device)
                 if team.rank == 0:
@@ -344,7 +346,8 @@ def main(argv=None, drawing=()):
     drawn = finished and args.sample_every and not stop.asked
     if team.rank == 0:
         if drawn:
-            final_samples(folder, args, *drawing, encode=encode)
+            with parallel.all_cores():
+                final_samples(folder, args, *drawing, encode=encode)
         summarise(folder, folder / "samples.png" if drawn else None)
         if finished and not drawing:
             print(further(args, folder, argv, world))

@@ -3,10 +3,10 @@
     python benchmarks/busy.py                       the four papers, more than ten minutes
     python benchmarks/busy.py --models dis --loops 2 --seconds 20
 
-Each run of train.py is timed alone, and then beside --loops programs that compute without end. `spinning` is the same
-run with GOMP_SPINCOUNT=300000: its threads wait for one another as torch's own do. Then a run has one core, by its
-affinity (Linux), and one by the quota of a cgroup (if we may make one): how many times as long does a step take as with
-OMP_NUM_THREADS=1 in the same place?
+Each run of train.py is timed alone, and then beside --loops programs that compute without end. `threads` is the same
+run in one process with a thread for each core; `awake`, with GOMP_SPINCOUNT=300000: its threads wait for one another as
+torch's own do. Then a run has one core, by its affinity (Linux), and one by the quota of a cgroup (if we may make one):
+how many times as long does a step take as with OMP_NUM_THREADS=1 in the same place?
 """
 import argparse
 import csv
@@ -97,17 +97,21 @@ def main():
     args = p.parse_args()
     print(f"{threads.cores()} cores, quota {threads.quota():g}; {args.loops} busy loops\n")
     rows = []
-    columns = ["", "images/s alone", "spinning", "beside: times as long", "spinning", "one core: affinity", "quota"]
+    columns = ["", "images/s alone", "threads", "beside: times as long", "threads", "awake", "one core: affinity",
+               "quota"]
+    cores = str(threads.cores())
     with ExitStack() as stack:
         quota = one_core_quota(stack)
         first = {min(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else None
         affinity = first and (lambda: os.sched_setaffinity(0, first))
         for model in args.models:
             ours, busy = timed(model, args, args.loops)
-            spinning, cliff = timed(model, args, args.loops, GOMP_SPINCOUNT="300000")
+            alone, beside = timed(model, args, args.loops, OMP_NUM_THREADS=cores)
+            _, cliff = timed(model, args, args.loops, OMP_NUM_THREADS=cores, GOMP_SPINCOUNT="300000")
             one = [timed(model, args, place=place, OMP_NUM_THREADS="1")[0] / timed(model, args, place=place)[0]
                    if place else None for place in (affinity, quota)]
-            rows.append([model, 32 * ours, 32 * spinning, ours / busy, spinning / cliff if cliff else math.inf, *one])
+            rows.append([model, 32 * ours, 32 * alone, ours / busy, alone / beside,
+                         alone / cliff if cliff else math.inf, *one])
             table(columns, rows)                            # again after each model: you may stop it
 
 

@@ -52,6 +52,9 @@ def several():
     return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
+HELPERS = []                                    # processes that this one has started (parallel.share_cores)
+
+
 # --- errors: one sentence that tells the fix, exit code 2, no traceback -------------------------------------
 
 def fail(message, every_process=False):
@@ -107,7 +110,8 @@ class Stream:
 
 
 def end(workers):
-    """Kill the processes that read data. Python and PyTorch would send them a signal, which they ignore, and wait."""
+    """Kill processes that read data, or train with us. Python and PyTorch would send the former a signal, which they
+    ignore, and wait."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # otherwise PyTorch complains of their death
     for worker in workers:
@@ -119,7 +123,7 @@ def run(main):
     if hasattr(sys.stdout, "reconfigure"):      # a console may lack the letters of a folder's name
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    at_once = several()
+    at_once = False
     threads.watch()
     try:
         main()
@@ -148,8 +152,8 @@ def run(main):
             traceback.print_exc()
         code = 1
     finally:
-        end(multiprocessing.active_children())
-    if at_once:
+        end([*multiprocessing.active_children(), *HELPERS])
+    if at_once or several():
         # Nothing is left to do. The interpreter would free models and connections in any order, and we saw it hang or
         # abort, the latter also with a checkpoint half written; or it would wait for torch.compile.
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from diffusion import UserError
 from support import cost, datasets, parallel
 from support.checkpoint import FREE_TO_CHANGE, replace
-from support.cli import command
+from support.cli import HELPERS, command
 from support.pictures import save_image, summary
 
 BANDS = 5                                       # log.csv also has the loss in each fifth of the range of t
@@ -40,7 +40,7 @@ def plan(args, folder, team, dataset, model, diffusion, world, micro):
         macs = cost.multiply_adds(model, diffusion, image)
     macs = "unknown" if macs is None else f"{macs / 1e6:,.1f}M"
     return (f"device      {team.device} ({'--device' if args.device != 'auto' else 'the best found'}), "
-            f"{world} process{'es' if world > 1 else ''}, "
+            f"{world} process{'es, each with' if world > 1 else ','} "
             f"threads {torch.get_num_threads()} of {os.cpu_count()}, {'bf16 autocast' if args.bf16 else 'float32'}\n"
             f"data        {dataset.name}: {len(dataset):,} of {'x'.join(map(str, dataset.shape))}, "
             f"{dataset.condition}\n"
@@ -252,7 +252,7 @@ def further(args, folder, argv, world):
     if (args.model in ("dis", "diffussm", "cunet") and args.data in ("shapes", *datasets.CLASSES) and not args.space
             and min(args.shape[1:]) >= 11 and args.options.get("T", 1000) > 150 and (guided or not args.num_classes)):
         lines.append(f"denoise     {command('sample.py', *run, '--denoise', 'test', '--from-step', 150)}")
-    if world == 1:                              # torchrun has flags of its own
+    if world == 1 + len(HELPERS):               # torchrun has flags of its own
         words = [a for i, a in enumerate(argv) if "--max-steps" not in (a.partition("=")[0], argv[i - 1] * (i > 0))]
         words += ["--resume", "auto"] * (args.resume == "none")
         lines.append(f"longer      {command('train.py', *words, '--max-steps', 2 * args.max_steps)}")

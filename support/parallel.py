@@ -1,7 +1,8 @@
 """One process or many: what train.py and sample.py need to know of the machine they run on.
 
-torchrun starts one process for each GPU and tells it its number in RANK, LOCAL_RANK and WORLD_SIZE. All processes run
-the same script. They fail together, stop together, and split the work in one of two ways:
+torchrun starts one process for each GPU and tells it its number in RANK, LOCAL_RANK and WORLD_SIZE. On a CPU
+`share_cores` does the same for the cores. All processes run the same script. They fail together, stop together, and
+split the work in one of two ways:
 
     DDP      DistributedDataParallel: each process has all weights. Gradients are averaged while backward runs.
     shards   FSDP2, `fully_shard`; ZeRO-3: each process keeps 1/world of weights, gradients, average and optimizer. The
@@ -15,7 +16,10 @@ import functools
 import math
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import torch
@@ -23,7 +27,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import UserError
-from support.cli import QUIET, fail, processes, several
+from support import threads
+from support.cli import HELPERS, QUIET, fail, processes, several
 
 # --- devices ------------------------------------------------------------------------------------------------
 
@@ -73,6 +78,55 @@ def memory_mb(device):
 
 
 # --- the processes of a run ---------------------------------------------------------------------------------
+
+def share_cores(args):
+    """On a CPU, train with a process for each core, at most four. This process starts the others, as torchrun would.
+
+    The threads of one process wait for one another after each of a step's thousands of operations, processes once a
+    step. Beside other busy programs processes are twice as fast, and on an idle machine as fast (docs/speed.md). The
+    sums are the same up to rounding. We do it on Linux, where we could measure it, and for the papers' networks: with
+    several processes, all parameters must have a part in the loss, and yours may not. A T5 is too large to load
+    twice."""
+    if (processes()[1] > 1 or threads.SET or sys.platform != "linux" or args.shard or args.model.endswith(".py")
+            or args.text_encoder != "bytes" or pick_device(args.device).type != "cpu"):
+        return
+    all_threads = torch.get_num_threads()
+    world = max(n for n in (1, 2, 3, 4) if n <= all_threads and args.global_batch_size % (n * args.grad_accum) == 0)
+    if world == 1:
+        return
+    share_cores.store = store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
+                      GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    each = all_threads // world
+    threads.use(each)
+    HELPERS.extend(subprocess.Popen(            # in a session of its own: a Ctrl-C comes to us, and we tell the others
+        [sys.executable, *sys.orig_argv[1:]], start_new_session=True,
+        env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": str(each)})
+        for r in range(1, world))
+    for helper in HELPERS:
+        threading.Thread(target=watch, args=(helper,), daemon=True).start()
+
+
+def watch(helper):
+    """If a helper ends before its time, this process may wait for it without end: then leave, too."""
+    code = helper.wait()
+    if code:
+        time.sleep(5)                           # there may be a better message on its way
+        print(f"error: a process that trains with this one has ended (code {code}), perhaps for lack of memory. The "
+              f"same command continues from the last checkpoint; OMP_NUM_THREADS={torch.get_num_threads()} before it "
+              f"trains with one process", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def all_cores():
+    """While the helpers wait or are gone, this process may use their cores."""
+    own = torch.get_num_threads()
+    threads.use(own * (1 + len(HELPERS)))
+    yield
+    threads.use(own)
+
 
 class Team:
     """All processes of this run; this one is number `rank` of `world`. The first, rank 0, prints and writes files for

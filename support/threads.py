@@ -5,10 +5,12 @@ How many? torch takes one for each core that it sees. In a container with a CPU 
 started by torchrun or the like, each process sees all of them. Then we set OMP_NUM_THREADS. What you set counts. The
 number depends on the machine, never on its load: sums depend on it in their last bits, and a run must resume exactly.
 
-How do they wait? A step of training has thousands of operations, and after each the threads wait for one another. On an
+How do they wait? An operation takes less than a millisecond, and after each the threads wait for one another. On an
 idle machine it is fastest to wait awake. But beside other busy programs, a thread that waits awake keeps its core from
 the thread that it waits for. We saw a step take 5 seconds instead of 0.2. So the threads must wait awake on an idle
 machine, and sleep on a busy one. No number changes by that. `follow` does it on Linux; elsewhere, KMP_BLOCKTIME.
+Processes wait for one another only once a step: so train.py starts several (`share_cores` in parallel.py), and this
+matters where there are more cores than processes, and to sample.py.
 """
 import glob
 import math
@@ -74,10 +76,22 @@ def choose(env, root="/"):
         env.setdefault("OMP_NUM_THREADS", str(most))
 
 
+SET = "OMP_NUM_THREADS" in os.environ           # by the user, or for one of several processes
 choose(os.environ)
 
 
 # --- waiting on Linux -------------------------------------------------------------------------------------------
+
+NUMBER = None                                   # of torch's threads, if it has changed since the start
+
+
+def use(n):
+    """From now on, torch uses n threads."""
+    global NUMBER
+    import torch
+    torch.set_num_threads(n)
+    NUMBER = n
+
 
 def waited():
     """Seconds that threads of this process could have run while something else had the core, summed over threads. None
@@ -100,7 +114,7 @@ class Crowd:
 
     def __init__(self):
         import torch                            # loaded long ago; this file itself must not load it
-        n, self.end = torch.get_num_threads(), threading.Event()
+        n, self.end = NUMBER or torch.get_num_threads(), threading.Event()
         missing = len(os.sched_getaffinity(0)) - n + 1                  # threads, to be more than cores
         self.threads = [threading.Thread(target=self.idle, args=(torch,), daemon=True)
                         for _ in range(math.ceil(missing / (n - 1)) if n > 1 else 0)]
@@ -117,13 +131,15 @@ class Crowd:
 
 def follow(period=0.5):
     """Every half second: do others want our cores? Then a Crowd comes, and leaves when they no longer do."""
-    crowd, before = None, waited()
+    crowd, size, before = None, None, waited()
     while before is not None:
         time.sleep(period)
         now = waited()
         share, before = (now - before) / period, now        # of the time, summed over threads; a busy program: about 1
-        if share > 0.2 and not crowd:
-            crowd = Crowd()
+        if share > 0.2 and not (crowd and size == NUMBER):
+            if crowd:
+                crowd.leave()
+            crowd, size = Crowd(), NUMBER
         elif share < 0.05 and crowd:
             crowd = crowd.leave()
 

@@ -2,16 +2,19 @@
 import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from support import cli, threads
+import train
+from support import cli, parallel, threads
 
 ROOT = Path(__file__).resolve().parent.parent
 V1 = "30 25 0:27 {top} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -125,10 +128,15 @@ def test_a_crowd_lets_threads_sleep(two_threads):
 
 def test_a_crowd_comes_and_goes(monkeypatch):
     """Waiting seconds in each period of a second: below a fifth nothing happens, above it a crowd comes, and it stays
-    until there are almost none."""
-    said, seconds = [], iter([0.0, 0.1, 0.6, 0.7, 1.7, 1.71, 1.72, 2.72, None])
+    until there are almost none. Another one comes if torch uses more threads than before."""
+    said, seconds = [], iter([0.0, 0.1, 0.6, 0.7, 1.7, 1.71, 1.72, 2.72, 3.72, 4.72, None])
     monkeypatch.setattr(threads, "waited", lambda: next(seconds))
-    monkeypatch.setattr(time, "sleep", lambda period: said.append("-"))
+
+    def sleep(period):
+        said.append("-")
+        if said.count("-") == 9:
+            monkeypatch.setattr(threads, "NUMBER", 7)
+    monkeypatch.setattr(time, "sleep", sleep)
 
     class Crowd:
         def __init__(self):
@@ -139,7 +147,7 @@ def test_a_crowd_comes_and_goes(monkeypatch):
     monkeypatch.setattr(threads, "Crowd", Crowd)
     with pytest.raises(TypeError):                          # where the numbers end
         threads.follow(period=1)
-    assert "".join(said) == "--comes---leaves--comes-"
+    assert "".join(said) == "--comes---leaves--comes--leavescomes-"
 
 
 @pytest.mark.parametrize("given, watched", [({}, True), ({"GOMP_SPINCOUNT": "0"}, False),
@@ -159,3 +167,79 @@ def test_every_command_watches(given, watched, monkeypatch):
     with pytest.raises(SystemExit):
         cli.run(lambda: None)
     assert begun == [threads.follow] * watched
+
+
+# --- a process for each core ------------------------------------------------------------------------------------
+
+CORES = min(threads.cores(), threads.quota(), 4)
+cores = pytest.mark.skipif(sys.platform != "linux" or CORES < 2, reason="two cores, Linux")
+SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--sample-every", "0", "--device", "cpu"]
+
+
+def typed(folder, *flags):
+    """train.py as somebody types it who has not set OMP_NUM_THREADS."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    return subprocess.Popen([sys.executable, "train.py", *SMALL, "--results-dir", folder, *flags], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def helpers(process):
+    """The numbers of the processes that train.py has started."""
+    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+@pytest.mark.parametrize("flags, env, cores, world, each", [
+    ([], {}, 2, 2, 1), ([], {}, 8, 4, 2), ([], {}, 3, 2, 1), (["--global-batch-size", "12"], {}, 3, 3, 1),
+    (["--global-batch-size", "12", "--grad-accum", "4"], {}, 4, 3, 1), (["--global-batch-size", "7"], {}, 4, 1, 4),
+    ([], {}, 1, 1, 1), ([], {"WORLD_SIZE": "2", "RANK": "1"}, 2, 1, 2), ([], {"SET": True}, 2, 1, 2),
+    (["--shard"], {}, 2, 1, 2), (["--model", "examples/mypaper.py"], {}, 2, 1, 2),
+    (["--text-encoder", "google/flan-t5-xl"], {}, 2, 1, 2)])
+def test_how_many_processes(flags, env, cores, world, each, monkeypatch):
+    started, now = [], [cores]
+    monkeypatch.setattr(threads, "SET", env.pop("SET", False))
+    monkeypatch.setattr(threads, "use", lambda n: now.append(n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(parallel, "HELPERS", [])
+    monkeypatch.setattr(parallel, "watch", lambda helper: None)
+    monkeypatch.setattr(parallel.subprocess, "Popen", lambda command, env, **_: started.append(env))
+    monkeypatch.setattr(os, "environ", {**os.environ, **env})
+    parallel.share_cores(train.parse(["--device", "cpu", *flags]))
+    assert len(started) == world - 1 and now[-1] == each
+    assert [(e["RANK"], e["WORLD_SIZE"], e["OMP_NUM_THREADS"]) for e in started] == [
+        (str(r), str(world), str(each)) for r in range(1, world)]
+
+
+@cores
+def test_train_starts_a_process_for_each_core(tmp_path):
+    """Its losses are those of one process."""
+    flags = ["--max-steps", "3", "--log-every", "1", "--global-batch-size", "12"]
+    process = typed(tmp_path / "many", *flags)
+    said = process.communicate()
+    assert process.returncode == 0, said
+    n = int(CORES)
+    assert f", {n} processes, each with threads {threads.cores() // n} of" in said[0]
+    assert "longer      python train.py" in said[0]                     # not torchrun
+    train.main([*SMALL, "--results-dir", str(tmp_path / "one"), *flags])
+    one, many = (np.loadtxt(next(tmp_path.glob(f"{name}/*/log.csv")), delimiter=",", skiprows=1)[:, :8]
+                 for name in ("one", "many"))
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+
+
+@cores
+def test_no_helper_is_waited_for_in_vain_or_left_behind(tmp_path):
+    """A helper that dies ends the run, also before the processes have met; the end of train.py ends its helpers."""
+    dies, stops = (typed(tmp_path / name, "--max-steps", "100000", "--log-every", "1") for name in ("dies", "stops"))
+    while not (of_dies := helpers(dies)) or not (of_stops := helpers(stops)):
+        time.sleep(0.05)
+    os.kill(of_dies[0], signal.SIGKILL)
+    while not any(len(log.read_text().splitlines()) > 2 for log in tmp_path.glob("stops/*/log.csv")):
+        time.sleep(0.05)
+    stops.terminate()
+    said = stops.communicate(timeout=60)
+    assert stops.returncode == 0 and ", saved." in said[0], said
+    said = dies.communicate(timeout=60)
+    assert dies.returncode == 1 and "has ended (code -9)" in said[1], said
+    for pid in (*of_dies, *of_stops):
+        with contextlib.suppress(OSError):      # it is gone, or nobody has asked yet how it ended
+            assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
