@@ -42,6 +42,9 @@ for model in dis diffussm mdm cunet; do
     cp results/evidence/mnist-minutes-$arm-0/log.csv assets/$model-mnist.csv
     step draw-$model python sample.py --ckpt assets/$model-mnist.pt --out assets/$model-mnist.png
 done
+step draw-fours python sample.py --ckpt assets/mdm-mnist.pt --class-labels 4 --num-samples 8 --seed 7 --cfg-scale 3 \
+    --gif --out results/mdm-fours.png
+cp results/mdm-fours.gif assets/mdm-fours.gif
 python benchmarks/evidence.py --data-dir "$data"
 python benchmarks/evidence.py colour --data shapes
 for model in dis diffussm mdm cunet; do
