@@ -551,7 +551,8 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     # For two CPU cores. x0, since their finest levels are too thin to pass on the noise that is a part of v and eps.
     "tiny": _TINY | dict(outer=(_level(24, 48), _level(12, 24))),
     "tiny-x4": _TINY | dict(outer=(_level(12, 24, 48),)),   # {16, 64}, where tiny has {16, 32, 64}: as in Figure 8b
-    "tiny-video": _TINY | dict(temporal=_level(24, 24, 32, 48, 48), outer=(_level(16, 24),)),
+    "tiny-video": _TINY | dict(channels=(32, 48), embedding=128, text_width=48,
+                               temporal=_level(16, 16, 24, 32, 32), outer=(_level(16, 24),)),
     "mini": _TINY | dict(channels=(32, 64), embedding=128, outer=(_level(16, 32),)),        # {14, 28}, for MNIST
     "small": _TINY | dict(channels=(64, 128), outer=(_level(16, 32),), predict="v", error="v"),     # for CIFAR-10
 }

@@ -71,11 +71,12 @@ done
 
 # words and moving shapes by MDM
 mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }
-words=(--data shapes --cond text --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
-mdm words-16 "${words[@]}" --image-size 16 --max-steps 1200
-mdm words-32 "${words[@]}" --image-size 32 --max-steps 800 --init-inner results/words-16
-mdm words-64 "${words[@]}" --image-size 64 --max-steps 500 --init-inner results/words-32
-step draw-words python sample.py --ckpt results/words-64 --num-samples 40 \
+words=(--preset mini --data shapes --cond text --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
+mdm words-16 "${words[@]}" --image-size 16 --max-steps 1500
+mdm words "${words[@]}" --image-size 32 --max-steps 1500 --init-inner results/words-16
+step share-words python -m support.checkpoint results/words assets/words-mdm.pt
+cp results/words/log.csv assets/words-mdm.csv
+step draw-words python sample.py --ckpt assets/words-mdm.pt --num-samples 80 \
     --out assets/words-mdm.png --prompt "a small red star" "a big red star" "a small blue moon" "a big blue moon" \
     "a small green heart" "a big green heart" "a small yellow square" "a big yellow square" "a small purple ring" \
     "a big purple ring"
