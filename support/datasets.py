@@ -26,6 +26,7 @@ FashionMNIST/raw (gzipped or not), and hold CIFAR-10 as bytes or as pickles, as 
 Your own images need no code: pass the folder. For anything else write a function that returns a Dataset, as `digits`
 does below, and call it in `load`.
 """
+import contextlib
 import csv
 import difflib
 import functools
@@ -56,6 +57,11 @@ from tqdm import tqdm
 from diffusion import UserError, fold, normal
 from support import shapes, text
 from support.cli import QUIET
+
+try:
+    import fcntl                                # locks, on Linux and macOS
+except ImportError:
+    fcntl = None
 
 IN_MEMORY = 2**30                       # bytes of a data set to keep; a larger one is read batch by batch
 
@@ -462,8 +468,8 @@ def locate(name, files, root):
 def download(urls, path, sha256):
     """Fetch `path` from the first URL that gives the file with this checksum. Raises UserError.
 
-    torch.hub writes to another name, and renames the file once it is whole. So several processes may download it at
-    once, and each may be killed.
+    torch.hub writes to another name, and renames the file once it is whole: a process may be killed while it downloads.
+    If several need the file, one downloads it, and the others wait. (They all do so where there are no locks.)
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +479,13 @@ def download(urls, path, sha256):
                         f"yours") from None
     problems, timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)                            # seconds; torch.hub would wait for ever
+    folder = fcntl and os.open(path.parent, os.O_RDONLY)
     try:
+        if fcntl:
+            with contextlib.suppress(OSError):              # not all network drives have locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if path.exists() and digest(path.read_bytes()) == sha256:
+                return
         for url in urls:
             try:
                 return torch.hub.download_url_to_file(url, path, sha256, progress=not QUIET)
@@ -483,6 +495,8 @@ def download(urls, path, sha256):
                 problems.append(f"{url}: {e}")
     finally:
         socket.setdefaulttimeout(timeout)
+        if fcntl:
+            os.close(folder)
     raise UserError(f"cannot download {path.name} ({'; '.join(problems)}): get the file elsewhere and put it into "
                     f"{path.parent} under this name")
 

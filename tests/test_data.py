@@ -495,12 +495,24 @@ def test_a_wrong_download_leaves_everything_as_it_was(tmp_path):
         assert [f.read_text() for f in target.parent.iterdir()] == ([old] if old else [])
 
 
-def test_many_processes_may_download_at_once(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "cache" / "file"
+@pytest.mark.parametrize("locks", [True, False])
+def test_many_processes_may_download_at_once(locks, tmp_path, monkeypatch):
+    """With locks only one does, and the others wait for it."""
+    source, target, asked, fetch = tmp_path / "source", tmp_path / "cache" / "file", [], torch.hub.download_url_to_file
     source.write_bytes(bytes(10**6))
     sha256 = hashlib.sha256(bytes(10**6)).hexdigest()
+
+    def counted(*args, **more):
+        asked.append(args)
+        fetch(*args, **more)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", counted)
+    if not locks:
+        monkeypatch.setattr(datasets, "fcntl", None)
+    elif not datasets.fcntl:
+        pytest.skip("no locks on Windows")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: datasets.download([source.as_uri()], target, sha256), range(8)))
+    assert len(asked) == (1 if locks else 8)
     assert [f.read_bytes() for f in target.parent.iterdir()] == [bytes(10**6)]
 
 
