@@ -70,7 +70,7 @@ def test_multiply_adds_by_hand(options):
             tokens = L if "mixer" in name or "skip" in name else patches if name in ("patch_embed", "final") else 1
             want += tokens * module.weight.numel()
         if isinstance(module, dis.Direction):
-            want += (L + 3) * module.conv.weight.numel() + L * 4 * module.A_log.numel()
+            want += (L + module.conv.kernel_size[0] - 1) * module.conv.weight.numel() + L * 4 * module.A_log.numel()
     assert multiply_adds(model, diffusion, blank_batch(diffusion, model.shape, 1, model.num_classes)) == want
 
 
@@ -467,7 +467,7 @@ def test_gradient_reaches_every_parameter(options):
 
 def test_options_change_the_model():
     concat, add, none = (count("tiny", (3, 32, 32), skip=s) for s in ("concat", "add", "none"))
-    assert concat - add == 3 * (2 * 128 * 128 + 128) and add == none
+    assert concat - add == 3 * (2 * 160 * 160 + 160) and add == none
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     outs = [small(skip=s)[0](x, t) for s in ("add", "none")]
     assert not torch.allclose(*outs)
