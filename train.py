@@ -202,7 +202,8 @@ def smoke(argv, args):
 @checkpoint.finished()
 def main(argv=None, drawing=()):
     """drawing: more flags for the pictures at the end."""
-    typed, argv = argv is None, sys.argv[1:] if argv is None else argv
+    typed = argv is None and __name__ == "__main__"
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.smoke:
         return smoke(argv, args)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import UserError
 from support import threads
-from support.cli import HELPERS, QUIET, fail, processes, several
+from support.cli import HELPERS, QUIET, end, fail, processes, several
 
 # --- devices ------------------------------------------------------------------------------------------------
 
@@ -90,15 +90,18 @@ def share_cores(args):
     if (processes()[1] > 1 or threads.SET or sys.platform != "linux" or args.shard or args.model.endswith(".py")
             or args.text_encoder != "bytes" or pick_device(args.device).type != "cpu"):
         return
-    all_threads = torch.get_num_threads()
-    world = max(n for n in (1, 2, 3, 4) if n <= all_threads and args.global_batch_size % (n * args.grad_accum) == 0)
+    cores = torch.get_num_threads()
+    fits = (n for n in (1, 2, 3, 4) if n <= cores and args.global_batch_size % (n * args.grad_accum) == 0)
+    world = max(fits, key=lambda n: (n * (cores // n), n), default=1)       # no core may be idle
     if world == 1:
         return
-    share_cores.store = store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+    share_cores.all = cores
+    share_cores.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)   # 0: any free port
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(share_cores.store.port),
+                      TORCHELASTIC_USE_AGENT_STORE="True",              # the store is there already
                       GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    each = all_threads // world
+    each = cores // world
     threads.use(each)
     HELPERS.extend(subprocess.Popen(            # in a session of its own: a Ctrl-C comes to us, and we tell the others
         [sys.executable, *sys.orig_argv[1:]], start_new_session=True,
@@ -109,13 +112,14 @@ def share_cores(args):
 
 
 def watch(helper):
-    """If a helper ends before its time, this process may wait for it without end: then leave, too."""
+    """If a helper fails, this process may wait for it without end: then leave, too."""
     code = helper.wait()
     if code:
         time.sleep(5)                           # there may be a better message on its way
         print(f"error: a process that trains with this one has ended (code {code}), perhaps for lack of memory. The "
-              f"same command continues from the last checkpoint; OMP_NUM_THREADS={torch.get_num_threads()} before it "
-              f"trains with one process", file=sys.stderr, flush=True)
+              f"same command continues from the last checkpoint; with OMP_NUM_THREADS={share_cores.all} before it, "
+              f"in one process", file=sys.stderr, flush=True)
+        end(HELPERS)
         os._exit(1)
 
 
@@ -123,9 +127,13 @@ def watch(helper):
 def all_cores():
     """While the helpers wait or are gone, this process may use their cores."""
     own = torch.get_num_threads()
-    threads.use(own * (1 + len(HELPERS)))
-    yield
-    threads.use(own)
+    if HELPERS:
+        threads.use(share_cores.all)
+    try:
+        yield
+    finally:
+        if HELPERS:
+            threads.use(own)
 
 
 class Team:

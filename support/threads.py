@@ -2,15 +2,15 @@
 start torch's threads read their environment once, when they are loaded.
 
 How many? torch takes one for each core that it sees. In a container with a CPU quota it sees all cores of the host, and
-started by torchrun or the like, each process sees all of them. Then we set OMP_NUM_THREADS. What you set counts. The
+started by Slurm or the like, each process sees all of them. Then we set OMP_NUM_THREADS, unless it is set. The
 number depends on the machine, never on its load: sums depend on it in their last bits, and a run must resume exactly.
 
 How do they wait? An operation takes less than a millisecond, and after each the threads wait for one another. On an
 idle machine it is fastest to wait awake. But beside other busy programs, a thread that waits awake keeps its core from
 the thread that it waits for. We saw a step take 5 seconds instead of 0.2. So the threads must wait awake on an idle
 machine, and sleep on a busy one. No number changes by that. `follow` does it on Linux; elsewhere, KMP_BLOCKTIME.
-Processes wait for one another only once a step: so train.py starts several (`share_cores` in parallel.py), and this
-matters where there are more cores than processes, and to sample.py.
+Processes wait for one another only once a step: so train.py starts several (`share_cores` in parallel.py). `follow`
+still matters to sample.py, and where a process has several threads.
 """
 import glob
 import math

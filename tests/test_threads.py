@@ -190,8 +190,9 @@ def helpers(process):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux")
 @pytest.mark.parametrize("flags, env, cores, world, each", [
-    ([], {}, 2, 2, 1), ([], {}, 8, 4, 2), ([], {}, 3, 2, 1), (["--global-batch-size", "12"], {}, 3, 3, 1),
-    (["--global-batch-size", "12", "--grad-accum", "4"], {}, 4, 3, 1), (["--global-batch-size", "7"], {}, 4, 1, 4),
+    ([], {}, 2, 2, 1), ([], {}, 8, 4, 2), ([], {}, 6, 2, 3), ([], {}, 3, 1, 3),
+    (["--grad-accum", "5"], {}, 2, 1, 2), (["--global-batch-size", "12"], {}, 3, 3, 1),
+    (["--global-batch-size", "12", "--grad-accum", "4"], {}, 3, 3, 1), (["--global-batch-size", "7"], {}, 4, 1, 4),
     ([], {}, 1, 1, 1), ([], {"WORLD_SIZE": "2", "RANK": "1"}, 2, 1, 2), ([], {"SET": True}, 2, 1, 2),
     (["--shard"], {}, 2, 1, 2), (["--model", "examples/mypaper.py"], {}, 2, 1, 2),
     (["--text-encoder", "google/flan-t5-xl"], {}, 2, 1, 2)])
