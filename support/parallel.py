@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import UserError
 from support import threads
-from support.cli import HELPERS, QUIET, end, fail, processes, several
+from support.cli import HELPERS, QUIET, fail, processes, several
 
 # --- devices ------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,8 @@ def watch(helper):
         print(f"error: a process that trains with this one has ended (code {code}), perhaps for lack of memory. The "
               f"same command continues from the last checkpoint; with OMP_NUM_THREADS={share_cores.all} before it, "
               f"in one process", file=sys.stderr, flush=True)
-        end(HELPERS)
+        for other in HELPERS:
+            other.kill()
         os._exit(1)
 
 
