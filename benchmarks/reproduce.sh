@@ -81,10 +81,12 @@ step draw-words python sample.py --ckpt assets/words-mdm.pt --num-samples 80 \
     "a small green heart" "a big green heart" "a small yellow square" "a big yellow square" "a small purple ring" \
     "a big purple ring"
 clips=(--preset tiny-video --data moving --cond text)
-mdm moving-1x16 "${clips[@]}" --frames 1 --image-size 16 --max-steps 1000
-mdm moving-8x16 "${clips[@]}" --global-batch-size 16 --image-size 16 --max-steps 900 --init-inner results/moving-1x16
-mdm moving-8x32 "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 300 --init-inner results/moving-8x16
-step draw-moving python sample.py --ckpt results/moving-8x32 --cfg-scale 1.5 --num-samples 8 \
+mdm moving-1x16 "${clips[@]}" --frames 1 --image-size 16 --max-steps 1500
+mdm moving-8x16 "${clips[@]}" --global-batch-size 16 --image-size 16 --max-steps 1500 --init-inner results/moving-1x16
+mdm moving "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 400 --init-inner results/moving-8x16
+step share-moving python -m support.checkpoint results/moving assets/moving-mdm.pt
+cp results/moving/log.csv assets/moving-mdm.csv
+step draw-moving python sample.py --ckpt assets/moving-mdm.pt --cfg-scale 1.5 --num-samples 8 \
     --out results/moving-mdm.png --prompt "a small red circle moving left" "a big green cross moving right" \
     "a small blue ring moving up" "a big purple heart moving down" "a small orange star moving right" \
     "a big yellow square moving up" "a small green moon moving down" "a big blue triangle moving left"
