@@ -24,6 +24,7 @@ step() {                                # step NAME COMMAND: run the command onc
 step shapes python train.py
 cp results/dis-shapes/samples.png assets/shapes.png
 cp results/dis-shapes/log.csv assets/shapes.csv
+step share-shapes python -m support.checkpoint results/dis-shapes assets/dis-shapes.pt
 for model in diffussm mdm cunet; do     # with these logs train.py tells the loss to expect (support/log.py)
     step shapes-$model python train.py --model $model
     cp results/$model-shapes/log.csv assets/$model-shapes.csv
