@@ -177,10 +177,8 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
 
 
 def final_samples(folder, args, *flags, encode=None):
-    """Draw into the run's folder what `python sample.py` would draw, with guidance 2, as in the grids before."""
-    guided = bool(args.cond_dropout and (args.num_classes or args.text))
-    sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"), "--device", args.device,
-                 *["--cfg-scale", "2"] * guided, *flags,
+    """Draw into the run's folder what `python sample.py` would draw."""
+    sample.main(["--ckpt", str(folder), "--out", str(folder / "samples.png"), "--device", args.device, *flags,
                  *["--precision", "fp32"] * (args.precision == "fp32"),
                  *["--vae", args.vae or "none"] * bool(args.latents),
                  *["--model", args.model] * args.model.endswith(".py")], encode)
