@@ -44,9 +44,13 @@ FREE_TO_CHANGE = {                              # flags that may differ between 
     "image_size", "frames"}                     # (we compare the shape instead of these two, "options" for "set")
 MUST_MATCH = {"model", "preset", "options", "shape", "num_classes", "text", "text_encoder"}     # for --resume PATH
 # Presets that have changed since. Their older runs keep the old values, but did not write them down.
-BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "tiny-x4", "tiny-video")} | {
+BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "tiny-x4")} | {
+    ("mdm", "tiny-video"): dict(predict="v", error="v", channels=(48, 96), embedding=256, text_width=64,
+                                temporal=dict(channels=(24, 24, 32, 48, 48), blocks=(1,) * 5))} | {
     ("mdm", preset): dict(per_group=4, see_padding=False, standardise=False, empty_prompt=False)
-    for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")}
+    for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")} | {
+    ("dis", preset): dict(width=width, grid=4, conv=4, state=8, min_snr=None, max_snr=None, cfg_below=1)
+    for preset, width in (("tiny", 128), ("mini", 160))}
 
 
 # --- reading ------------------------------------------------------------------------------------------------
