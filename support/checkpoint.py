@@ -48,9 +48,9 @@ BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "
     ("mdm", "tiny-video"): dict(predict="v", error="v", channels=(48, 96), embedding=256, text_width=64,
                                 temporal=dict(channels=(24, 24, 32, 48, 48), blocks=(1,) * 5))} | {
     ("mdm", preset): dict(per_group=4, see_padding=False, standardise=False, empty_prompt=False)
-    for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")} | {
-    ("dis", preset): dict(width=width, grid=4, conv=4, state=8, min_snr=None, max_snr=None, cfg_below=1)
-    for preset, width in (("tiny", 128), ("mini", 160))}
+    for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")}
+_DIS = dict(conv=4, state=8, min_snr=None, max_snr=None, cfg_below=1)
+BEFORE |= {("dis", "tiny"): dict(width=128, **_DIS), ("dis", "mini"): dict(width=160, grid=4, **_DIS)}
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -857,7 +857,8 @@ def arguments(folder, *flags):
     """What train.py knows before it resumes."""
     args = train.parse(["--data", str(folder), "--results-dir", str(folder.parent / "results"), "--name", "run",
                         *flags])
-    args.bf16, args.options, paper = False, {}, checkpoint.load_paper("dis")
+    args.bf16, paper = False, checkpoint.load_paper("dis")
+    args.options = paper.CONFIGS["tiny"]
     return args, inputs.for_training(args, paper, "cpu")[0]
 
 
