@@ -211,6 +211,17 @@ def test_how_many_processes(flags, env, cores, world, each, monkeypatch):
         (str(r), str(world), str(each)) for r in range(1, world)]
 
 
+def test_all_cores_while_the_helpers_wait(monkeypatch):
+    """And again its own threads alone, even if drawing fails."""
+    used = []
+    monkeypatch.setattr(threads, "use", used.append)
+    monkeypatch.setattr(parallel, "HELPERS", ["one"])
+    monkeypatch.setattr(parallel.share_cores, "all", 7, raising=False)
+    with pytest.raises(OSError), parallel.all_cores():
+        raise OSError
+    assert used == [7, torch.get_num_threads()]
+
+
 @cores
 def test_train_starts_a_process_for_each_core(tmp_path):
     """Its losses are those of one process."""
