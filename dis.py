@@ -352,8 +352,8 @@ SIZES = {"S": dict(width=368, depth=24), "B": dict(width=768, depth=24), "M": di
 PAPER = dict(schedule="linear", predict="eps", variance="learned")
 CONFIGS = {f"DiS-{name}/{patch}": dict(**size, patch=patch, **PAPER)
            for name, size in SIZES.items() for patch in (2, 4)}
-# For minutes on two CPU cores: a 4 x 4 grid of large patches, E and N smaller, adaptive norms. It predicts x0, since 160
-# channels cannot carry the noise of a whole patch (docs/dis.md).
+# For minutes on two CPU cores: a 4 x 4 grid of large patches, E and N smaller, adaptive norms. It predicts x0, since
+# 160 channels cannot carry the noise of a whole patch (docs/dis.md).
 CONFIGS["tiny"] = dict(width=160, depth=6, patch=None, conv=None, expand=1, state=4, time="adaln", pos_init="sincos",
                        label_std=1.0, schedule="cosine", predict="x0", variance="small", min_snr=5, max_snr=1,
                        cfg_below=0.9)
