@@ -1,19 +1,21 @@
 """Makes the evidence behind docs/results.md: runs train.py for each study, and scores the samples with judge.py.
 
-    python benchmarks/evidence.py                        all studies on MNIST
-    python benchmarks/evidence.py minutes ode            some of them, by name
-    python benchmarks/evidence.py colour --data shapes
-    python benchmarks/evidence.py --missing              only what assets/evidence does not have yet
-    python benchmarks/evidence.py --speed                how fast the four models train, while nothing else runs
+    python benchmarks/evidence.py --speed                 first, while nothing else runs: how fast all arms train
+    python benchmarks/evidence.py                         all studies on MNIST
+    python benchmarks/evidence.py minutes mdm             some of them, by name
+    python benchmarks/evidence.py minutes --data cifar10 --seeds 0
+    python benchmarks/evidence.py --missing               only what assets/evidence does not have yet
 
-A study has arms: ways of training that differ in one thing. Each arm is trained with every seed, on one core; --jobs
-says how many runs go on at a time. A finished run is not done again, and an interrupted run goes on. A run lies in
---results-dir with its scores in a .csv beside it; delete both to do it again. The scores of a study are gathered in
-assets/evidence/<data>-<study>.csv. benchmarks/figures.py makes tables and figures of them.
+A study has arms: ways of training that differ in one thing. All arms get the same time of one core, and the measured
+speed tells how many steps that is. Each run is a process on one core; --jobs says how many go on at a time. A finished
+run is not done again, and an interrupted run goes on. A run lies in --results-dir with its scores in a .csv beside it;
+delete both to do it again. The scores of a study are gathered in assets/evidence/<data>-<study>.csv.
+benchmarks/figures.py makes tables and figures of them.
 """
 import csv
 import io
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,91 +26,65 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from torch.nn import functional
-
 HERE = Path(__file__).resolve().parent
-ASSETS = HERE.parent / "assets"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import judge as judges
+import judge as judges          # before torch
+import torch
 import sample
 import train
 from diffusion import UserError, fold, normal
-from support import checkpoint, cli, cost, datasets, denoise
+from support import checkpoint, cli, cost, datasets
 from support.pictures import to_uint8
 
 # --- what is studied ----------------------------------------------------------------------------
 
-DIS, DIFFUSSM, MDM, CUNET = (["--model", m] for m in ("dis", "diffussm", "mdm", "cunet"))
-MINI = ["--preset", "mini"]                             # about a million parameters
-UNET = [*CUNET, "--preset", "unet-mini"]                # what cU-Net is compared with
-STEADY = ["--lr-schedule", "constant"]                  # for runs that go on after they are judged
-HALF = ["--image-size", "half"]
-
-# How samples are drawn for the judge. Never compare distances of 1,000 samples with distances of 500.
-DRAW = dict(sampler="ddim", steps=50, cfg=1.0, n=1000)
-QUICK = DRAW | dict(steps=25, n=500)
+BATCH = 32                                              # images in a step, as by default in train.py
+INNER = 0.2                                             # of the time is for the half size, if training begins with it
+LEVELS = 0.1, 0.3, 1, 3, 10                             # sigma / alpha
+DIS, DIFFUSSM, MDM, CUNET = (f"--model {m} --preset mini" for m in ("dis", "diffussm", "mdm", "cunet"))
+UNET = "--model cunet --preset unet-mini"               # what cU-Net is compared with
 
 
 class Study:
-    """arms     {name: [(flags of train.py, steps), ..]}: one stage after another. Each stage takes over the network of
-             the stage before (--init-inner). `steps` is a list: the last stage is judged after each of them.
-             Or {name: a file of weights in assets}: they are judged as they are, and a seed is only for the samples
-    draws    the ways to draw samples for the judge
-    noise    the ratios of noise to signal at which the error of x_0 is measured, too
-    denoise  the steps from which test images are denoised, too"""
+    """arms      {name: [flags of train.py]}. With two flags, the second network takes over the first one (--init-inner)
+    minutes   of one core, for each run
+    places    the shares of these minutes after which a run is judged. With several the learning rate stays constant, so
+              that they can be compared: each is what a shorter run would have reached
+    n, steps  how many samples are judged, and how many steps of DDIM draw them. Never compare the distances of 1,000
+              samples with those of 500
+    guidance  the scales of guidance
+    noise     the ratios of noise to signal at which the error of x_0 is measured, too"""
 
-    def __init__(self, what, arms, seeds=(0, 1, 2), draws=[QUICK], noise=(), denoise=()):
-        self.what, self.arms, self.seeds = what, arms, seeds
-        self.draws, self.noise, self.denoise = draws, noise, denoise
+    def __init__(self, what, arms, minutes=15, places=(1/32, 1/16, 1/8, 1/4, 1/2, 1), n=500, steps=25, guidance=(1,),
+                 noise=()):
+        self.what, self.arms, self.minutes, self.places = what, arms, minutes, places
+        self.n, self.steps, self.guidance, self.noise = n, steps, guidance, noise
 
 
-LEVELS = 0.1, 0.3, 1, 3, 10
-FOUR = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-Net": CUNET + MINI}
-HOUR = {"DiS": 19000, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500}              # steps on MNIST
-TEN = {"DiS": 1600, "DiffuSSM": 320, "MDM": 800, "cU-Net": 800}                     # ten minutes, 32 x 32
 STUDIES = {
-    "minutes": Study("Equal time, about an hour of one core", {
-        name: [(FOUR[name], [HOUR[name]])] for name in FOUR},
-        (0,), [DRAW, DRAW | dict(cfg=2.0)], noise=LEVELS),
-    "steps": Study("Equal steps", {name: [(FOUR[name], [500])] for name in FOUR}, (0,), noise=LEVELS),
-    "colour": Study("Equal time, ten minutes of one core, 32 x 32 in colour", {
-        name: [(FOUR[name], [TEN[name]])] for name in FOUR}, (0,), noise=LEVELS),
-    "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {
-        "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [400])],
-        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [400, 1000])]}),
-    "dis": Study("Long skips, time, patches: ablations of DiS", {
-        "concat, adaln, patch 7": [(DIS, [1200])],
-        "skip=add": [([*DIS, "--set", "skip=add"], [1200])],
-        "skip=none": [([*DIS, "--set", "skip=none"], [1200])],
-        "time=token": [([*DIS, "--set", "time=token"], [1200])],
-        "patch=4": [([*DIS, "--set", "patch=4"], [1200])],
-        "patch=14": [([*DIS, "--set", "patch=14"], [1200])]}),
-    "losses": Study("Which loss, which order? MDM, Figures 4 and 8", {
-        "finest": [([*MDM, *MINI, "--set", "weights=finest"], [1000])],
-        "all": [([*MDM, *MINI], [1000])],
-        "progressive": [([*MDM, *MINI, *HALF], [1000]), ([*MDM, *MINI], [500])]}),
-    "ode": Study("cU-Net or U-Net? Tables 1 to 3", {
-        "cU-Net": [([*CUNET, *MINI, "--set", "nf=4"], [500])],
-        "U-Net, as wide": [(UNET, [500])],
-        "U-Net, as large": [([*UNET, "--set", "dim=8"], [500])]},
-        draws=[QUICK | dict(steps=k) for k in (2, 5, 10, 25)],
-        denoise=(50, 150)),
-    "samplers": Study("How many steps of which sampler?", {"DiS": "dis-mnist.pt", "MDM": "mdm-mnist.pt"},
-                      draws=[QUICK | dict(sampler=s, steps=k) for s in ("ddim", "ddpm")
-                             for k in (5, 10, 25, 50, 100)]),
-    "guidance": Study("How much guidance?", {"DiS": "dis-mnist.pt", "MDM": "mdm-mnist.pt"},
-                      draws=[QUICK | dict(cfg=w) for w in (1, 1.5, 2, 3, 4, 6)]),
+    "minutes": Study("Equal time, an hour of one core", {
+        "DiS": [DIS], "DiffuSSM": [DIFFUSSM], "MDM": [MDM], "cU-Net": [CUNET], "U-Net": [UNET]},
+        60, [1], 1000, 50, [1, 2], LEVELS),
+    "dis-patches": Study("DiS: large or small patches?", {
+        f"patch {p}": [f"{DIS} --set patch={p}"] for p in (14, 7, 4, 2)}),
+    "dis-skips": Study("DiS: which long skips?", {
+        skip: [f"{DIS} --set skip={skip}"] for skip in ("concat", "add", "none")}),
+    "dis-time": Study("DiS: time and class as tokens, or in the norms?", {
+        time: [f"{DIS} --set time={time}"] for time in ("token", "adaln")}),
+    "diffussm": Study("DiffuSSM: hourglass or patches?", {
+        "M = 2": [f"{DIFFUSSM} --set patch=1 ratio=2"], "P = 2": [f"{DIFFUSSM} --set patch=2 ratio=1"]}),
+    "mdm": Study("MDM: which loss, which order, how much noise?", {
+        "loss of the finest": [f"{MDM} --set weights=finest"],
+        "loss of all": [MDM],
+        "half size first": [f"{MDM} --image-size 14", MDM],
+        "power 2": [f"{MDM} --set power=2"]}),
+    "cunet": Study("cU-Net: which parts help, and does a U-Net do better?", {
+        "cU-Net": [CUNET],
+        "first order": [f"{CUNET} --set dynamics=first"],
+        "no attention": [f"{CUNET} --set attention=False"],
+        "no residual": [f"{CUNET} --set residual=False"],
+        "U-Net": [UNET]}),
 }
-
-
-# --- one run --------------------------------------------------------------------------------------
-
-FIELDS = ["arm", "seed", "step", "images", "minutes", "images_per_s", "parameters", "macs", "predict",
-          "schedule", "made_of", "sampler", "steps", "cfg", "n",
-          "recognised", "distance", "x_real", "precision", "recall", "seconds",
-          *(f"error_{ratio}" for ratio in LEVELS), "from_step", "metric", "noisy", "one_step", "best",
-          "after", "best_each", "after_each"]
 
 
 def read_rows(path):
@@ -126,20 +102,91 @@ def read_rows(path):
 
 def write_rows(path, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: v if isinstance(v, str) else int(v) if v == int(v) else f"{v:.5g}"
                       for k, v in row.items()} for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.replace(path, lambda f: f.write(text.getvalue().encode()))
 
 
-def done_in(log):
-    """A run's log.csv -> minutes of training, images seen. The minutes are computed from the median speed of the
-    log, since now and then a machine has other work."""
-    rows = read_rows(log)
-    images = rows[-1]["images"]
-    return images / statistics.median(row["images_per_s"] for row in rows) / 60, images
+# --- time and steps -------------------------------------------------------------------------------
 
+def settings(data, flags):
+    """A checksum of what decides how a stage trains: data, flags, preset."""
+    known = train.parse(flags.split())
+    return zlib.crc32(repr([data, flags, checkpoint.load_paper(known.model).CONFIGS[known.preset]]).encode())
+
+
+def common(args):
+    return ["--data", args.data, *["--data-dir", args.data_dir] * bool(args.data_dir)]
+
+
+def speed(args, names, turns=3):
+    """Measure how many images/s each arm trains, on one core and taking turns. Write it beside the studies."""
+    torch.set_num_threads(1)                                # like the runs of the studies
+    path = args.out / f"{args.data}-speed.csv"
+    known = {row.get("flags"): row for row in read_rows(path)}
+    arms = dict.fromkeys(flags for name in names for arm in STUDIES[name].arms.values() for flags in arm)
+    rates = {flags: [] for flags in arms
+             if not args.missing or known.get(flags, {}).get("made_of") != settings(args.data, flags)}
+    for flags in [*rates] * turns:
+        with tempfile.TemporaryDirectory() as folder:
+            train.main([*flags.split(), *common(args), "--max-steps", "30", "--log-every", "5", "--sample-every", "0",
+                        "--results-dir", folder, "--name", "run"])
+            rates[flags] += [row["images_per_s"] for row in read_rows(Path(folder) / "run/log.csv")[1:]]
+    for flags, rate in rates.items():
+        known[flags] = {"flags": flags, "made_of": settings(args.data, flags), "images_per_s": statistics.median(rate)}
+    known.pop(None, None)
+    write_rows(path, [*known.values()])
+
+
+class Run:
+    """An arm of a study, trained with one seed.
+
+    path      its own scores; the run lies beside. `gathered`: the scores of the whole study
+    stages    [(flags of train.py, {step: minutes of one core until there}), ..]; the last stage is judged
+    made_of   a checksum of everything that decides the scores: data, flags, presets, steps, the classifier
+
+    Raises UserError if the speed of the arm is not known."""
+
+    def __init__(self, args, name, arm, seed):
+        self.args, self.study, self.arm, self.seed = args, STUDIES[name], arm, seed
+        word = re.sub(r"\W", "-", arm.lower())
+        self.path = Path(args.results_dir) / f"{args.data}-{name}-{word}-{seed}.csv"
+        self.gathered = args.out / f"{args.data}-{name}.csv"
+        speeds = args.out / f"{args.data}-speed.csv"
+        rates = {row.get("made_of"): row["images_per_s"] for row in read_rows(speeds)}
+        self.stages, parts, began = [], [], 0
+        for flags in self.study.arms[arm]:
+            made = settings(args.data, flags)
+            if made not in rates:
+                raise UserError(f"{speeds} does not tell how fast `train.py {flags}` is: first run `python "
+                                f"benchmarks/evidence.py {name} --speed --missing --data {args.data}`, while nothing "
+                                f"else runs")
+            rate = 60 * self.study.minutes * rates[made] / BATCH                        # steps in all the minutes
+            last = len(self.stages) == len(self.study.arms[arm]) - 1
+            ends = [p for p in self.study.places if p > began] if last else [INNER]     # shares of the minutes
+            steps = {max(1, int(float(f"{rate * (end - began):.3g}"))): end * self.study.minutes for end in ends}
+            self.stages.append((flags, steps))
+            parts.append((made, steps))
+            began = INNER
+        self.made_of = zlib.crc32(repr([parts, self.study.n, self.study.steps,
+                                        checkpoint.sums(judges.path_of(args.data))]).encode())
+
+    def rows(self, path):
+        """Those of its scores there that are still valid."""
+        return [row for row in read_rows(path)
+                if (row["arm"], row["seed"], row["made_of"]) == (self.arm, self.seed, self.made_of)]
+
+    def missing(self, path):
+        """-> {step: the scales of guidance whose scores are not there}."""
+        done = {(row["step"], row["cfg"]) for row in self.rows(path)}
+        todo = {step: [cfg for cfg in self.study.guidance if (step, cfg) not in done] for step in self.stages[-1][1]}
+        return {step: scales for step, scales in todo.items() if scales}
+
+
+# --- one run --------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def errors_by_noise(model, diffusion, test, ratios, n=1000):
@@ -147,190 +194,85 @@ def errors_by_noise(model, diffusion, test, ratios, n=1000):
 
     n test images get noise until sigma / alpha is the ratio. So all networks are on one scale, whatever they predict
     and whatever their schedule is. For MDM it is the error at the finest resolution. The network also sees the coarse
-    pictures, with noise of their own, and they tell it a little more.
+    pictures, with noise of their own, and they tell it more: with two resolutions the ratio is, in effect, 1.22 times
+    smaller.
     """
-    n = min(n, len(test))
-    batch, found = test[range(n)], {}
-    levels = getattr(diffusion, "levels", [diffusion])
+    finest, found = getattr(diffusion, "levels", [diffusion])[-1], {}
     for ratio in ratios:
-        tables, total = levels[-1].tables, 0.0
-        t = (tables["noise"] / tables["signal"] - ratio).abs().argmin()
-        for rows in torch.arange(n).split(100):
-            x0, y, at = batch["x"][rows] / 127.5 - 1, batch["y"][rows], t.expand(len(rows))
-            noise = normal(fold(rows, 1), diffusion.noise_shape(test.shape))
-            if hasattr(diffusion, "levels"):
-                x = [functional.adaptive_avg_pool2d(x0, s[1:]) for s in diffusion.shapes]      # [(B, *shape)]
-                e = diffusion.unpack(noise[:, :-1])
-                z = diffusion.visible([d.q_sample(*of) for d, *of in zip(levels, x, [at] * len(x), e)])
-                x_t, out = z[-1], model(z, diffusion.model_t(at), y=y)[-1]
-            else:
-                x_t = diffusion.q_sample(x0, at, noise)
-                out = model(x_t, diffusion.model_t(at), y=y)
-            belief, _ = levels[-1].predict_x0_eps(out, x_t, at)
-            total += (belief - x0).square().flatten(1).mean(1).sum().item()
-        found[f"error_{ratio}"] = total / n
+        t, total = (finest.tables["noise"] / finest.tables["signal"] - ratio).abs().argmin(), 0.0
+        for rows in torch.arange(min(n, len(test))).split(100):
+            batch, seen = test[rows], []
+            x0, at = batch["x"] / 127.5 - 1, t.expand(len(rows))
+
+            def network(z, t, **cond):
+                seen.extend([z, model(z, t, **cond)])
+                return seen[1]
+            diffusion.loss(network, x0, at, normal(fold(rows, 1), diffusion.noise_shape(test.shape)), y=batch["y"])
+            z, out = (v[-1] if isinstance(v, list) else v for v in seen)                    # (B, C, H, W)
+            total += (finest.predict_x0_eps(out, z, at)[0] - x0).square().flatten(1).mean(1).sum().item()
+        found[f"error_{ratio}"] = total / min(n, len(test))
     return found
 
 
-def judged(judge, model, diffusion, trained, seed, how):
-    """Draw samples, equally many of each class -> what the judge says of them, and how many seconds drawing took."""
-    numbers, began = torch.arange(how["n"]), time.perf_counter()
-    y = numbers % trained["num_classes"]
-    images = sample.generate(model, diffusion, tuple(trained["shape"]), 10**6 * (seed + 1) + numbers,
-                             {"y": y}, 100, "cpu", sampler=how["sampler"], steps=str(how["steps"]),
-                             cfg_scale=how["cfg"], progress=False)
-    seconds = time.perf_counter() - began
-    images = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)                     # (N, C, H, W)
-    return how | judge(images, y) | {"seconds": seconds}
+def scores(run, weights, judge, test, scales):
+    """Judge these weights with each scale of guidance -> a row for each."""
+    model, diffusion, trained = checkpoint.load_run(weights)
+    batch = cost.blank_batch(diffusion, trained["shape"], 1, trained["num_classes"])
+    about = {"parameters": sum(p.numel() for p in model.parameters()),
+             "macs": cost.multiply_adds(model, diffusion, batch), **errors_by_noise(
+                 model, diffusion, test, run.study.noise)}
+    numbers = torch.arange(run.study.n)
+    y = numbers % trained["num_classes"]                    # equally many of each class
+    for cfg in scales:
+        images = sample.generate(model, diffusion, tuple(trained["shape"]), 10**6 * (run.seed + 1) + numbers, {"y": y},
+                                 100, "cpu", sampler="ddim", steps=str(run.study.steps), cfg_scale=cfg, progress=False)
+        images = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)                     # (N, C, H, W)
+        yield about | {"cfg": cfg} | judge(images, y)
 
 
-def denoised(model, diffusion, test, T, n=100):
-    """Add noise up to step T to n test images, and let DDPM remove it -> a row for PSNR and one for SSIM. `best` is the
-    score of all images after the same number of steps, `best_each` that of each after its own best number."""
-    metrics = {"psnr": denoise.psnr, "ssim": denoise.ssim}
-    scores, seconds, _ = denoise.denoise(
-        model, diffusion, test[range(n)]["x"] / 127.5 - 1, torch.arange(n), None, T, str(T + 1), metrics, 100,
-        torch.device("cpu"), sampler="ddpm")
-    for metric in metrics:
-        _, (best_each, after_each, _), (best, after, took) = denoise.best_steps(scores, seconds, metric)
-        yield {"n": n, "from_step": T, "metric": metric, "noisy": scores[metric, "noisy"].mean().item(),
-               "one_step": scores[metric, "one step"].mean().item(), "best": best, "after": after, "seconds": took,
-               "best_each": best_each, "after_each": after_each}
-
-
-def made_of(args, name, arm, judge_path):
-    """A checksum of everything that decides an arm's scores: flags, presets, weights, the classifier."""
-    stages = STUDIES[name].arms[arm]
-    if isinstance(stages, str):
-        parts = [checkpoint.sums(ASSETS / stages)]
-    else:
-        parts = [stages, args.data]
-        for flags, _ in stages:
-            known = train.parse(["8" if f == "half" else f for f in flags])
-            parts.append(checkpoint.load_paper(known.model).CONFIGS[known.preset])
-    return zlib.crc32(repr([parts, checkpoint.sums(judge_path)]).encode())
-
-
-def missing(study, arm, rows):
-    """What has no row yet -> {step: [how to draw, or what to denoise]}. Step None: the weights in assets."""
-    stages, todo = study.arms[arm], {}
-    steps = [None] if isinstance(stages, str) else stages[-1][1]
-    for step in steps:
-        wanted = study.draws + [{"from_step": T, "metric": "ssim"}
-                                for T in study.denoise * (step == steps[-1])]
-        here = [row for row in rows if step in (None, row["step"])]
-        if wanted := [how for how in wanted if not any(how.items() <= row.items() for row in here)]:
-            todo[step] = wanted
-    return todo
-
-
-def do_run(args, name, arm, seed):
-    """Train the stages of an arm with one seed, judge them, and write the scores down. Scores that are there already
-    are not made again."""
-    study, path = STUDIES[name], file_of(args, name, arm, seed)
-    judge_path, stages = judges.path_of(args.data, None, args.results_dir), study.arms[arm]
-    made = made_of(args, name, arm, judge_path)
-    rows = rows_of(args, name, arm, seed, judge_path)
-    todo = missing(study, arm, rows)
+def do_run(run):
+    """Train the stages of a run, judge it at its places, and write the scores down. What is there is not done again."""
+    args, rows, todo = run.args, run.rows(run.path), run.missing(run.path)
     if not todo:
         return
-    judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
-    test = datasets.load(args.data, args.data_dir, split="test")
-
-    def note(weights, minutes, images, wanted):
-        """Judge these weights. wanted: a list of ways to draw, or of steps to denoise from; one line each."""
-        model, diffusion, trained = checkpoint.load_run(weights)
-        if trained["data"] != args.data:
-            raise UserError(f"{weights} was trained on {trained['data']}: pass --data {trained['data']}")
-        config = checkpoint.load_paper(trained["model"]).CONFIGS[trained["preset"]] | trained["set"]
-        about = {"arm": arm, "seed": seed, "step": trained["step"], "images": images, "minutes": minutes,
-                 "parameters": sum(p.numel() for p in model.parameters()), "macs": cost.multiply_adds(
-                     model, diffusion, cost.blank_batch(diffusion, trained["shape"], 1, trained["num_classes"])),
-                 "predict": config["predict"], "schedule": config["schedule"], "made_of": made,
-                 **errors_by_noise(model, diffusion, test, study.noise)}
-        for how in wanted:
-            new = (denoised(model, diffusion, test, how["from_step"]) if "from_step" in how else
-                   [judged(judge, model, diffusion, trained, seed, how)])
-            rows.extend(about | row for row in new)
-            write_rows(path, rows)
-
-    if isinstance(stages, str):
-        return note(ASSETS / stages, 0.0, 0, todo[None])
-    minutes, images, begin = 0.0, 0, []                     # begin: the flags to start from the stage before
-    for number, (flags, steps) in enumerate(stages, start=1):
-        final = number == len(stages)
-        run = path.with_suffix("" if final else f".stage{number}")
-        for step in steps if not final else todo:
-            train.main([*sized(flags, test), *begin, "--data", args.data, "--seed", str(seed), "--max-steps",
-                        str(step), *(["--data-dir", args.data_dir] if args.data_dir else []),
-                        "--sample-every", "0", "--results-dir", str(run.parent), "--name", run.name])
-            if checkpoint.read(run / "latest.pt")["step"] < step:
-                sys.exit("stopped; the same command goes on")
-            took, seen = done_in(run / "log.csv")
+    judge, test = judges.Judge(args.data, args.data_dir), datasets.load(args.data, args.data_dir, split="test")
+    begin, before = [], 0                                   # begin: the flags to start from the stage before
+    for number, (flags, places) in enumerate(run.stages, start=1):
+        final = number == len(run.stages)
+        folder = run.path.with_suffix("" if final else f".stage{number}")
+        for step in todo if final else places:
+            train.main([*flags.split(), *begin, *common(args), "--seed", str(run.seed), "--max-steps", str(step),
+                        *["--lr-schedule", "constant"] * (len(run.study.places) > 1), "--sample-every", "0",
+                        "--results-dir", str(folder.parent), "--name", folder.name])
+            if checkpoint.read(folder / "latest.pt")["step"] != step:
+                sys.exit(f"{folder} is not at step {step}: if it was stopped, the same command goes on")
             if final:
-                note(run / "latest.pt", minutes + took, images + seen, todo[step])
-        minutes, images, begin = minutes + took, images + seen, ["--init-inner", str(run)]
-
-
-def sized(flags, dataset):
-    """The flags, with a number in place of "half": half the size of the pictures."""
-    return [str(dataset.shape[-1] // 2) if f == "half" else f for f in flags]
+                about = {"arm": run.arm, "seed": run.seed, "step": step, "images": BATCH * (before + step),
+                         "minutes": places[step], "made_of": run.made_of}
+                for row in scores(run, folder / "latest.pt", judge, test, todo[step]):
+                    write_rows(run.path, rows := [*rows, about | row])
+        begin, before = ["--init-inner", str(folder)], before + max(places)
 
 
 # --- all runs -------------------------------------------------------------------------------------
 
-def file_of(args, name, arm, seed):
-    """Where a run's scores are kept. The run itself lies beside."""
-    arm = "".join(c if c.isalnum() else "-" for c in arm.lower())
-    return Path(args.results_dir) / f"{args.data}-{name}-{arm}-{seed}.csv"
-
-
-def rows_of(args, name, arm, seed, judge_path, gathered=False):
-    """The rows of a run that are still valid: its own, or those gathered before, perhaps on another machine."""
-    path = args.out / f"{args.data}-{name}.csv" if gathered else file_of(args, name, arm, seed)
-    return [row for row in read_rows(path) if (row["arm"], row["seed"]) == (arm, seed)
-            and row["made_of"] == made_of(args, name, arm, judge_path)]
-
-
-def gather(args, name, judge_path):
+def gather(args, name):
     """Write all scores that a study has so far into one file. If a run was not done here, its scores in that file
-    stay."""
-    rows = []
-    for arm in STUDIES[name].arms:
-        for seed in STUDIES[name].seeds:
-            run = args, name, arm, seed, judge_path
-            rows += rows_of(*run) or rows_of(*run, gathered=True)
-    if rows:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_rows(args.out / f"{args.data}-{name}.csv", rows)
+    stay, as long as they are valid."""
+    path = args.out / f"{args.data}-{name}.csv"
+    seeds = sorted({*args.seeds, *(row["seed"] for row in read_rows(path))})
+    runs = [Run(args, name, arm, int(seed)) for arm in STUDIES[name].arms for seed in seeds]
+    if rows := [row for run in runs for row in run.rows(run.path) or run.rows(path)]:
+        write_rows(path, rows)
 
 
 def judge_itself(args):
-    """Judge cases with known answers; the scores go beside those of the studies. -> the path of the judge's weights"""
-    judge = judges.Judge(args.data, args.data_dir, cache=args.results_dir)
+    """Judge cases with known answers; the scores go beside those of the studies."""
+    judge = judges.Judge(args.data, args.data_dir)
     path, about = args.out / f"{args.data}-judge.csv", {"made_of": checkpoint.sums(judge.path)}
     if not any(about.items() <= row.items() for row in read_rows(path)):
-        args.out.mkdir(parents=True, exist_ok=True)
-        rows = [{"arm": name} | about | judge(images, labels)
-                for name, images, labels in judges.known_cases(judge, DRAW["n"])]
-        write_rows(path, [{"arm": "accuracy"} | about | {"recognised": judge.accuracy,
-                                                         "distance": judge.half_distance}, *rows])
-    return judge.path
-
-
-def speed(args, turns=3):
-    """Measure how many images/s the four models train, on one core and taking turns. Write it beside the studies."""
-    torch.set_num_threads(1)                                # like the runs of the studies
-    rates = {arm: [] for arm in FOUR}
-    for arm, flags in [*FOUR.items()] * turns:
-        with tempfile.TemporaryDirectory() as folder:
-            train.main([*flags, "--data", args.data, *["--data-dir", args.data_dir] * bool(args.data_dir),
-                        "--max-steps", "30", "--log-every", "5", "--sample-every", "0",
-                        "--results-dir", folder, "--name", "run"])
-            rates[arm] += [row["images_per_s"] for row in read_rows(Path(folder) / "run/log.csv")[1:]]
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out / f"{args.data}-speed.csv", [
-        {"arm": arm, "images_per_s": statistics.median(rate)} for arm, rate in rates.items()])
+        write_rows(path, [{"arm": "accuracy", "recognised": judge.accuracy} | about,
+                          *({"arm": name} | about | judge(x, y) for name, x, y in judges.known_cases(judge))])
 
 
 @cli.told_plainly()
@@ -339,43 +281,41 @@ def main(argv=None):
     p.add_argument("studies", nargs="*", metavar="STUDY", help=f"any of {', '.join(STUDIES)} (default: all)")
     p.add_argument("--data", default="mnist", help="what to train on")
     p.add_argument("--data-dir", help="as in train.py")
+    p.add_argument("--seeds", type=cli.number(int), nargs="+", default=[0, 1, 2], help="a run for each")
     p.add_argument("--results-dir", default="results/evidence", help="where each run has its folder")
-    p.add_argument("--out", type=Path, default=ASSETS / "evidence", help="where scores are gathered")
+    p.add_argument("--out", type=Path, default=judges.ASSETS / "evidence", help="where scores are gathered")
     p.add_argument("--jobs", type=cli.number(int, 1), default=os.cpu_count(), help="runs at a time")
     p.add_argument("--missing", action="store_true", help="only what --out does not have yet")
-    p.add_argument("--speed", action="store_true", help="measure how fast the four models of `minutes` train")
+    p.add_argument("--speed", action="store_true", help="measure how fast the arms of the studies train")
     p.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="only this run of a study, in this process")
     args = p.parse_args(argv)
     if unknown := [s for s in args.studies if s not in STUDIES]:
         raise UserError(f"no study {unknown[0]!r}: choose {', '.join(STUDIES)}")
+    names = args.studies or [*STUDIES]
     if args.speed:
-        return speed(args)
+        return speed(args, names)
     if args.run:
-        return do_run(args, args.studies[0], args.run[0], int(args.run[1]))
+        return do_run(Run(args, names[0], args.run[0], int(args.run[1])))
     os.makedirs(args.results_dir, exist_ok=True)
     checkpoint.hold(Path(args.results_dir))                 # for one evidence.py at a time
-    judge_path = judge_itself(args)                         # trains the classifier, if need be, with all cores
+    judge_itself(args)                                      # trains the classifier, if need be, with all cores
+    runs = [(name, run) for name in names for seed in args.seeds for arm in STUDIES[name].arms
+            for run in [Run(args, name, arm, seed)] if not args.missing or run.missing(run.gathered)]
     writing = threading.Lock()
 
-    def start(name, arm, seed):
+    def start(name, run):
         """One run, in a process with one core: two runs that share cores would wait for each other."""
-        log, began = file_of(args, name, arm, seed).with_suffix(".log"), time.perf_counter()
+        log, began = run.path.with_suffix(".log"), time.perf_counter()
         with open(log, "a") as f:
-            rc = subprocess.run(
-                [sys.executable, __file__, name, "--run", arm, str(seed), "--data", args.data,
-                 "--results-dir", args.results_dir, *["--data-dir", args.data_dir] * bool(args.data_dir)],
-                stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            rc = subprocess.run([sys.executable, __file__, name, "--run", run.arm, str(run.seed), *common(args),
+                                 "--results-dir", args.results_dir, "--out", str(args.out)],
+                                stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         with writing:
-            gather(args, name, judge_path)
+            gather(args, name)
         took = f"{(time.perf_counter() - began) / 60:.1f} min"
-        print(f"{name}: {arm}, seed {seed}: {f'stopped or failed, see {log}' if rc else took}", flush=True)
+        print(f"{name}: {run.arm}, seed {run.seed}: {f'stopped or failed, see {log}' if rc else took}", flush=True)
         return rc
 
-    chosen = args.studies or [name for name in STUDIES if name != "colour"]
-    runs = [(name, arm, seed) for name in chosen for seed in STUDIES[name].seeds
-            for arm in STUDIES[name].arms
-            if not args.missing or missing(
-                STUDIES[name], arm, rows_of(args, name, arm, seed, judge_path, gathered=True))]
     with ThreadPoolExecutor(args.jobs) as pool:
         sys.exit(int(any(list(pool.map(lambda run: start(*run), runs)))))
 

@@ -1,10 +1,7 @@
 """How good are the pictures? A small classifier, trained on real pictures, looks at samples.
 
     python benchmarks/judge.py --data mnist                       the judge itself, on cases with known answers
-    python benchmarks/judge.py samples.npz --data mnist           uint8 images (N, H, W, C) in arr_0; if there is an
-                                                                  arr_1, it holds the classes asked for
-    python benchmarks/judge.py FOLDER --data mnist --class-labels all
-                                                                  PNGs; --class-labels as you gave it to sample.py
+    python benchmarks/judge.py FOLDER --data mnist                PNGs of `sample.py --save-images`
 
 It prints
     recognised   the share of samples that the classifier takes for the class asked for
@@ -19,10 +16,9 @@ It prints
 With fewer images the distance is larger, whatever they show. So compare `distance` and `x real` only between sets of
 equally many images. They are not FID either: the features are this classifier's, and they are for one data set only.
 
-The classifiers of MNIST, shapes and CIFAR-10 are in assets/, in half precision. Training one again on another machine
-changes distances by about 10%, by rounding alone (measured for MNIST). The classifiers of other data sets are trained
-once and kept in --cache; with --train, so is a new one of these. That of CIFAR-10 recognises 89.0% of the test images;
-its precision is no measure: it calls pure noise precise (0.88). Without samples, this program shows such cases.
+The classifiers of MNIST, shapes and CIFAR-10 are in assets/, in half precision; one that is not there is trained.
+Training one again on another machine changes distances by about 10%, by rounding alone (measured for MNIST). That of
+CIFAR-10 recognises 89.0% of the test images; its precision is no measure: it calls pure noise precise (0.88).
 """
 import sys
 from pathlib import Path
@@ -136,47 +132,38 @@ def share_within(points, of):
     return torch.cat(inside).float().mean().item()
 
 
-def path_of(name, image_size, cache, anew=False):
-    """Where the classifier of a data set is or will be: in the cache, or in assets if it is only there."""
-    kept = Path(cache) / f"{name}{f'-{image_size}' if image_size else ''}-judge.pt"
-    there = ASSETS / kept.name
-    return there if there.exists() and not kept.exists() and not anew else kept
+def path_of(name):
+    """Where the classifier of a data set is or will be."""
+    return ASSETS / f"{name}-judge.pt"
 
 
 class Judge:
     """The judge of one data set: `judge(images, labels)` -> a dict of the numbers above.
 
-    accuracy       the share of the test set that the classifier recognises
-    half_distance  the distance between two halves of the test set
-    fresh          the sixth of the training images that the classifier has not seen
+    accuracy   the share of the test set that the classifier recognises
+    fresh      the sixth of the training images that the classifier has not seen
     """
 
-    def __init__(self, name, data_dir=None, image_size=None, cache="results", say=print, anew=False):
-        train_set = datasets.load(name, data_dir, image_size)
-        order = np.random.default_rng(1).permutation(len(train_set))
+    def __init__(self, name, data_dir=None):
+        train_set, test = datasets.load(name, data_dir), datasets.load(name, data_dir, split="test")
+        order, photographs = np.random.default_rng(1).permutation(len(train_set)), name == "cifar10"
         self.fresh = train_set.subset(order[:len(order) // 6])
-        test, photographs = datasets.load(name, data_dir, image_size, "test"), name == "cifar10"
         if not test.num_classes or len(test.shape) != 3:
             raise UserError(f"the judge needs pictures with classes, and {name} has none: use shapes, mnist, fashion "
                             f"or cifar10")
-        self.path = path = path_of(name, image_size, cache, anew)
-        if anew or not path.exists():
-            say(f"training a classifier of {name}: this happens once and takes minutes ...")
+        self.path = path_of(name)
+        if not self.path.exists():
+            print(f"training a classifier of {name}: this happens once and takes minutes ...")
             net = train(train_set.subset(order[len(order) // 6:]), photographs)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.replace(path, lambda f: torch.save(net.half().state_dict(), f))
+            checkpoint.replace(self.path, lambda f: torch.save(net.half().state_dict(), f))
         self.net = Classifier(test.shape, test.num_classes, photographs)
-        self.net.load_state_dict(torch.load(path, weights_only=True))           # into float32
+        self.net.load_state_dict(torch.load(self.path, weights_only=True))      # into float32
         self.net.eval()
-        self.shape, self.num_classes = test.shape, test.num_classes
+        self.shape, self.num_classes, self.floors = test.shape, test.num_classes, {}
         everything = test[range(len(test))]
-        self.real, guesses = self.look(everything["x"])
+        real, guesses = self.look(everything["x"])
         self.accuracy = (guesses == everything["y"]).float().mean().item()
-        order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.real)))
-        half = len(order) // 2
-        self.half_distance = frechet(self.real[order[:half]], self.real[order[half:]])
-        self.real = self.real[order]            # shuffled: the first n are a fair choice
-        self.floors = {}
+        self.real = real[np.random.default_rng(0).permutation(len(real))]       # so the first n are a fair choice
 
     @torch.no_grad()
     def look(self, images):
@@ -200,101 +187,66 @@ class Judge:
                                                     self.real) for d in range(draws)]))
         return self.floors[n]
 
-    def __call__(self, images, labels=None):
+    def __call__(self, images, labels):
         """uint8 (N, C, H, W) and the classes asked for (N,) -> {"n", "recognised", "distance", "x_real", "precision",
         "recall"}."""
         n = len(images)
         features, guesses = self.look(images)
         distance = frechet(features, self.real)
         real = self.real[:n]                    # equally many: then neighbours are equally near in both
-        return {"n": n,
-                "recognised": None if labels is None else (guesses == labels).float().mean().item(),
+        return {"n": n, "recognised": (guesses == labels).float().mean().item(),
                 "distance": distance, "x_real": distance / self.floor(n),
                 "precision": share_within(features, real), "recall": share_within(real, features)}
 
 
-def report(rows):
-    """rows: (name, what the judge said) -> text."""
-    lines = [f"{'':28s} {'n':>6s} {'recognised':>11s} {'distance':>9s} {'x real':>7s} {'precision':>10s} "
-             f"{'recall':>7s}"]
-    for name, r in rows:
-        seen = "-" if r["recognised"] is None else f"{r['recognised']:.1%}"
-        lines.append(f"{name:28s} {r['n']:6,d} {seen:>11s} {r['distance']:9.4g} {r['x_real']:7.3g} "
-                     f"{r['precision']:10.3f} {r['recall']:7.3f}")
-    return "\n".join(lines)
-
-
-def known_cases(judge, n):
+def known_cases(judge, n=1000):
     """Real images, and pictures with each fault that we can think of -> (name, images, labels), one after another."""
     rng, n = np.random.default_rng(9), min(n, len(judge.fresh) // 2)
     every = judge.some_fresh(len(judge.fresh), seed=9)
-    batch = judge.fresh[every[:n]]
-    x, y = batch["x"], batch["y"]
+    x, y = (judge.fresh[every[:n]][k] for k in "xy")
     yield "real images", x, y
     yield "labels shuffled", x, y[torch.from_numpy(rng.permutation(n))]
-    yield "blurred, sigma 1 px", blurred(x, 1), y
+    soft = [to_pil(image).filter(ImageFilter.GaussianBlur(1)) for image in x.permute(0, 2, 3, 1).numpy()]  # (H, W, C)
+    yield "blurred, sigma 1 px", stacked(soft), y
     noise = torch.from_numpy(rng.normal(0, 25, x.shape))
     yield "with noise, sigma 0.1", (x + noise).round().clamp(0, 255).to(torch.uint8), y
-    left = every[(judge.fresh.labels[every] != 0).numpy()][:n]
-    batch = judge.fresh[left]
-    yield "no picture of class 0", batch["x"], batch["y"]
+    left = judge.fresh[every[(judge.fresh.labels[every] != 0).numpy()][:n]]
+    yield "no picture of class 0", left["x"], left["y"]
     few = torch.from_numpy(rng.integers(0, 50, n))
     yield "50 images, over and over", x[few], y[few]
     yield "nothing but noise", torch.from_numpy(rng.integers(0, 256, x.shape, dtype=np.uint8)), y
 
 
-def blurred(x, sigma):
-    """uint8 (N, C, H, W) -> the same, blurred by a Gaussian of sigma pixels."""
-    images = [to_pil(image) for image in x.permute(0, 2, 3, 1).numpy()]                # (H, W, C)
-    soft = [np.atleast_3d(np.asarray(i.filter(ImageFilter.GaussianBlur(sigma)))) for i in images]
-    return torch.from_numpy(np.stack(soft)).permute(0, 3, 1, 2)                               # (N, C, H, W)
-
-
-def read_samples(path, class_labels, num_classes, seed):
-    """An .npz or a folder of PNGs -> uint8 (N, C, H, W), and labels (N,) or None. Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.png"))
-        if not files:
-            raise UserError(f"no .png in {path}: pass what `sample.py --save-images` wrote")
-        images, labels = np.stack([np.atleast_3d(np.asarray(Image.open(f))) for f in files]), None
-    elif path.suffix == ".npz" and path.exists():
-        with np.load(path) as file:
-            images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
-    else:
-        raise UserError(f"{path} is neither a folder nor an .npz: pass samples, or nothing")
-    if labels is not None:
-        labels = torch.from_numpy(labels).long()
-    elif class_labels:
-        labels = cli.choose_labels(class_labels, num_classes, seed + torch.arange(len(images)))
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels                               # (N, C, H, W)
+def stacked(images):
+    """PIL images -> uint8 (N, C, H, W)."""
+    return torch.from_numpy(np.stack([np.atleast_3d(np.asarray(i)) for i in images])).permute(0, 3, 1, 2)
 
 
 @cli.told_plainly()
 def main(argv=None):
     p = cli.Parser(__doc__)
-    p.add_argument("samples", nargs="*", help="folders of PNGs, or .npz files (none: cases with known answers)")
+    p.add_argument("samples", nargs="*", help="folders of PNGs (none: cases with known answers)")
     p.add_argument("--data", default="mnist", help="what the samples should look like")
     p.add_argument("--data-dir", help="as in train.py")
-    p.add_argument("--image-size", help="as in train.py")
-    p.add_argument("--class-labels", help="as you gave it to sample.py: all, random, or 0,1,2")
-    p.add_argument("--seed", type=cli.number(int), default=0, help="as you gave it to sample.py")
-    p.add_argument("--num-samples", type=cli.number(int, 50), default=1000, help="images in each known case")
-    p.add_argument("--cache", default="results", help="where classifiers are kept")
-    p.add_argument("--train", action="store_true", help="train a new classifier, into --cache")
+    p.add_argument("--class-labels", default="all", help="as in sample.py: all, 0,1,2, or random with seed 0")
     args = p.parse_args(argv)
-    judge = Judge(args.data, args.data_dir, args.image_size, args.cache, anew=args.train)
-    cases = []
-    for path in args.samples:
-        images, labels = read_samples(path, args.class_labels, judge.num_classes, args.seed)
+    judge, cases = Judge(args.data, args.data_dir), []
+    for folder in args.samples:
+        files = sorted(Path(folder).glob("*.png"))
+        if not files:
+            raise UserError(f"no .png in {folder}: pass what `sample.py --save-images` wrote")
+        images = stacked(map(Image.open, files))
         if tuple(images.shape[1:]) != judge.shape or len(images) <= NEIGHBOUR:
-            raise UserError(f"{path} has {len(images)} images of {tuple(images.shape[1:])}, and {args.data} is "
-                            f"{judge.shape}: pass --data and --image-size as in training")
-        cases.append((str(path), images, labels))
-    print(f"the classifier recognises {judge.accuracy:.2%} of {len(judge.real):,} test images; the distance between "
-          f"two halves of them is {judge.half_distance:.3g}")
-    print(report((name, judge(images, labels))
-                 for name, images, labels in cases or known_cases(judge, args.num_samples)))
+            raise UserError(f"{folder} has {len(images)} images of {tuple(images.shape[1:])}, and {args.data} is "
+                            f"{judge.shape}: pass --data as in training")
+        labels = cli.choose_labels(args.class_labels, judge.num_classes, torch.arange(len(images)))
+        cases.append((folder, images, labels))
+    print(f"the classifier recognises {judge.accuracy:.2%} of {len(judge.real):,} test images")
+    print(f"{'':28s} {'n':>6s} {'recognised':>11s} {'distance':>9s} {'x real':>7s} {'precision':>10s} {'recall':>7s}")
+    for name, images, labels in cases or known_cases(judge):
+        r = judge(images, labels)
+        print(f"{name:28s} {r['n']:6,d} {r['recognised']:11.1%} {r['distance']:9.4g} {r['x_real']:7.3g} "
+              f"{r['precision']:10.3f} {r['recall']:7.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The judge of pictures, the studies that it looks at, and the page that tells what they found."""
 import argparse
-import statistics
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusion import SCHEDULES, Diffusion, UserError
-from support import datasets
+from support import checkpoint, datasets
 from support.checkpoint import load_paper
 from support.pictures import to_pil
 
@@ -23,13 +23,13 @@ import judge  # noqa: E402
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, tmp_path):
     """Drawn shapes, 1,440 for training and 400 for testing, and a classifier that is trained for twenty steps."""
     load, train = datasets.load, judge.train
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None, size=None, split="train", **kw: load(
         name, data_dir, size, split, **kw).subset(range(1440 if split == "train" else 400)))
     monkeypatch.setattr(judge, "train", lambda dataset, photographs: train(dataset, photographs, 20, 32))
-    monkeypatch.setattr(judge, "ASSETS", Path("no classifier is here"))
+    monkeypatch.setattr(judge, "ASSETS", tmp_path)
 
 
 # --- the judge ---
@@ -79,8 +79,8 @@ def test_a_classifier_of_photographs_learns(small):
     assert features.shape == (300, 256) and (logits.argmax(1) == y).float().mean() > 0.25
 
 
-def test_the_judge_on_cases_with_known_answers(small, tmp_path):
-    j = judge.Judge("shapes", cache=tmp_path, say=lambda text: None)
+def test_the_judge_on_cases_with_known_answers(small, monkeypatch):
+    j = judge.Judge("shapes")
     found = {name: j(x, y) for name, x, y in judge.known_cases(j, 200)}
     real = found["real images"]
     assert real["x_real"] < 1.7 and real["precision"] > 0.6 and real["recall"] > 0.6
@@ -91,36 +91,25 @@ def test_the_judge_on_cases_with_known_answers(small, tmp_path):
     assert found["nothing but noise"]["distance"] > 5 * real["distance"]
     labels = j.fresh.labels[j.some_fresh(40, seed=3)]
     assert labels.bincount().tolist() == [5] * 8                # as many of each class
-    again = judge.Judge("shapes", cache=tmp_path, say=lambda text: pytest.fail("trained twice"))
-    assert torch.equal(again.real, j.real)
+    monkeypatch.setattr(judge, "train", lambda *args: pytest.fail("trained twice"))
+    assert torch.equal(judge.Judge("shapes").real, j.real)
 
 
-def test_where_the_judge_is(tmp_path):
-    """In assets; in the cache, if that has one or if one is to be trained anew."""
-    assert judge.path_of("mnist", None, tmp_path) == judge.ASSETS / "mnist-judge.pt"
-    own = judge.path_of("mnist", None, tmp_path, anew=True)
-    own.touch()
-    assert judge.path_of("mnist", None, tmp_path) == own == tmp_path / "mnist-judge.pt"
-    assert judge.path_of("mnist", 16, tmp_path) == tmp_path / "mnist-16-judge.pt"
-
-
-def test_the_judge_reads_folders_and_npz(small, tmp_path, capsys):
+def test_the_judge_reads_folders(small, tmp_path, capsys):
     x, folder = datasets.load("shapes")[range(24)]["x"].permute(0, 2, 3, 1).numpy(), tmp_path / "pngs"
-    folder.mkdir()
     for i, image in enumerate(x):
-        to_pil(image).save(folder / f"{i:06d}.png")
-    np.savez(tmp_path / "few.npz", arr_0=x, arr_1=np.arange(24) % 8)
-    common = ["--data", "shapes", "--cache", str(tmp_path)]
-    judge.main([str(folder), str(tmp_path / "few.npz"), "--class-labels", "all", *common])
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert lines[0].split()[1:] == lines[1].split()[1:] and lines[0].split()[1] == "24"
-    np.savez(tmp_path / "gray.npz", arr_0=x[..., :1])
-    for flags, says in (([str(tmp_path / "nowhere")], "neither a folder nor an .npz"),
-                        ([str(tmp_path)], "no .png"),
-                        ([str(tmp_path / "gray.npz")], "(1, 32, 32)"),
+        for where, shown in ((folder, image), (tmp_path / "gray", image[..., :1])):
+            where.mkdir(exist_ok=True)
+            to_pil(shown).save(where / f"{i:06d}.png")
+    j = judge.Judge("shapes")
+    r = j(torch.from_numpy(x).permute(0, 3, 1, 2), torch.arange(24) % 8)
+    judge.main([str(folder), "--data", "shapes"])
+    line = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    assert line[:3] == ["24", f"{r['recognised']:.1%}", f"{r['distance']:.4g}"]
+    for flags, says in (([str(tmp_path / "nowhere")], "no .png"), ([str(tmp_path / "gray")], "(1, 32, 32)"),
                         (["--data", "moving"], "needs pictures with classes")):
         with pytest.raises(SystemExit) as e:
-            judge.main([*common, *flags])
+            judge.main(["--data", "shapes", *flags])
         assert e.value.code == 2 and says in capsys.readouterr().err
 
 
@@ -143,64 +132,85 @@ def test_errors_are_at_the_noise_they_say(schedule, levels):
     assert found == {f"error_{r}": pytest.approx(r * r, rel=0.05) for r in (0.1, 1, 10)}
 
 
+TINY = "--model dis --set width=16 depth=2"
+SMALL_MDM = "--model mdm --set channels=[8,16] outer=[{'channels':[8,8],'blocks':[1,1]}]"
+
+
+def speeds(folder, *flags):
+    """Say that each trains 16 images/s: a minute has 30 steps."""
+    evidence.write_rows(folder / "shapes-speed.csv", [
+        {"flags": f, "made_of": evidence.settings("shapes", f), "images_per_s": 16.0} for f in flags])
+
+
 def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
-    draw = dict(sampler="ddim", steps=2, cfg=1.0, n=40)
-    small_mdm = [*evidence.MDM, "--set", "channels=[8,16]", "outer=[{'channels':[8,8],'blocks':[1,1]}]"]
+    """Two arms of 0.2 minutes = 6 steps; the first is judged after 2 and 6 of them, with two scales of guidance."""
     monkeypatch.setitem(evidence.STUDIES, "small", evidence.Study("A small study", {
-        "DiS": [([*evidence.DIS, "--set", "width=16", "depth=2"], [2, 3])]},
-        draws=[draw], seeds=(0, 1), noise=evidence.LEVELS, denoise=(20,)))
+        "DiS": [TINY]}, 0.2, (1/3, 1), 40, 2, (1, 2), evidence.LEVELS))
     monkeypatch.setitem(evidence.STUDIES, "stages", evidence.Study("Stages", {
-        "MDM": [([*small_mdm, *evidence.HALF], [2]), (small_mdm, [2])]}, draws=[draw]))
+        "half first": [f"{SMALL_MDM} --image-size 16", SMALL_MDM]}, 0.3, (0.1, 1), 40, 2))
     common = ["--data", "shapes", "--results-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    args = argparse.Namespace(data="shapes", data_dir=None, results_dir=tmp_path / "runs", out=tmp_path)
     (tmp_path / "runs").mkdir()
-    judge_path = evidence.judge_itself(args)
+    args = argparse.Namespace(data="shapes", data_dir=None, results_dir=tmp_path / "runs", out=tmp_path, seeds=[0, 1])
+    evidence.judge_itself(args)
+    with pytest.raises(SystemExit):
+        evidence.main(["small", *common, "--run", "DiS", "0"])
+    assert "evidence.py small --speed --missing --data shapes" in capsys.readouterr().err
+    speeds(tmp_path, TINY, SMALL_MDM, f"{SMALL_MDM} --image-size 16")
     evidence.main(["small", *common, "--run", "DiS", "0"])
-    evidence.main(["stages", *common, "--run", "MDM", "0"])
+    evidence.main(["stages", *common, "--run", "half first", "0"])
     path = tmp_path / "runs/shapes-small-dis-0.csv"
     rows = evidence.read_rows(path)
-    assert [(r["step"], r.get("steps"), r.get("from_step"), r.get("metric")) for r in rows] == [
-        (2, 2, None, None), (3, 2, None, None), (3, None, 20, "psnr"), (3, None, 20, "ssim")]
-    assert rows[0]["distance"] > 0 and rows[0]["minutes"] > 0 and rows[1]["images"] == 96
-    assert rows[2]["after"] in range(1, 22) and rows[3]["best"] <= rows[3]["best_each"] <= 1
-    staged = evidence.read_rows(tmp_path / "runs/shapes-stages-mdm-0.csv")
-    assert (tmp_path / "runs/shapes-stages-mdm-0.stage1/latest.pt").exists()
-    assert len(staged) == 1 and staged[0]["images"] == 128
+    assert [(r["step"], r["images"], r["cfg"], round(r["minutes"], 3)) for r in rows] == [
+        (2, 64, 1, 0.067), (2, 64, 2, 0.067), (6, 192, 1, 0.2), (6, 192, 2, 0.2)]
+    assert rows[0]["distance"] != rows[1]["distance"] and rows[0]["error_1"] > rows[2]["error_1"] > 0
+    rates = evidence.read_rows(path.with_suffix("") / "log.csv")
+    assert rates[-1]["step"] == 6 and rates[-1]["lr"] == 2e-3 * 6 / 100         # constant, after the warm-up
+    staged = evidence.read_rows(tmp_path / "runs/shapes-stages-half-first-0.csv")
+    assert [(r["step"], r["images"]) for r in staged] == [(7, 8 * 32)]          # 0.2 of 9 steps at half size, then 0.8
+    begun = checkpoint.read(tmp_path / "runs/shapes-stages-half-first-0/latest.pt")["args"]["init_inner"]
+    assert begun.endswith("shapes-stages-half-first-0.stage1")
     capsys.readouterr()
 
     evidence.main(["small", *common, "--run", "DiS", "0"])              # all is done already: nothing happens
     assert capsys.readouterr().out == "" and evidence.read_rows(path) == rows
-    evidence.write_rows(path, [rows[0], *rows[2:]])                     # only what is missing is done
+    evidence.write_rows(path, rows[:3])                                 # only what is missing is done
     evidence.main(["small", *common, "--run", "DiS", "0"])
-    again = evidence.read_rows(path)
-    assert again[-1].items() - rows[1].items() <= {(k, again[-1][k]) for k in ("minutes", "seconds")}
+    assert evidence.read_rows(path) == rows
+    with pytest.raises(SystemExit, match="not at step 2"):              # a place that the run has passed
+        evidence.write_rows(path, rows[2:])
+        evidence.main(["small", *common, "--run", "DiS", "0"])
 
-    evidence.gather(args, "small", judge_path)                          # seed 1 was not run
+    evidence.write_rows(path, rows)
+    evidence.gather(args, "small")                                      # seed 1 was not run
     path.rename(tmp_path / "elsewhere")                                 # what another machine ran stays
-    evidence.gather(args, "small", judge_path)
-    assert evidence.read_rows(tmp_path / "shapes-small.csv") == again
+    evidence.gather(argparse.Namespace(**vars(args) | {"seeds": [1]}), "small")
+    assert evidence.read_rows(tmp_path / "shapes-small.csv") == rows
     started = []
     monkeypatch.setattr(subprocess, "run", lambda command, **kw: (
         started.append(command[2:6]), subprocess.CompletedProcess(command, 0))[1])
     with pytest.raises(SystemExit):
-        evidence.main(["small", *common, "--missing"])
+        evidence.main(["small", *common, "--missing", "--seeds", "0", "1"])
     assert started == [["small", "--run", "DiS", "1"]]
-    evidence.write_rows(path, [row | {"made_of": 7} for row in rows])   # made with other flags, or weights
-    evidence.gather(args, "stages", judge_path)
+    evidence.gather(args, "stages")
     figures.main(["shapes-judge", "shapes-small", "shapes-stages", "--folder", str(tmp_path)])
     tables = capsys.readouterr().out
-    for text in ("| real images |", "| DiS | 3 | DDIM 2 | 1 | 40 |", "SSIM from step 20 | DiS", "x0, cosine", "each at its best"):
-        assert text in tables
+    for text in ("| real images |", "| DiS | 1 | ", "| 16 | 192 |", "then with --init-inner `train.py",
+                 "guidance 2: distance / 40 real"):
+        assert text in tables, text
     assert (tmp_path / "shapes-small.png").exists() == bool(figures.pyplot)
-    (tmp_path / "shapes-small.csv").unlink()
-    evidence.gather(args, "small", judge_path)
-    assert not (tmp_path / "shapes-small.csv").exists()
+    speeds(tmp_path, TINY + " --lr 1e-3")                               # a flag of the study has changed
+    monkeypatch.setitem(evidence.STUDIES["small"].arms, "DiS", [TINY + " --lr 1e-3"])
+    assert evidence.Run(args, "small", "DiS", 0).rows(tmp_path / "shapes-small.csv") == []
 
 
-def test_time_is_at_the_usual_rate(tmp_path):
-    lines = ["step,images,images_per_s", "50,1600,100", "100,3200,2", "150,4800,100", "200,6400,99"]
-    (tmp_path / "log.csv").write_text("\n".join(lines))
-    assert evidence.done_in(tmp_path / "log.csv") == (pytest.approx(6400 / 99.5 / 60), 6400)
+def test_tables_have_means_and_ranges_at_the_last_place():
+    rows = [{"arm": "a", "seed": seed, "step": step, "cfg": 1, "n": 500, "parameters": 1000, "macs": 2e6, "minutes": step,
+             "images": 600 * step, "recognised": 0.5, "x_real": x, "precision": 0, "recall": 1}
+            for seed, step, x in ((0, 1, 99), (0, 2, 4), (1, 1, 99), (1, 2, 6))]
+    assert figures.table(rows).splitlines()[2] == (
+        "| a | 2 | 1,000 | 2M | 10 | 1,200 | 50.0% (50.0% to 50.0%) | 5 (4 to 6) | 0.00 (0.00 to 0.00) | "
+        "1.00 (1.00 to 1.00) |")
+    assert figures.table(rows, photographs=True).splitlines()[2].endswith("| 5 (4 to 6) |")
 
 
 def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, capsys):
@@ -208,32 +218,40 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
 
     def run(command, env, **kwargs):
         calls.append((command[2:6], env["OMP_NUM_THREADS"]))
-        return subprocess.CompletedProcess(command, -9 if "skip=none" in command else 0)
+        return subprocess.CompletedProcess(command, -9 if "none" in command else 0)
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(evidence, "judge_itself", lambda args: None)
+    flags = [f for study in evidence.STUDIES.values() for arm in study.arms.values() for f in arm]
+    evidence.write_rows(tmp_path / "mnist-speed.csv", [
+        {"flags": f, "made_of": evidence.settings("mnist", f), "images_per_s": 100.0} for f in flags])
     common = ["--results-dir", str(tmp_path), "--out", str(tmp_path), "--jobs", "1"]
-    for study, code in (("dis", 1), ("losses", 0)):
+    for study, code in (("dis-skips", 1), ("mdm", 0)):
         with pytest.raises(SystemExit) as e:
             evidence.main([study, *common])
         assert e.value.code == code
-    assert len(calls) == 3 * 6 + 3 * 3 and calls[0] == (["dis", "--run", "concat, adaln, patch 7", "0"], "1")
+    assert len(calls) == 3 * 3 + 3 * 4 and calls[0] == (["dis-skips", "--run", "concat", "0"], "1")
     assert capsys.readouterr().out.count("stopped or failed") == 3
     with pytest.raises(SystemExit) as e:
         evidence.main(["skips", *common])
     assert e.value.code == 2
-    names = [evidence.file_of(argparse.Namespace(data="x", results_dir=""), name, arm, 0)
-             for name, study in evidence.STUDIES.items() for arm in study.arms]
-    assert len(set(names)) == len(names)
+    args = argparse.Namespace(data="mnist", results_dir="", out=tmp_path)
+    runs = [evidence.Run(args, name, arm, 0) for name, study in evidence.STUDIES.items() for arm in study.arms]
+    assert len({run.path for run in runs}) == len(runs)
+    assert runs[0].stages == [(evidence.DIS, {11200: 60})]              # an hour of 100 images/s, to three digits
 
 
 def test_speeds_are_of_each_in_turn(small, tmp_path, monkeypatch):
-    tiny = [*evidence.DIS, "--set", "width=16", "depth=2", "--global-batch-size", "4"]
-    monkeypatch.setattr(evidence, "FOUR", {"one": tiny, "two": tiny})
-    threads = torch.get_num_threads()
-    evidence.speed(argparse.Namespace(data="shapes", data_dir=None, out=tmp_path), turns=1)
+    tiny, args = f"{TINY} --global-batch-size 4", argparse.Namespace(data="shapes", data_dir=None, out=tmp_path)
+    monkeypatch.setattr(evidence, "STUDIES", {"s": evidence.Study("", {"one": [tiny], "two": [tiny, f"{tiny} --lr 1"]})})
+    threads, path = torch.get_num_threads(), tmp_path / "shapes-speed.csv"
+    evidence.speed(argparse.Namespace(**vars(args), missing=False), ["s"], turns=1)
+    rows = evidence.read_rows(path)
+    assert [r["flags"] for r in rows] == [tiny, f"{tiny} --lr 1"] and all(r["images_per_s"] > 0 for r in rows)
+    evidence.write_rows(path, [rows[0] | {"images_per_s": 7.0}, rows[1] | {"images_per_s": 7.0, "made_of": 7}])
+    evidence.speed(argparse.Namespace(**vars(args), missing=True), ["s"], turns=1)      # a preset has changed
     torch.set_num_threads(threads)
-    rows = evidence.read_rows(tmp_path / "shapes-speed.csv")
-    assert [r["arm"] for r in rows] == ["one", "two"] and all(r["images_per_s"] > 0 for r in rows)
+    again = evidence.read_rows(path)
+    assert again[0]["images_per_s"] == 7 != again[1]["images_per_s"] and again[1]["made_of"] == rows[1]["made_of"]
 
 
 # --- the page ---
@@ -241,18 +259,13 @@ def test_speeds_are_of_each_in_turn(small, tmp_path, monkeypatch):
 PAGE = ROOT / "docs/results.md"
 
 
-def scores(name):
-    return evidence.read_rows(ROOT / f"assets/evidence/{name}.csv")
-
-
 def test_the_tables_of_the_page_are_what_was_measured(tmp_path, monkeypatch, capsys):
     """figures.py writes the page as it is: each table and each command, from the scores in assets/evidence."""
     monkeypatch.setattr(figures, "pyplot", None)            # or it would draw the figures again
-    copy = tmp_path / "results.md"
-    text = PAGE.read_text("utf8")
-    copy.write_text(text.replace("91.8%", "99.9%").replace("8.2 hours", "0 hours"), "utf8")
+    copy, text = tmp_path / "results.md", PAGE.read_text("utf8")
+    copy.write_text(re.sub(r"(<!-- \S+-\S+ -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.S), "utf8")
     figures.main(["--into", str(copy)])
-    assert copy.read_text("utf8") == text and "| DiS | 19,000 |" in text
+    assert copy.read_text("utf8") == text
 
 
 def test_words_stay_and_a_table_needs_its_place():
@@ -262,30 +275,6 @@ def test_words_stay_and_a_table_needs_its_place():
     assert figures.put(figures.put(done, "a-b", "x"), "a-b", "y").count("<!-- end -->") == 2
     with pytest.raises(UserError, match="no place for a-d"):
         figures.put(page, "a-d", "")
-
-
-def test_equal_steps_and_colour_are_what_was_measured():
-    """The short table of two studies, with words of our own around it."""
-    steps, colour, text = scores("mnist-steps"), scores("shapes-colour"), PAGE.read_text("utf8")
-    assert [r["arm"] for r in steps] == [r["arm"] for r in colour] == [*evidence.FOUR]
-    for a, b in zip(steps, colour):
-        line = [a["arm"], f"{a['recognised']:.1%}", f"{a['x_real']:.1f}", f"{a['error_1']:.3f}",
-                f"{b['images']:,.0f}", f"{b['recognised']:.1%}", f"{b['x_real']:.0f}",
-                f"{b['error_1']:.4f}"]
-        assert f"| {' | '.join(line)} |" in text, line
-
-
-def test_the_short_tables_of_guidance_and_samplers_are_what_was_measured():
-    text = PAGE.read_text("utf8").replace("**", "")
-
-    def line(head, rows, *wanted):
-        distances = [[r["x_real"] for r in rows if how.items() <= r.items()] for how in wanted]
-        return f"| {head} | {' | '.join(figures.digits(statistics.median(d)) for d in distances)} |"
-    for arm, draws in (("DiS", "median of three draws"), ("MDM", "one draw")):
-        guided, drawn = ([r for r in scores(f"mnist-{name}") if r["arm"] == arm] for name in ("guidance", "samplers"))
-        assert line(f"{arm}: distance / 500 real", guided, *({"cfg": w} for w in (1, 1.5, 2))) in text
-        assert line(f"{arm} ({draws})", drawn, *({"sampler": s, "steps": k} for s in ("ddim", "ddpm")
-                                                for k in (10, 100))) in text
 
 
 def test_distances_are_on_the_scale_that_the_page_says():
