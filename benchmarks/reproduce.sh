@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the numbers and pictures of README.md and docs/ again. You can stop it at any time: the next start goes on with
-# what is missing. It was not run as a whole yet; its parts add up to half a day on two cores.
+# what is missing. It was not run as a whole yet; its parts add up to more than a day on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA
 #
@@ -32,11 +32,12 @@ done
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
 
-# the judge, and all studies; `samplers` and `guidance` judge the weights that `minutes` makes
-step judge python benchmarks/judge.py --data mnist --data-dir "$data" --cache results/evidence
+# the judge, and all studies
+step judge python benchmarks/judge.py --data mnist --data-dir "$data"
 step speed python benchmarks/evidence.py --speed --data-dir "$data"
-step speed-colour python benchmarks/evidence.py --speed --data shapes
-python benchmarks/evidence.py minutes --data-dir "$data"
+step speed-cifar10 python benchmarks/evidence.py minutes --speed --data cifar10 --data-dir "$data"
+python benchmarks/evidence.py --data-dir "$data"
+python benchmarks/evidence.py minutes --data cifar10 --seeds 0 --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
     step share-$model python -m support.checkpoint results/evidence/mnist-minutes-$arm-0 assets/$model-mnist.pt
@@ -46,13 +47,6 @@ done
 step draw-fours python sample.py --ckpt assets/mdm-mnist.pt --class-labels 4 --num-samples 8 --seed 7 --cfg-scale 3 \
     --gif --out results/mdm-fours.png
 cp results/mdm-fours.gif assets/mdm-fours.gif
-python benchmarks/evidence.py --data-dir "$data"
-python benchmarks/evidence.py colour --data shapes
-for model in dis diffussm mdm cunet; do
-    arm=$model; [ $model = cunet ] && arm=cu-net
-    step draw-colour-$model python sample.py --ckpt results/evidence/shapes-colour-$arm-0 --num-samples 32 \
-        --out assets/$model-shapes.png
-done
 python benchmarks/figures.py --into docs/results.md         # its tables; the words around them are yours to check
 
 # photographs
