@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from evidence import LEVELS, STUDIES, read_rows
+from evidence import BATCH, LEVELS, STUDIES, read_rows
 from support import checkpoint, cli
 from diffusion import UserError
 
@@ -121,9 +121,12 @@ def section(path):
         raise UserError(f"no scores of a study in {path}: run benchmarks/evidence.py, or remove it")
     study, seeds = STUDIES[name], sorted({f"{r['seed']:.0f}" for r in rows})
     last = {(r["arm"], r["seed"]): r["minutes"] for r in rows}
-    rate = " --lr-schedule constant" * (len(study.places) > 1)
-    typed = [f"- {arm}: " + ", then with --init-inner ".join(
-        f"`train.py {flags} --data {data}{rate}`" for flags in study.arms[arm]) for arm in groups(rows, "arm")]
+    rate, typed = " --lr-schedule constant" * (len(study.places) > 1), []
+    for arm, of in groups(rows, "arm").items():
+        end, stages = max(of, key=lambda r: r["step"]), study.arms[arm]
+        steps = [end["images"] / BATCH - end["step"], end["step"]][-len(stages):]
+        typed.append(f"- {arm}: " + ", then with --init-inner ".join(
+            f"`train.py {flags} --data {data} --max-steps {n:.0f}{rate}`" for flags, n in zip(stages, steps)))
     parts = [f"`python benchmarks/evidence.py {name} --data {data} --seeds {' '.join(seeds)}`, {study.minutes} minutes "
              f"of one core for each run, {sum(last.values()) / 60:.1f} hours in all. {study.n:,} samples, DDIM "
              f"{study.steps}. Means over the seeds (lowest to highest):", "\n".join(typed),

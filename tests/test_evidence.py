@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -201,7 +200,8 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     evidence.gather(args, "stages")
     figures.main(["shapes-judge", "shapes-small", "shapes-stages", "--folder", str(tmp_path)])
     tables = capsys.readouterr().out
-    for text in ("| real images |", "| DiS | 1 | ", "| 16 | 192 |", "then with --init-inner `train.py",
+    for text in ("| real images |", "| DiS | 1 | ", "| 16 | 192 |", "--max-steps 6 --lr-schedule",
+                 "--image-size 16 --data shapes --max-steps 1 --lr-schedule constant`, then with --init-inner `tr",
                  "guidance 2: distance / 40 real"):
         assert text in tables, text
     assert (tmp_path / "shapes-small.png").exists() == bool(figures.pyplot)
@@ -211,8 +211,8 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
 
 
 def test_tables_have_means_and_ranges_at_the_last_place():
-    rows = [{"arm": "a", "seed": seed, "step": step, "cfg": 1, "n": 500, "parameters": 1000, "macs": 2e6, "minutes": step,
-             "images": 600 * step, "recognised": 0.5, "x_real": x, "precision": 0, "recall": 1}
+    rows = [{"arm": "a", "seed": seed, "step": step, "cfg": 1, "n": 500, "parameters": 1000, "macs": 2e6,
+             "minutes": step, "images": 600 * step, "recognised": 0.5, "x_real": x, "precision": 0, "recall": 1}
             for seed, step, x in ((0, 1, 99), (0, 2, 4), (1, 1, 99), (1, 2, 6))]
     assert figures.table(rows).splitlines()[2] == (
         "| a | 2 | 1,000 | 2M | 10 | 1,200 | 50.0% (50.0% to 50.0%) | 5 (4 to 6) | 0.00 (0.00 to 0.00) | "
@@ -249,7 +249,8 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
 
 def test_speeds_are_of_each_in_turn(small, tmp_path, monkeypatch):
     tiny, args = f"{TINY} --global-batch-size 4", argparse.Namespace(data="shapes", data_dir=None, out=tmp_path)
-    monkeypatch.setattr(evidence, "STUDIES", {"s": evidence.Study("", {"one": [tiny], "two": [tiny, f"{tiny} --lr 1"]})})
+    arms = {"one": [tiny], "two": [tiny, f"{tiny} --lr 1"]}
+    monkeypatch.setattr(evidence, "STUDIES", {"s": evidence.Study("", arms)})
     threads, path = torch.get_num_threads(), tmp_path / "shapes-speed.csv"
     evidence.speed(argparse.Namespace(**vars(args), missing=False), ["s"], turns=1)
     rows = evidence.read_rows(path)
