@@ -64,7 +64,7 @@ class Study:
 STUDIES = {
     "minutes": Study("Equal time, an hour of one core", {
         "DiS": [DIS], "DiffuSSM": [DIFFUSSM], "MDM": [MDM], "cU-Net": [CUNET], "U-Net": [UNET]},
-        60, [1], 1000, 50, [1, 2], LEVELS),
+        60, [1], 1000, 50, [1, 1.5], LEVELS),
     "dis-patches": Study("DiS: large or small patches?", {
         f"patch {p}": [f"{DIS} --set patch={p}"] for p in (14, 7, 4, 2)}),
     "dis-skips": Study("DiS: which long skips?", {
