@@ -328,14 +328,15 @@ class Direction(nn.Module):
 
     def forward(self, x):
         """(b, L, e) -> (b, L, e), tokens in this direction's order."""
-        L = x.shape[1]
-        if x.is_cpu:        # as a picture of one row: the same in half the time, as its channels may lie side by side
-            x = rearrange(x.contiguous(), "b l e -> b e 1 l")                      # (b, e, 1, L)
-            u = F.conv2d(x, self.conv.weight[:, 0, None, None], self.conv.bias, groups=len(self.D),
-                         padding=(0, self.conv.padding[0]))[:, :, 0]               # (b, e, L + taps - 1)
+        taps, L = self.conv.kernel_size[0], x.shape[1]
+        if x.is_cpu and type(x) is torch.Tensor:        # a tap at a time is faster; but counters know only `conv`
+            x, u = F.pad(x, (0, 0, taps - 1, 0)), self.conv.bias                   # (b, taps - 1 + L, e), (e,)
+            for k in range(taps):
+                u = torch.addcmul(u, x[:, k:k + L], self.conv.weight[:, 0, k])     # (b, L, e)
         else:
-            u = self.conv(rearrange(x, "b l e -> b e l"))                          # the same
-        u = rearrange(F.silu(u[..., :L]), "b e l -> b l e")                        # cut, hence causal (b, L, e)
+            u = self.conv(rearrange(x, "b l e -> b e l"))                          # (b, e, L + taps - 1)
+            u = rearrange(u[..., :L], "b e l -> b l e")                            # cut, hence causal (b, L, e)
+        u = F.silu(u)
         low, B, C = self.x_proj(u).split([self.rank, self.state, self.state], dim=-1)   # (b, L, R), 2 x (b, L, N)
         # delta is float32 from here on. The output of dt_proj is near -7 for long memories. Autocast would round it
         # to multiples of 1/32, and that would change delta by up to 1.6%.

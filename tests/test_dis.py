@@ -354,6 +354,20 @@ def test_both_directions_start_with_the_same_memories():
             assert delta.min() > 0.9e-3 and delta.max() < 0.11 and delta.max() / delta.min() > 10
 
 
+# --- the convolution ---
+
+def test_taps_equal_convolution():
+    """A CPU adds tap after tap; all else, as here a subclass of Tensor, takes `conv`."""
+    class Other(torch.Tensor):
+        pass
+    torch.manual_seed(0)
+    direction, x, calls = dis.Direction(8, 2, 1, 4, "auto").double(), torch.randn(2, 5, 8).double(), []
+    direction.conv.register_forward_hook(lambda *_: calls.append(1))
+    ours = direction(x)
+    assert not calls
+    assert (direction(x.as_subclass(Other)) - ours).abs().max() < 1e-12 and calls
+
+
 # --- the model ---
 
 def by_hand(w, x, t, y, patch, conv, half):
