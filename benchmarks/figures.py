@@ -60,13 +60,14 @@ def groups(rows, *keys):
 
 
 def cost_table(rows, speeds):
-    """What each arm costs. speeds: {arm: images/s}, measured side by side. Other arms use their own run's speed."""
+    """What each arm costs. speeds: {arm: images/s}, measured side by side; a row's own speed counts more. Other arms use
+    their own run's minutes."""
     lines = []
     for (arm,), of in groups(rows, "arm").items():
         last = [r for r in of if r["step"] == max(r["step"] for r in of)]
         r, minutes = last[0], [r["minutes"] for r in last]
         if arm in speeds:
-            minutes = [r["images"] / speeds[arm] / 60]
+            minutes = [r["images"] / r.get("images_per_s", speeds[arm]) / 60]
         lines.append([arm, f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M",
                       f"{r['predict']}, {r['schedule']}", f"{r['images']:,.0f}",
                       spread(minutes, digits), digits(r["images"] / 60 / statistics.median(minutes))])
