@@ -329,7 +329,7 @@ class Direction(nn.Module):
     def forward(self, x):
         """(b, L, e) -> (b, L, e), tokens in this direction's order."""
         taps, L = self.conv.kernel_size[0], x.shape[1]
-        if x.is_cpu and type(x) is torch.Tensor:        # a tap at a time is faster; but counters know only `conv`
+        if x.is_cpu and type(x) is torch.Tensor:        # faster, tap by tap; fake ones take `conv`, to be counted
             x, u = F.pad(x, (0, 0, taps - 1, 0)), self.conv.bias                   # (b, taps - 1 + L, e), (e,)
             for k in range(taps):
                 u = torch.addcmul(u, x[:, k:k + L], self.conv.weight[:, 0, k])     # (b, L, e)

@@ -60,8 +60,8 @@ def groups(rows, *keys):
 
 
 def cost_table(rows, speeds):
-    """What each arm costs. speeds: {arm: images/s}, measured side by side; a row's own speed counts more. Other arms use
-    their own run's minutes."""
+    """What each arm costs. speeds: {arm: images/s}, measured side by side; a row's own speed goes before. Other arms
+    use their own run's minutes."""
     lines = []
     for (arm,), of in groups(rows, "arm").items():
         last = [r for r in of if r["step"] == max(r["step"] for r in of)]
