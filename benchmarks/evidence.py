@@ -65,7 +65,7 @@ class Study:
 
 LEVELS = 0.1, 0.3, 1, 3, 10
 FOUR = {"DiS": DIS + MINI, "DiffuSSM": DIFFUSSM + MINI, "MDM": MDM + MINI, "cU-Net": CUNET + MINI}
-HOUR = {"DiS": 19000, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500}              # steps on MNIST
+HOUR = {"DiS": 13500, "DiffuSSM": 4400, "MDM": 18000, "cU-Net": 15500}              # steps on MNIST
 TEN = {"DiS": 1600, "DiffuSSM": 320, "MDM": 800, "cU-Net": 800}                     # ten minutes, 32 x 32
 STUDIES = {
     "minutes": Study("Equal time, about an hour of one core", {

@@ -215,10 +215,10 @@ def judge_section(rows):
 
 
 def took(rows):
-    """-> minutes of one core: for training, and for drawing what was judged."""
+    """-> minutes of one core: for training, and for drawing what was judged, where that was measured."""
     runs = groups(rows, "arm", "seed").values()
     return (sum(max(r["minutes"] for r in of) for of in runs),
-            sum(r["seconds"] for r in rows if "recognised" in r) / 60)
+            sum(r.get("seconds", 0) for r in rows if "recognised" in r) / 60)
 
 
 def section(path):
