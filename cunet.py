@@ -400,7 +400,7 @@ def check_solver(solver="rk4", steps=1, rtol=1e-3, atol=1e-3, gradients="direct"
         raise UserError(f"{solver} takes fixed steps and has no tolerance: drop rtol and atol, or use solver=dopri5")
     if gradients == "adjoint" and (solver != "rk4" or steps < 4):
         raise UserError(f"the adjoint solves the ODE backwards, and the way back differs from the way forward. With "
-                        f"one step of rk4 the gradients of some weights were off by up to 40%; with adaptive solvers "
+                        f"one step of rk4 the gradients of some weights were off by up to 60%; with adaptive solvers "
                         f"the error depends on the tolerance. Instead of {solver} steps={steps} use solver=rk4 "
                         f"steps=4 or more, or gradients=checkpoint, which is exact")
 

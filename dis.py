@@ -329,10 +329,11 @@ class Direction(nn.Module):
     def forward(self, x):
         """(b, L, e) -> (b, L, e), tokens in this direction's order."""
         taps, L = self.conv.kernel_size[0], x.shape[1]
-        if x.is_cpu and type(x) is torch.Tensor:        # a tap at a time is faster; but counters know only `conv`
-            x, u = F.pad(x, (0, 0, taps - 1, 0)), self.conv.bias                   # (b, taps - 1 + L, e), (e,)
+        if x.is_cpu and type(x) is torch.Tensor:        # faster, tap by tap; fake ones take `conv`, to be counted
+            x, weight = F.pad(x, (0, 0, taps - 1, 0)), self.conv.weight[:, 0].T    # (b, taps - 1 + L, e), (taps, e)
+            u, weight = self.conv.bias, weight.contiguous()                        # (e,), (taps, e)
             for k in range(taps):
-                u = torch.addcmul(u, x[:, k:k + L], self.conv.weight[:, 0, k])     # (b, L, e)
+                u = torch.addcmul(u, x[:, k:k + L], weight[k])                     # (b, L, e)
         else:
             u = self.conv(rearrange(x, "b l e -> b e l"))                          # (b, e, L + taps - 1)
             u = rearrange(u[..., :L], "b e l -> b l e")                            # cut, hence causal (b, L, e)

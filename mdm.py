@@ -4,9 +4,9 @@ Jiatao Gu, Shuangfei Zhai, Yizhe Zhang, Josh Susskind, Navdeep Jaitly. arXiv 231
 
 The idea. Denoise a picture and smaller copies of it together, in one process, without an autoencoder and without a
 cascade of models. The networks are nested like Matryoshka dolls: the network of a larger copy contains the network of
-the next smaller one. At the same t a larger copy has more noise in each pixel. So, pixel for pixel, the small copies
-become readable first and guide the large ones. Most weights work at the smallest resolution, and a network trained
-there alone becomes the core of a larger one.
+the next smaller one, and what it computes for the small copy helps with the large one. At the same t a larger copy has
+more noise in each pixel. Most weights work at the smallest resolution, and a network trained there alone becomes the
+core of a larger one.
 
     z_t^r = alpha_t^r D_r(x) + sigma_t^r eps^r,    eps^r ~ N(0, I),    r = 1 .. R, one t for all     (Eq. 2)
     loss  = sum over r of omega_t^r |x_theta^r(z_t, t) - D_r(x)|^2,    omega^r / omega^R = N_R / N_r (Eq. 3)

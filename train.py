@@ -19,7 +19,7 @@ that `build` returns may have some of these attributes, but needs none:
     seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
                      depends on neither processes nor micro-batches. In dis.py: which images skip a block (drop_path)
     empty_prompt     true if the model reads a T5's empty prompt where no text is meant. In mdm.py: presets cc12m-..
-    load_inner(ema)  takes the averaged weights of a smaller run, for --init-inner. mdm.py has it
+    nest             its networks, from the inside out: --init-inner fills the inner ones. mdm.py has it
 
 --weight-decay knows a model's matrices by their names: weight.. or W.. (support/optimizer.py).
 """
@@ -55,9 +55,9 @@ def parse(argv):
     add("--model", default="dis", help="dis, diffussm, mdm, cunet, or a path to a .py file")
     add("--preset", default="tiny", help="a name from the file's CONFIGS: tiny, mini, DiS-S/2 ...")
     add("--set", type=option, nargs="*", default=[], metavar="KEY=VALUE",
-        help="change options of the preset, as in --set skip=add patch=8. All models also take options of the "
-             "diffusion: schedule=linear or cosine, predict=eps, v or x0, variance=small, large or learned, T=1000, "
-             "min_snr=5. A wrong key prints them all")
+        help="change options of the preset, as in --set skip=add patch=8. Those of the diffusion are among them: "
+             "schedule=linear or cosine, predict=eps, v or x0, T=1000; for all but mdm also variance=small, large or "
+             "learned, min_snr=5. A wrong key prints them all")
     add("--data", default="shapes", help="shapes, moving, mnist, fashion, cifar10, or a folder of pictures")
     add("--data-dir", help="where data sets are, or are downloaded to (default: a cache)")
     add("--latents", metavar="DIR", help="instead of --data: what `python -m support.prepare encode` wrote")
@@ -73,7 +73,7 @@ def parse(argv):
         help="leave out examples whose caption has one of these in it: --hold-out 'red star' heart")
     add("--hflip", action=switch, default=False, help="mirror half of the images")
     add = p.add_argument_group("length").add_argument
-    add("--max-steps", type=count, default=4000, help="optimizer steps")
+    add("--max-steps", type=count, default=5000, help="optimizer steps")
     add("--global-batch-size", type=count, default=32, help="images in each step, over all processes")
     add("--grad-accum", type=count, default=1, help="micro-batches in each step, on each process")
     add = p.add_argument_group("optimisation").add_argument

@@ -132,7 +132,7 @@ The paper's figures do not quite add up, so this is our own count.
   Formula   For a layer the paper has 13 (L/M) D^2 + L D^2 + FFTs (M = 2). Its first term gives 256.2 and 1024.7,
             its first two 295.6 and 1182.3. No matrix in the paper's equations costs the second term.
   Growth    1066.2 is 3.80 times 280.3, though from L = 1024 to 4096 no term grows less than 4 times.
-So one image costs DiffuSSM-XL about twice what it costs DiT-XL/2, in training and in sampling. The saving that the
+So one image costs DiffuSSM-XL 2 to 2.5 times what it costs DiT-XL/2, in training and in sampling. The saving that the
 paper reports is in the number of training images.""")
     small("diffussm")
 

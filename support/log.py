@@ -22,7 +22,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # Runs of ours: the flags of train.py, and the log.csv that came out, in assets/. The loss to expect is read from it.
 RUNS = {"": "shapes",
         "--model diffussm": "diffussm-shapes", "--model mdm": "mdm-shapes", "--model cunet": "cunet-shapes",
-        "--model diffussm --data mnist --preset mini": "diffussm-mnist",
+        "--data mnist --preset mini": "dis-mnist", "--model diffussm --data mnist --preset mini": "diffussm-mnist",
         "--model mdm --data mnist --preset mini": "mdm-mnist",
         "--model cunet --data mnist --preset mini": "cunet-mnist",
         "--model mdm --data cifar10 --preset small --lr 1e-3 --warmup-steps 500 --max-steps 8000": "cifar10-mdm"}

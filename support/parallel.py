@@ -83,7 +83,7 @@ def share_cores(args):
     """On a CPU, train with up to four processes that share the cores. This one starts the others, as torchrun would.
 
     The threads of one process wait for one another after each of a step's thousands of operations, processes once a
-    step. Beside other busy programs processes are twice as fast, and alone about as fast (docs/speed.md). The
+    step. Beside busy programs processes are up to twice as fast, and alone about as fast (docs/speed.md). The
     sums are the same up to rounding. We do it on Linux, where we could measure it, and for the papers' networks: with
     several processes, all parameters must have a part in the loss, and yours may not. A T5 is too large to load
     twice."""

@@ -142,7 +142,8 @@ def states(h, x, delta, At, B, work):
     """The states of one block. h (b, N, e): the state before its first token; x, delta (b, T, e); B (b, T, N)
     -> decays a and states hs, both (b, T, N, e), which lie in `work`."""
     a, hs = work[:2, :len(x), :x.shape[1]]
-    torch.mul(delta[:, :, None, :], At, out=a).exp_()                         # (b, T, N, e)
+    # exp(v) = 2^(v / log 2). On CPUs PyTorch's exp2 takes less than half the time of its exp.
+    torch.mul(delta[:, :, None, :], At / math.log(2), out=a).exp2_()          # (b, T, N, e)
     torch.mul(x[:, :, None, :], B[:, :, :, None], out=hs)                     # (b, T, N, e)
     for a_t, h_t in zip(a.unbind(1), hs.unbind(1)):
         h = h_t.addcmul_(a_t, h)              # h_t = a_t h_{t-1} + x_t B_t     (b, N, e)

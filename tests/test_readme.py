@@ -70,8 +70,9 @@ def test_the_table_is_what_was_measured():
     text = (ROOT / "README.md").read_text()
     for r, guided in zip(rows[::2], rows[1::2]):
         assert (r["arm"], r["cfg"], guided["cfg"], r["n"]) == (guided["arm"], 1, 2, 1000)
-        line = [r["arm"], f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M", f"{rate[r['arm']]:.0f}",
-                f"{r['images']:,.0f}", f"{r['recognised']:.1%}", f"{r['x_real']:.1f}",
+        speed = r.get("images_per_s", rate[r["arm"]])
+        line = [r["arm"], f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M", f"{speed:.0f}", f"{r['images']:,.0f}",
+                f"{r['recognised']:.1%}", f"{r['x_real']:.1f}",
                 f"{r['precision']:.2f}", f"{r['recall']:.2f}", f"{guided['recognised']:.1%}",
                 f"{guided['x_real']:.1f}"]
         assert f"| {' | '.join(line)} |" in text, line
