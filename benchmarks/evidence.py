@@ -55,7 +55,7 @@ class Study:
     guidance  the scales of guidance
     noise     the ratios of noise to signal at which the error of x_0 is measured, too"""
 
-    def __init__(self, what, arms, minutes=15, places=(1/16, 1/8, 1/4, 1/2, 1), n=500, steps=25, guidance=(1,),
+    def __init__(self, what, arms, minutes=10, places=(1/16, 1/8, 1/4, 1/2, 1), n=500, steps=10, guidance=(1,),
                  noise=()):
         self.what, self.arms, self.minutes, self.places = what, arms, minutes, places
         self.n, self.steps, self.guidance, self.noise = n, steps, guidance, noise
@@ -67,10 +67,10 @@ STUDIES = {
         60, [1], 1000, 50, [1, 1.5], LEVELS),
     "dis-patches": Study("DiS: large or small patches?", {
         f"patch {p}": [f"{DIS} --set patch={p}"] for p in (14, 7, 4, 2)}),
-    "dis-skips": Study("DiS: which long skips?", {
-        skip: [f"{DIS} --set skip={skip}"] for skip in ("concat", "add", "none")}),
-    "dis-time": Study("DiS: time and class as tokens, or in the norms?", {
-        time: [f"{DIS} --set time={time}"] for time in ("token", "adaln")}),
+    "dis-parts": Study("DiS: do long skips help? Tokens, or adaptive norms?", {
+        "mini": [DIS],
+        **{name: [f"{DIS} --set {flags}"] for name, flags in (
+            ("skips are added", "skip=add"), ("no skips", "skip=none"), ("tokens", "time=token"))}}),
     "diffussm": Study("DiffuSSM: hourglass or patches?", {
         "M = 2": [f"{DIFFUSSM} --set patch=1 ratio=2"], "P = 2": [f"{DIFFUSSM} --set patch=2 ratio=1"]}),
     "mdm": Study("MDM: which loss, which order, how much noise?", {

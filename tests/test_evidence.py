@@ -225,18 +225,18 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
 
     def run(command, env, **kwargs):
         calls.append((command[2:6], env["OMP_NUM_THREADS"]))
-        return subprocess.CompletedProcess(command, -9 if "none" in command else 0)
+        return subprocess.CompletedProcess(command, -9 if "no skips" in command else 0)
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(evidence, "judge_itself", lambda args: None)
     flags = [f for study in evidence.STUDIES.values() for arm in study.arms.values() for f in arm]
     evidence.write_rows(tmp_path / "mnist-speed.csv", [
         {"flags": f, "made_of": evidence.settings("mnist", f), "images_per_s": 100.0} for f in flags])
     common = ["--results-dir", str(tmp_path), "--out", str(tmp_path), "--jobs", "1"]
-    for study, code in (("dis-skips", 1), ("mdm", 0)):
+    for study, code in (("dis-parts", 1), ("mdm", 0)):
         with pytest.raises(SystemExit) as e:
             evidence.main([study, *common])
         assert e.value.code == code
-    assert len(calls) == 3 * 3 + 3 * 4 and calls[0] == (["dis-skips", "--run", "concat", "0"], "1")
+    assert len(calls) == 3 * 4 + 3 * 4 and calls[0] == (["dis-parts", "--run", "mini", "0"], "1")
     assert capsys.readouterr().out.count("stopped or failed") == 3
     with pytest.raises(SystemExit) as e:
         evidence.main(["skips", *common])
