@@ -166,7 +166,7 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     if args.hflip:
         flip = uniform(fold(seeds, 2)) < 0.5
         x0 = torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
-    t = (uniform(fold(seeds, 0)) * diffusion.T).long()
+    t = diffusion.draw_t(fold(seeds, 0))
     noise = normal(fold(seeds, 1), diffusion.noise_shape(x0.shape[1:]))
     hide = uniform(fold(seeds, 3)) < args.cond_dropout
     if args.num_classes:

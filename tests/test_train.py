@@ -459,6 +459,19 @@ def test_the_time_to_the_end_counts_the_grids(tmp_path, monkeypatch):
     assert lines[1].endswith(" [01:10, 03:30 left]") and "\r" not in stderr.getvalue()
 
 
+def test_defaults_of_a_preset(tmp_path):
+    """TRAINING in a model's file, for one preset: before the defaults of train.py, after what is typed."""
+    model = tmp_path / "own.py"
+    model.write_text("CONFIGS = dict(tiny={}, mini={})\nbuild = dict\nTRAINING = dict(mini=dict(lr=1.0, max_steps=7))\n")
+    for typed, found in ("", (5000, 0.002)), ("--preset mini", (7, 1)), ("--lr 3 --preset mini", (7, 3)):
+        args = train.parse(["--model", str(model), *typed.split()])
+        assert (args.max_steps, args.lr) == found
+    for paper in "dis", "diffussm", "mdm", "cunet":         # no preset and no flag that does not exist
+        module = checkpoint.load_paper(paper)
+        for preset, own in getattr(module, "TRAINING", {}).items():
+            assert preset in module.CONFIGS and own.keys() <= vars(args).keys()
+
+
 def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     """Of a run of ours with the same flags, while its batch and rate were these. Far above it, one sentence."""
     for typed in log.RUNS:
