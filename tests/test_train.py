@@ -462,7 +462,8 @@ def test_the_time_to_the_end_counts_the_grids(tmp_path, monkeypatch):
 def test_defaults_of_a_preset(tmp_path):
     """TRAINING in a model's file, for one preset: before the defaults of train.py, after what is typed."""
     model = tmp_path / "own.py"
-    model.write_text("CONFIGS = dict(tiny={}, mini={})\nbuild = dict\nTRAINING = dict(mini=dict(lr=1.0, max_steps=7))\n")
+    model.write_text("CONFIGS = dict(tiny={}, mini={})\nbuild = dict\n"
+                     "TRAINING = dict(mini=dict(lr=1.0, max_steps=7))\n")
     for typed, found in ("", (5000, 0.002)), ("--preset mini", (7, 1)), ("--lr 3 --preset mini", (7, 3)):
         args = train.parse(["--model", str(model), *typed.split()])
         assert (args.max_steps, args.lr) == found
