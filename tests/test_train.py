@@ -504,7 +504,7 @@ def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     ("", True), ("--num-classes 0", True), ("--cond-dropout 0", False), ("--resume none --max-steps 7", True),
     ("--set T=99", False),
     ("--image-size 8", False), ("--model mdm", False), ("--model mdm --cond text --max-steps=7", False),
-    ("--model mdm --data moving --preset tiny-video", False), ("--model own.py --data pets", False)])
+    ("--model mdm --data moving --preset tiny-video", False), ("--model examples/mypaper.py --data pets", False)])
 def test_what_to_try_next_can_be_tried(monkeypatch, flags, denoises):
     monkeypatch.chdir(ROOT)
     argv = flags.split()
@@ -521,7 +521,7 @@ def test_what_to_try_next_can_be_tried(monkeypatch, flags, denoises):
             asked = sample.parse(given)
             sample.check_flags(asked)
             sample.check_model(asked, None, diffusion, vars(args))
-            assert asked.ckpt == "a run" and asked.model == ("own.py" if "own.py" in argv else None)
+            assert asked.ckpt == "a run" and asked.model == ("examples/mypaper.py" if "examples/mypaper.py" in argv else None)
         else:
             again, told = train.parse(given), [word for word in given if word.startswith("--max-steps")]
             assert again.max_steps == 2 * args.max_steps and again.resume == "auto" and len(told) == 1
