@@ -262,8 +262,8 @@ def do_run(args, name, arm, seed):
         run = path.with_suffix("" if final else f".stage{number}")
         for step in steps if not final else todo:
             train.main(["--global-batch-size", "32", "--lr", "2e-3", *sized(flags, test), *begin, "--data", args.data,
-                        "--seed", str(seed), "--max-steps",
-                        str(step), *(["--data-dir", args.data_dir] if args.data_dir else []),
+                        "--seed", str(seed), "--max-steps", str(step),
+                        *(["--data-dir", args.data_dir] if args.data_dir else []),
                         "--sample-every", "0", "--results-dir", str(run.parent), "--name", run.name])
             if checkpoint.read(run / "latest.pt")["step"] < step:
                 sys.exit("stopped; the same command goes on")
