@@ -101,17 +101,21 @@ class Diffusion:
     min_snr       None, or gamma: a limit on the weight of steps with little noise (5 in its paper, from memory)
     max_snr       None, or the least weight, for steps with much noise. Without both, all errors weigh the same; with
                   one or both, x_0's error weighs max(max_snr, min(snr, min_snr))
+    t_normal      None: training takes all steps alike. Or [mean, std]: t / T is the sigmoid of a normal number, so the
+                  steps in the middle come more often (Esser et al. 2024, 2403.03206, Section 3.1)
     cfg_below     guidance acts only at steps t < cfg_below T. At the noisiest steps it narrows the choice: of drawn
                   shapes it prefers the big ones
     timestep_map  (T,) the t that the network is shown; set by `respaced`
     """
 
     def __init__(self, alpha_bar, predict="eps", variance="small", min_snr=None, timestep_map=None, max_snr=None,
-                 cfg_below=1):
+                 t_normal=None, cfg_below=1):
         for value, allowed in ((predict, ("eps", "v", "x0")), (variance, ("small", "large", "learned"))):
             if value not in allowed:
                 raise UserError(f"unknown diffusion setting {value!r}: choose one of {allowed}")
-        self.alpha_bar, self.predict, self.variance = alpha_bar, predict, variance
+        if t_normal and (len(t_normal) != 2 or t_normal[1] < 0):
+            raise UserError(f"t_normal={t_normal}: must be a mean and a standard deviation, such as [0.5, 1.2]")
+        self.alpha_bar, self.predict, self.variance, self.t_normal = alpha_bar, predict, variance, t_normal
         self.min_snr, self.max_snr, self.cfg_below = min_snr, max_snr, cfg_below
         self.T = len(alpha_bar)
         self.timestep_map = torch.arange(self.T, device="cpu") if timestep_map is None else timestep_map
@@ -135,7 +139,8 @@ class Diffusion:
     @classmethod
     def of(cls, options):
         """Takes what describes a Diffusion out of the dict `options` -> that Diffusion."""
-        own = {k: options.pop(k) for k in ("predict", "variance", "min_snr", "max_snr", "cfg_below") if k in options}
+        own = {k: options.pop(k) for k in ("predict", "variance", "min_snr", "max_snr", "t_normal", "cfg_below")
+               if k in options}
         return cls(SCHEDULES[options.pop("schedule")](options.pop("T", 1000)), **own)
 
     def at(self, name, t, x):
@@ -149,6 +154,14 @@ class Diffusion:
     def model_t(self, t):
         """Steps of this schedule (B,) -> the step numbers the network was trained with (B,)."""
         return self.at("t", t, t)
+
+    def draw_t(self, seeds):
+        """(B,) seeds -> the steps to train on, (B,) long. See `t_normal`."""
+        if not self.t_normal:
+            return (uniform(seeds) * self.T).long()
+        mean, std = self.t_normal
+        share = (mean + std * normal(seeds, ())).sigmoid()                                  # (B,) t / T
+        return (share * self.T).long().clamp(max=self.T - 1)
 
     def respaced(self, spec, last=None):
         """The same process with fewer steps (`spaced_timesteps`). With `last`, they are chosen from steps 0 to `last`.

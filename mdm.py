@@ -156,6 +156,9 @@ class ExtendedDiffusion:
         """(B, numbers) -> a tensor (B, *shape) for each resolution."""
         return [part.view(-1, *shape) for part, shape in zip(numbers.split(self.sizes, dim=1), self.shapes)]
 
+    def draw_t(self, seeds):
+        return self.levels[0].draw_t(seeds)
+
     def model_t(self, t):
         return self.levels[0].model_t(t)
 

@@ -8,8 +8,9 @@
 
 The same command, run again, continues from results/<model>-<data>/latest.pt. On a CPU a stop changes no bit of the run.
 
-A model of your own is a file with CONFIGS and build, such as examples/mypaper.py: --model path/to/file.py. The model
-that `build` returns may have some of these attributes, but needs none:
+A model of your own is a file with CONFIGS and build, such as examples/mypaper.py: --model path/to/file.py. It may have
+TRAINING, too: its presets' own defaults for the flags here, as in dis.py. The model that `build` returns may have some
+of these attributes, but needs none:
 
     unit             a class, usually that of the blocks. --grad-checkpointing computes each module of this class again
                      in backward; --shard gathers one of them at a time (and, as --dry-run, calls `build` for shapes
@@ -53,7 +54,9 @@ def parse(argv):
     switch, count, below_1 = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
     add = p.add_argument_group("what").add_argument
     add("--model", default="dis", help="dis, diffussm, mdm, cunet, or a path to a .py file")
-    add("--preset", default="tiny", help="a name from the file's CONFIGS: tiny, mini, DiS-S/2 ...")
+    add("--preset", default="tiny",
+        help="a name from the file's CONFIGS: tiny, mini, DiS-S/2 ... It may have its own defaults for the flags below "
+             "(TRAINING in dis.py)")
     add("--set", type=option, nargs="*", default=[], metavar="KEY=VALUE",
         help="change options of the preset, as in --set skip=add patch=8. Those of the diffusion are among them: "
              "schedule=linear or cosine, predict=eps, v or x0, T=1000; for all but mdm also variance=small, large or "
@@ -123,6 +126,10 @@ def parse(argv):
     add("--dry-run", type=count, nargs="?", const=0, default=None, metavar="GPUS",
         help="print the plan and, for a number of GPUs, the memory that each needs; then exit")
     args = p.parse_args(argv)
+    own = getattr(checkpoint.load_paper(args.model), "TRAINING", {}).get(args.preset)
+    if own:                                     # the preset's defaults: typed flags go before them
+        p.set_defaults(**own)
+        args = p.parse_args(argv)
     args.set, args.text_encoder = dict(args.set), full_name(args.text_encoder)
     args.vae = args.vae and full_name(args.vae)
     return args
@@ -159,7 +166,7 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     if args.hflip:
         flip = uniform(fold(seeds, 2)) < 0.5
         x0 = torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
-    t = (uniform(fold(seeds, 0)) * diffusion.T).long()
+    t = diffusion.draw_t(fold(seeds, 0))
     noise = normal(fold(seeds, 1), diffusion.noise_shape(x0.shape[1:]))
     hide = uniform(fold(seeds, 3)) < args.cond_dropout
     if args.num_classes:

@@ -32,8 +32,8 @@ def training(stack, model, folder, place, settings):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_", "GOMP_", "KMP_"))} | settings
     child = subprocess.Popen(
         [sys.executable, "train.py", "--model", model, "--results-dir", folder, "--name", "run", "--log-every", "1",
-         "--sample-every", "0", "--ckpt-every", "100000"], cwd=ROOT, env=env, preexec_fn=place,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+         "--global-batch-size", "32", "--sample-every", "0", "--ckpt-every", "100000"],
+        cwd=ROOT, env=env, preexec_fn=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stack.callback(child.wait)
     stack.callback(child.kill)
     return Path(folder, "run", "log.csv")

@@ -100,8 +100,8 @@ def training(model, flags, device, steps=60, warm=6):
     with tempfile.TemporaryDirectory() as folder, clock.watch(*places), \
             mock.patch.object(inputs, "batches", batches), mock.patch.object(train, "update_ema", ema), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train.main(["--model", model, "--max-steps", str(steps), "--results-dir", folder, "--sample-every",
-                    "0", "--ckpt-every", str(10 * steps), "--device", str(device), *flags])
+        train.main(["--model", model, "--global-batch-size", "32", "--max-steps", str(steps), "--results-dir", folder,
+                    "--sample-every", "0", "--ckpt-every", str(10 * steps), "--device", str(device), *flags])
     (start, before), (end, after) = marks[warm - 1], marks[-1]
     per_step = 1e3 / (steps - warm)
     parts = {k: per_step * (after[k] - before.get(k, 0)) for k in after}

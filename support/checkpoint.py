@@ -49,7 +49,7 @@ BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "
                                 temporal=dict(channels=(24, 24, 32, 48, 48), blocks=(1,) * 5))} | {
     ("mdm", preset): dict(per_group=4, see_padding=False, standardise=False, empty_prompt=False)
     for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")}
-_DIS = dict(conv=4, state=8, min_snr=None, max_snr=None, cfg_below=1)
+_DIS = dict(conv=4, state=8, min_snr=None, max_snr=None, t_normal=None, cfg_below=1)
 BEFORE |= {("dis", "tiny"): dict(width=128, **_DIS), ("dis", "mini"): dict(width=160, grid=4, **_DIS)}
 
 

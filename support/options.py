@@ -24,7 +24,8 @@ from diffusion import SCHEDULES, UserError
 
 DIFFUSION = {"schedule": Literal[tuple(SCHEDULES)], "predict": Literal["eps", "v", "x0"],
              "variance": Literal["small", "large", "learned"], "T": int, "min_snr": float | None,
-             "max_snr": float | None, "cfg_below": Annotated[float, 0, 1]}
+             "max_snr": float | None, "t_normal": list[Annotated[float, -10, 10]] | None,
+             "cfg_below": Annotated[float, 0, 1]}
 NOT_OPTIONS = {"shape", "num_classes", "text", "learn_sigma"}           # `build` itself gives these to a network
 
 

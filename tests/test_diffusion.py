@@ -9,6 +9,7 @@ import torch
 from diffusion import (Diffusion, UserError, bounded, check_labels, check_shape, cosine_alpha_bar,
                        discretized_log_likelihood, fold, guided, linear_alpha_bar, normal, shift_snr, spaced_timesteps,
                        uniform)
+from support.checkpoint import load_paper
 from test_train import Looks
 
 LINEAR = Diffusion(linear_alpha_bar(1000), "eps", "learned")
@@ -221,7 +222,22 @@ def test_min_and_max_snr_are_one_weight_on_the_x0_error(least, most):
                                    snr.clamp(least, most) * error, rtol=1e-3, atol=1e-6)
 
 
+def test_the_steps_of_training():
+    """All alike, or t / T as the sigmoid of a normal number; each from its own seed; never beyond the last step."""
+    seeds, alpha_bar = fold(3, torch.arange(40000)), linear_alpha_bar(1000)
+    alike, middle, noisy = (Diffusion(alpha_bar, t_normal=v).draw_t(seeds) for v in (None, [0.5, 1.2], (10, 10)))
+    assert (alike // 100).bincount().tolist() == pytest.approx([4000] * 10, rel=0.05)
+    logit = ((middle + 0.5) / 1000).logit()
+    assert (logit.mean().item(), logit.std().item()) == (pytest.approx(0.5, abs=0.02), pytest.approx(1.2, abs=0.02))
+    assert noisy.max() == 999 and noisy.min() >= 0
+    assert Diffusion(alpha_bar, t_normal=[0.5, 1.2]).draw_t(seeds[7:9]).equal(middle[7:9])
+    assert load_paper("mdm").ExtendedDiffusion(alpha_bar, [(1, 4, 4)]).draw_t(seeds).equal(alike)
+
+
 def test_unknown_settings_are_refused():
+    for t_normal in ([0.5], [0.5, -1], [0, 1, 2]):
+        with pytest.raises(UserError, match="mean and a standard deviation"):
+            Diffusion(linear_alpha_bar(1000), t_normal=t_normal)
     with pytest.raises(ValueError, match="choose one of"):
         Diffusion(linear_alpha_bar(1000), "noise")
     with pytest.raises(ValueError, match="more than 20"):

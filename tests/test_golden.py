@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 import train
+from diffusion import uniform
 
 pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 COLUMNS = ["loss", "loss_t0", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "grad_norm", "lr"]
 COMMON = ["--global-batch-size", 8, "--max-steps", 3, "--warmup-steps", 1, "--lr", 1e-3, "--log-every", 1,
           "--cond-dropout", 0.4, "--sample-every", 0, "--device", "cpu", "--name", "run"]
-PAPERS = {"dis": ["--image-size", 8, "--hflip"],
+PAPERS = {"dis": ["--image-size", 8, "--hflip", "--set", "t_normal=None", "min_snr=5"],
           "diffussm": ["--image-size", 8, "--grad-clip", 0],
           "mdm": ["--image-size", 16, "--hflip", "--cond", "text"],
           "cunet": ["--image-size", 8]}
@@ -209,6 +210,9 @@ class Diffusion:
 
     def noise_shape(self, shape):
         return shape
+
+    def draw_t(self, seeds):
+        return (uniform(seeds) * self.T).long()
 
     def loss(self, net, x0, t, noise, **cond):
         return {"loss": net(x0=x0, t=t, noise=noise, **cond)}

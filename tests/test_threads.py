@@ -225,7 +225,7 @@ def test_all_cores_while_the_helpers_wait(monkeypatch):
 @cores
 def test_train_starts_a_process_for_each_core(tmp_path):
     """Its losses are those of one process."""
-    flags = ["--max-steps", "3", "--log-every", "1", "--global-batch-size", "12"]
+    flags = ["--max-steps", "3", "--log-every", "1", "--global-batch-size", "12", "--set", "t_normal=None"]
     process = typed(tmp_path / "many", *flags)
     said = process.communicate()
     assert process.returncode == 0, said

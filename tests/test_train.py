@@ -459,6 +459,20 @@ def test_the_time_to_the_end_counts_the_grids(tmp_path, monkeypatch):
     assert lines[1].endswith(" [01:10, 03:30 left]") and "\r" not in stderr.getvalue()
 
 
+def test_defaults_of_a_preset(tmp_path):
+    """TRAINING in a model's file, for one preset: before the defaults of train.py, after what is typed."""
+    model = tmp_path / "own.py"
+    model.write_text("CONFIGS = dict(tiny={}, mini={})\nbuild = dict\n"
+                     "TRAINING = dict(mini=dict(lr=1.0, max_steps=7))\n")
+    for typed, found in ("", (5000, 0.002)), ("--preset mini", (7, 1)), ("--lr 3 --preset mini", (7, 3)):
+        args = train.parse(["--model", str(model), *typed.split()])
+        assert (args.max_steps, args.lr) == found
+    for paper in "dis", "diffussm", "mdm", "cunet":         # no preset and no flag that does not exist
+        module = checkpoint.load_paper(paper)
+        for preset, own in getattr(module, "TRAINING", {}).items():
+            assert preset in module.CONFIGS and own.keys() <= vars(args).keys()
+
+
 def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     """Of a run of ours with the same flags, while its batch and rate were these. Far above it, one sentence."""
     for typed in log.RUNS:
@@ -490,7 +504,7 @@ def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     ("", True), ("--num-classes 0", True), ("--cond-dropout 0", False), ("--resume none --max-steps 7", True),
     ("--set T=99", False),
     ("--image-size 8", False), ("--model mdm", False), ("--model mdm --cond text --max-steps=7", False),
-    ("--model mdm --data moving --preset tiny-video", False), ("--model own.py --data pets", False)])
+    ("--model mdm --data moving --preset tiny-video", False), ("--model examples/mypaper.py --data pets", False)])
 def test_what_to_try_next_can_be_tried(monkeypatch, flags, denoises):
     monkeypatch.chdir(ROOT)
     argv = flags.split()
@@ -507,7 +521,8 @@ def test_what_to_try_next_can_be_tried(monkeypatch, flags, denoises):
             asked = sample.parse(given)
             sample.check_flags(asked)
             sample.check_model(asked, None, diffusion, vars(args))
-            assert asked.ckpt == "a run" and asked.model == ("own.py" if "own.py" in argv else None)
+            assert asked.ckpt == "a run"
+            assert asked.model == (args.model if args.model.endswith(".py") else None)
         else:
             again, told = train.parse(given), [word for word in given if word.startswith("--max-steps")]
             assert again.max_steps == 2 * args.max_steps and again.resume == "auto" and len(told) == 1
