@@ -75,8 +75,8 @@ STUDIES = {
     "colour": Study("Equal time, ten minutes of one core, 32 x 32 in colour", {
         name: [(FOUR[name], [TEN[name]])] for name in FOUR}, (0,), noise=LEVELS),
     "hourglass": Study("Hourglass or patches? DiffuSSM, Figure 6", {
-        "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2"], [400])],
-        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1"], [400, 1000])]}),
+        "M = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=1", "ratio=2", "t_normal=None"], [400])],
+        "P = 2": [([*DIFFUSSM, *STEADY, "--set", "patch=2", "ratio=1", "t_normal=None"], [400, 1000])]}),
     "dis": Study("Long skips, time, patches: ablations of DiS", {
         "concat, adaln, patch 7": [(DIS, [1200])],
         "skip=add": [([*DIS, "--set", "skip=add"], [1200])],

@@ -28,6 +28,7 @@ step share-shapes python -m support.checkpoint results/dis-shapes assets/dis-sha
 for model in diffussm mdm cunet; do     # with these logs train.py tells the loss to expect (support/log.py)
     step shapes-$model python train.py --model $model
     cp results/$model-shapes/log.csv assets/$model-shapes.csv
+    cp results/$model-shapes/samples.png assets/$model-shapes.png
 done
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
@@ -48,11 +49,6 @@ step draw-fours python sample.py --ckpt assets/mdm-mnist.pt --class-labels 4 --n
 cp results/mdm-fours.gif assets/mdm-fours.gif
 python benchmarks/evidence.py --data-dir "$data"
 python benchmarks/evidence.py colour --data shapes
-for model in dis diffussm mdm cunet; do
-    arm=$model; [ $model = cunet ] && arm=cu-net
-    step draw-colour-$model python sample.py --ckpt results/evidence/shapes-colour-$arm-0 --num-samples 32 \
-        --out assets/$model-shapes.png
-done
 python benchmarks/figures.py --into docs/results.md         # its tables; the words around them are yours to check
 
 # photographs

@@ -476,7 +476,9 @@ def test_defaults_of_a_preset(tmp_path):
 def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     """Of a run of ours with the same flags, while its batch and rate were these. Far above it, one sentence."""
     for typed in log.RUNS:
-        train.parse(typed.split())
+        args, known = train.parse(typed.split()), log.expected(typed.split(), train.parse)
+        if args.preset == "tiny":               # the log is of the same number of steps, and of as many images
+            assert known[-1][:2] == (args.max_steps, args.max_steps * args.global_batch_size)
     monkeypatch.setattr(log, "ASSETS", tmp_path)
     rows = [f"{s},{32 * s},{1 / s},0.002" for s in (100, 450, 500, 550, 600)]
     (tmp_path / f"{log.RUNS['--model mdm']}.csv").write_text("\n".join(["step,images,loss,lr", *rows]))
