@@ -440,9 +440,10 @@ CONFIGS = {
     "DiffuSSM-S": dict(width=384, depth=12, **_PAPER),      # choice 8
     "DiffuSSM-L": dict(width=768, depth=24, **_PAPER),
     "DiffuSSM-XL": dict(width=1152, depth=29, **_PAPER),
-    "tiny": dict(width=64, depth=6, **_TINY),
+    "tiny": dict(width=64, depth=6, t_normal=[0.4, 1.3], **_TINY),      # the middle steps are trained most
     "mini": dict(width=96, depth=4, **_TINY),               # 0.9M parameters, to compare with the other papers' "mini"
 }
+TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number
 
 try:
     from support.options import checked

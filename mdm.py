@@ -559,6 +559,7 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     "mini": _TINY | dict(channels=(32, 64), embedding=128, outer=(_level(16, 32),)),        # {14, 28}, for MNIST
     "small": _TINY | dict(channels=(64, 128), outer=(_level(16, 32),), predict="v", error="v"),     # for CIFAR-10
 }
+TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number
 Level = TypedDict("Level", {"channels": list[int], "blocks": list[int]})        # a number for each size, largest first
 
 

@@ -23,9 +23,9 @@ COLUMNS = ["loss", "loss_t0", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "grad_
 COMMON = ["--global-batch-size", 8, "--max-steps", 3, "--warmup-steps", 1, "--lr", 1e-3, "--log-every", 1,
           "--cond-dropout", 0.4, "--sample-every", 0, "--device", "cpu", "--name", "run"]
 PAPERS = {"dis": ["--image-size", 8, "--hflip", "--set", "t_normal=None", "min_snr=5"],
-          "diffussm": ["--image-size", 8, "--grad-clip", 0],
+          "diffussm": ["--image-size", 8, "--grad-clip", 0, "--set", "t_normal=None"],
           "mdm": ["--image-size", 16, "--hflip", "--cond", "text"],
-          "cunet": ["--image-size", 8]}
+          "cunet": ["--image-size", 8, "--set", "t_normal=None"]}
 # A line for each step has COLUMNS, and nan where no t fell into a band. The last line has three norms of the output
 # layer, which begins at 0 except in cU-Net: raw weights, averaged weights, their difference. Those of DiS and DiffuSSM
 # were the same to 5 digits in torch 2.6 and 2.13, with and without AVX; MDM's and cU-Net's were made with torch 2.13.

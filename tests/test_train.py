@@ -120,8 +120,13 @@ def test_a_run_keeps_its_options_when_its_preset_changes(tmp_path, monkeypatch):
     monkeypatch.setitem(paper.CONFIGS, "tiny", now.options)
     assert checkpoint.load_run(tmp_path / "run.pt")[1].predict == "x0"
     assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was predict=x0)"]
+    # an older run, when diffussm's tiny had no t_normal
+    old = {**args, "options": {k: v for k, v in args["options"].items() if k != "t_normal"}}
+    today = SimpleNamespace(options=args["options"], set={})
+    assert checkpoint.differences(today, old, {"options"}) == ["--set t_normal=[0.4, 1.3] (was t_normal=None)"]
     # before runs wrote down all options, only --set was compared; and MDM's tiny presets predicted v
     del args["options"]
+    args["preset"] = "mini"
     assert checkpoint.differences(now, args, {"options"}) == []
     now.set = {"predict": "v"}
     assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was nothing)"]
@@ -476,7 +481,9 @@ def test_defaults_of_a_preset(tmp_path):
 def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     """Of a run of ours with the same flags, while its batch and rate were these. Far above it, one sentence."""
     for typed in log.RUNS:
-        train.parse(typed.split())
+        args, known = train.parse(typed.split()), log.expected(typed.split(), train.parse)
+        if args.preset == "tiny":               # the log is of the same number of steps, and of as many images
+            assert known[-1][:2] == (args.max_steps, args.max_steps * args.global_batch_size)
     monkeypatch.setattr(log, "ASSETS", tmp_path)
     rows = [f"{s},{32 * s},{1 / s},0.002" for s in (100, 450, 500, 550, 600)]
     (tmp_path / f"{log.RUNS['--model mdm']}.csv").write_text("\n".join(["step,images,loss,lr", *rows]))
