@@ -355,16 +355,17 @@ def odeint_adjoint(slope, state, times, parameters, **settings):
 # --- presets ------------------------------------------------------------------------------------------
 
 _DDPM = dict(schedule="linear", predict="eps", variance="small")        # as in Ho et al.
-# For two CPU cores (docs/results.md). With a small label_std the network would learn the classes late.
-_TINY = dict(label_std=1.0, schedule="linear", predict="x0", variance="small")
+# For two CPU cores (docs/results.md). The middle steps are trained most. With a small label_std the network would learn
+# the classes late.
+_TINY = dict(label_std=1.0, schedule="linear", predict="x0", variance="small", t_normal=[0.4, 1.3])
 CONFIGS = {"cunet": dict(nf=16, **_DDPM),
-           "tiny": dict(nf=8, t_normal=[0.4, 1.3], **_TINY),       # the middle steps are trained most
+           "tiny": dict(nf=8, **_TINY),
            "mini": dict(nf=6, **_TINY)}         # 1.4 million parameters, to be compared with the other papers' "mini"
 NETWORKS = dict.fromkeys(CONFIGS, CUNet)
 if UNet:
     CONFIGS |= {"published": dict(nf=16, **_DDPM),
                 "unet": dict(dim=64, **_DDPM),
-                "unet-tiny": dict(dim=32, t_normal=[0.4, 1.3], **_TINY),
+                "unet-tiny": dict(dim=32, **_TINY),
                 "unet-mini": dict(dim=16, **_TINY)}
     NETWORKS |= {"published": Published} | dict.fromkeys(("unet", "unet-tiny", "unet-mini"), UNet)
 TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number
