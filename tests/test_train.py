@@ -120,13 +120,15 @@ def test_a_run_keeps_its_options_when_its_preset_changes(tmp_path, monkeypatch):
     monkeypatch.setitem(paper.CONFIGS, "tiny", now.options)
     assert checkpoint.load_run(tmp_path / "run.pt")[1].predict == "x0"
     assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was predict=x0)"]
-    # an older run, when diffussm's tiny had no t_normal
-    old = {**args, "options": {k: v for k, v in args["options"].items() if k != "t_normal"}}
-    today = SimpleNamespace(options=args["options"], set={})
-    assert checkpoint.differences(today, old, {"options"}) == ["--set t_normal=[0.4, 1.3] (was t_normal=None)"]
+    # an older run, when these presets had no t_normal
+    for model, preset in [("diffussm", "mini"), *(("cunet", p) for p in ("tiny", "mini", "unet-tiny", "unet-mini"))]:
+        options = checkpoint.load_paper(model).CONFIGS[preset]
+        old = dict(model=model, preset=preset, set={}, options={k: v for k, v in options.items() if k != "t_normal"})
+        found = checkpoint.differences(SimpleNamespace(options=options, set={}), old, {"options"})
+        assert found == ["--set t_normal=[0.4, 1.3] (was t_normal=None)"]
     # before runs wrote down all options, only --set was compared; and MDM's tiny presets predicted v
     del args["options"]
-    args["preset"] = "mini"
+    args["preset"] = "DiffuSSM-S"
     assert checkpoint.differences(now, args, {"options"}) == []
     now.set = {"predict": "v"}
     assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was nothing)"]
