@@ -84,9 +84,10 @@ class ExtendedDiffusion:
               with a nested network (Figure 4b, c)
     mixed     the part of the rows that has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
               rows have both. None: all rows have all (Section 3.3)
-    cfg_below guidance acts only at steps t < cfg_below T, as in diffusion.Diffusion"""
+    t_normal, cfg_below       as in diffusion.Diffusion: the steps that are trained most; those that guidance acts on"""
 
-    def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None, cfg_below=1):
+    def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None,
+                 t_normal=None, cfg_below=1):
         self.shapes, self.R, self.T = [tuple(s) for s in shapes], len(shapes), len(alpha_bar)
         self.sizes = [math.prod(s) for s in shapes]                                   # N_r
         ones, finest = [1] * self.R, [0] * (self.R - 1) + [1]
@@ -99,7 +100,7 @@ class ExtendedDiffusion:
             raise UserError(f"mixed={mixed}: must be a list of {self.R} numbers, coarsest first, that begin with 1, do "
                             f"not rise and end above 0, such as {[1] + [0.5] * (self.R - 1)}")
         ratios = [math.sqrt(N / self.sizes[0]) for N in self.sizes]
-        self.levels = [Diffusion(shift_snr(alpha_bar, ratio, power), predict) for ratio in ratios]
+        self.levels = [Diffusion(shift_snr(alpha_bar, ratio, power), predict, t_normal=t_normal) for ratio in ratios]
         for level in self.levels:
             # Each squared error is a multiple of that of v: eps - eps' = alpha (v - v'), x0 - x0' = sigma (v' - v).
             times_v = {"v": torch.ones_like(alpha_bar), "eps": level.alpha_bar, "x0": 1 - level.alpha_bar}
@@ -578,7 +579,8 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
              schedule: Literal[tuple(SCHEDULES)] = "cosine", T: Annotated[int, 1, 10**6] = 1000,
              predict: Literal["v", "x0", "eps"] = "v", error: Literal["v", "x0", "eps"] = "eps",
              power: Annotated[float, 0, 10] = 1, weights: Literal["finest"] | list[float] | None = None,
-             mixed: list[float] | None = None, cfg_below: Annotated[float, 0, 1] = 1):
+             mixed: list[float] | None = None, t_normal: list[Annotated[float, -10, 10]] | None = None,
+             cfg_below: Annotated[float, 0, 1] = 1):
     """Builds the networks, from the inside out, and their diffusion. support/options.py checks options by these types.
 
     channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it; it takes one after the
@@ -622,7 +624,7 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
             norm.num_groups = groups(norm.num_channels, per_group)
     model.empty_prompt = bool(text) and empty_prompt            # tells train.py and sample.py what "no text" is
     diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed,
-                                  cfg_below)
+                                  t_normal, cfg_below)
     return model.to(memory_format=torch.channels_last), diffusion           # the faster layout of convolutions
 
 
