@@ -231,7 +231,9 @@ def test_the_steps_of_training():
     assert (logit.mean().item(), logit.std().item()) == (pytest.approx(0.5, abs=0.02), pytest.approx(1.2, abs=0.02))
     assert noisy.max() == 999 and noisy.min() >= 0
     assert Diffusion(alpha_bar, t_normal=[0.5, 1.2]).draw_t(seeds[7:9]).equal(middle[7:9])
-    assert load_paper("mdm").ExtendedDiffusion(alpha_bar, [(1, 4, 4)]).draw_t(seeds).equal(alike)
+    for t_normal, same in (None, alike), ([0.5, 1.2], middle):
+        _, nested = load_paper("mdm").build("mini", (1, 28, 28), t_normal=t_normal)
+        assert nested.draw_t(seeds).equal(same)
 
 
 def test_unknown_settings_are_refused():
