@@ -360,8 +360,7 @@ CONFIGS["tiny"] = dict(width=160, depth=6, patch=None, conv=None, expand=1, stat
                        label_std=1.0, schedule="cosine", predict="x0", variance="small", min_snr=10, max_snr=1,
                        t_normal=[0.4, 1.3], cfg_below=0.9)
 # For an hour of one core: a digit is a grid of 7 x 7 patches. 0.9 million parameters; the other papers have one, too.
-CONFIGS["mini"] = CONFIGS["tiny"] | dict(width=128, grid=7, min_snr=5, max_snr=0.3, t_normal=None,
-                                          cfg_below=0.8)
+CONFIGS["mini"] = CONFIGS["tiny"] | dict(width=128, grid=7, min_snr=5, max_snr=0.3, cfg_below=0.8)
 # How train.py trains a preset, unless its flags say otherwise. Large batches are cheap for so small a network: a step
 # of 64 images takes 1.5 times as long as one of 32.
 TRAINING = {"tiny": dict(global_batch_size=64, lr=4e-3, max_steps=3200)}
