@@ -509,8 +509,8 @@ OTHERS = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", "
 
 
 def walk(folder, below="", above=()):
-    """Yields path and bytes of each image below a folder, also of those that have one of OTHERS as ending. A link to a folder above it is not followed: there the same
-    images would come again, without end. What train.py has written is left out."""
+    """Yields path and bytes of each image below a folder, also with an ending of OTHERS. A link to a folder above it is
+    not followed: there the same images would come again, without end. What train.py has written is left out."""
     here = os.path.join(folder, below)
     real = os.path.realpath(here)
     if real in above:
@@ -552,8 +552,8 @@ class Names:
 
 
 def list_images(folder):
-    """All images below a folder -> their paths, relative to it and sorted, as Names, and their bytes (N,). Says how many
-    files of OTHERS there are: they are left out. Raises UserError if there are no images."""
+    """All images below a folder -> their paths, relative to it and sorted, as Names, and their bytes (N,). Files of
+    OTHERS are counted, and left out. Raises UserError if there are no images."""
     paths, sizes, others = [], array("q"), Counter()
     for path, size in walk(folder) if folder.is_dir() else ():
         if path.lower().endswith(OTHERS):
@@ -665,7 +665,8 @@ def json_lines(f, table):
 def unreadable(images):
     """The UserError for images that cannot be read. images: a str for each, its path and what is wrong."""
     many, them = (f"{len(images):,} images cannot be read: ", "them") if len(images) > 1 else ("cannot read ", "it")
-    error = UserError(f"{many}{'; '.join(images[:50])}{'; ...' * (len(images) > 50)}: replace {them} or move {them} away")
+    some = "; ".join([*images[:50], *["..."] * (len(images) > 50)])
+    error = UserError(f"{many}{some}: replace {them} or move {them} away")
     error.images = images
     return error
 

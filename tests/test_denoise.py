@@ -258,7 +258,8 @@ def test_a_photo_is_converted_and_lpips_is_a_column_if_it_is_there(trained, tmp_
 
     Image.new("L", (50, 40), 90).save(tmp_path / "photo.png")
     before = (tmp_path / "photo.png").read_bytes()
-    for picture, out, said in (("photo.png", "photo.png", "is the picture itself"), ("other.png", "d.png", "no picture")):
+    for picture, out, said in (("photo.png", "photo.png", "is the picture itself"),
+                               ("other.png", "d.png", "no picture")):
         with pytest.raises(SystemExit):
             sample.main(["--ckpt", str(trained), "--denoise", str(tmp_path / picture), "--from-step", "9",
                          "--out", str(tmp_path / out)])
