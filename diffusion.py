@@ -55,6 +55,18 @@ def check_labels(y, num_classes):
             raise UserError(f"label {wrong}, but this model has {known}")
 
 
+def for_each(seeds, cond):
+    """What `sample` gets as y=, text=, text_mask= -> a row for each of the seeds (N,); y=4: class 4 for all. Raises
+    UserError."""
+    rows = {name: torch.as_tensor(c, device=seeds.device) for name, c in cond.items() if c is not None}
+    for name, c in rows.items():
+        if name == "y" and c.is_floating_point():
+            raise UserError(f"y={cond[name]}: a class is a whole number, such as y=4")
+        if c.ndim and len(c) != len(seeds):
+            raise UserError(f"{name} has {len(c)} rows, for {len(seeds)} samples: give each one")
+    return {name: c if c.ndim else c.expand(len(seeds)) for name, c in rows.items()}
+
+
 # --- schedules -------------------------------------------------------------------------------------------------------
 # A schedule is a function of T, the number of steps. It returns alpha_bar, (T,), on the CPU and in float64:
 # 1 - alpha_bar is 1e-4 at t = 0, and float32 would keep only three digits of that.
@@ -290,7 +302,7 @@ class Diffusion:
         # noise is drawn by number: number T gives the x to begin with, number i what step i adds
         x, last = start or (normal(fold(seeds, self.T), shape), None)                       # (B, C, H, W)
         d = self.respaced(steps, last)
-        cond = {name: torch.full_like(seeds, c) if isinstance(c, int) else c for name, c in cond.items()}
+        cond = for_each(seeds, cond)
         # weights do not change here: a model may compute once what depends on them alone
         with getattr(model, "frozen", contextlib.nullcontext)():
             steered = guided(model, cfg_scale, negative) if cfg_scale != 1 else model

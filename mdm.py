@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diffusion import (SCHEDULES, Diffusion, UserError, check_labels, check_shape, fold, normal, shift_snr,
+from diffusion import (SCHEDULES, Diffusion, UserError, check_labels, check_shape, fold, for_each, normal, shift_snr,
                        with_and_without)
 
 try:
@@ -176,7 +176,7 @@ class ExtendedDiffusion:
             raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}: ask for that shape")
         levels, numbers, ddpm = self.respaced(steps), (sum(self.sizes),), sampler == "ddpm"
         z = self.unpack(normal(fold(seeds, self.T), numbers))                              # [(B, *shape_r)]
-        cond = {name: torch.full_like(seeds, c) if isinstance(c, int) else c for name, c in cond.items()}
+        cond = for_each(seeds, cond)
         steered = guided(model, cfg_scale, negative) if cfg_scale != 1 else model
         steer = (levels[0].timestep_map < self.cfg_below * self.T).tolist()
         for i in reversed(range(levels[0].T)):

@@ -183,6 +183,10 @@ def check_flags(args):
         (args.eta and args.sampler == "ddpm", "--eta is DDIM's: drop it, or pass --sampler ddim"),
         (args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"),
          "--num-fid-samples draws random classes into a folder: drop --gif, --num-samples and --class-labels"),
+        (args.denoise not in (None, "test") and not Path(args.denoise).exists(),
+         f"no picture {args.denoise}: --denoise takes the path of one, or test"),
+        (args.denoise not in (None, "test") and args.out.exists() and args.out.samefile(args.denoise),
+         f"--out {args.out} is the picture itself, and would replace it: name another"),
         (bool(args.denoise) != bool(args.from_step),
          "--denoise and --from-step go together: --denoise photo.png --from-step 150"),
         (args.denoise and (args.gif or args.save_images or args.num_fid_samples

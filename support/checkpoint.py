@@ -131,7 +131,7 @@ def newest_good(folder, say=print):
             say(f"damaged     {folder / 'latest.pt'}: continuing from {path}")
         return path, checkpoint
     if problems:
-        raise UserError(problems[0])
+        raise UserError(f"{problems[0]}, or begin a new run with --resume none")
     return None, None
 
 
@@ -276,15 +276,17 @@ def resume(args, folder, team):
 
 def origin(args, folder, say):
     """The path of the checkpoint where training begins, or None. Raises UserError."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: pass another --name")
     hold(folder)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun, after this very run failed
     if args.resume == "none" and folder.exists() and not restarted:
-        let_go()
-        n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
-        folder.rename(f"{folder}.old{n}")
-        say(f"renamed     the earlier run is now {folder}.old{n}")
+        set_aside(folder, say)
     (path, checkpoint), keys = newest_good(folder, say), vars(args).keys() - FREE_TO_CHANGE
-    own = path is not None
+    own, log = path is not None, folder / "log.csv"
+    if (not own and not restarted and args.resume in ("auto", "none")
+            and log.exists() and log.read_bytes().count(b"\n") > 1):
+        set_aside(folder, say)                  # its checkpoints were deleted, but not its pictures and its log
     if not own and args.resume not in ("auto", "none"):
         path, keys = in_folder(args.resume), MUST_MATCH
         checkpoint = read(path)
@@ -313,6 +315,14 @@ def origin(args, folder, say):
         say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run will differ, by "
             f"rounding, from one that does not change")
     return path
+
+
+def set_aside(folder, say):
+    """Rename the folder of a run, to keep it beside a new one."""
+    let_go()
+    n = next(n for n in range(1, 10**6) if not Path(f"{folder}.old{n}").exists())
+    folder.rename(f"{folder}.old{n}")
+    say(f"renamed     the earlier run is now {folder}.old{n}")
 
 
 def received(path, folder, team):

@@ -169,7 +169,8 @@ OTHERS = {"--epochs": ["--max-steps"], "--iterations": ["--max-steps"], "--learn
           "--dataset": ["--data"], "--checkpoint": ["--ckpt", "--resume"], "--outdir": ["--out", "--results-dir"],
           "--output": ["--out", "--results-dir"], "--guidance": ["--cfg-scale"], "--guidance-scale": ["--cfg-scale"],
           "--amp": ["--precision"], "--fp16": ["--precision"], "--bf16": ["--precision"],
-          "--gpu": ["--device"], "--n": ["--num-samples"], "--config": ["--preset"]}
+          "--gpu": ["--device"], "--n": ["--num-samples"], "--config": ["--preset"],
+          "--labels": ["--class-labels"], "--classes": ["--class-labels"], "--class": ["--class-labels"]}
 
 
 def quoted(words):
@@ -215,6 +216,9 @@ class Parser(argparse.ArgumentParser):
             flag = f"--{flag.replace('_', '-')}"
             meant += [flag] * (flag in ours) or [f for f in OTHERS.get(flag, []) if f in ours][:1] or (
                 difflib.get_close_matches(flag, ours, 1, 0.7))
+        words = message.partition("unrecognized arguments: ")[2].split()
+        if words and os.path.exists(words[0]):              # a path without its flag
+            meant += [f"{flag} {words[0]}" for flag in ("--ckpt", "--data") if flag in ours][:1]
         hint = f"did you mean {', '.join(dict.fromkeys(meant))}? " if meant else ""
         fail(f"{message} ({hint}--help lists every flag)")
 

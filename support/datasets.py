@@ -47,6 +47,7 @@ import tempfile
 import unicodedata
 import zlib
 from array import array
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -504,11 +505,12 @@ def download(urls, path, sha256):
 # --- folders of images -------------------------------------------------------------------------------
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+OTHERS = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".ppm", ".pgm", ".dng", ".svg")
 
 
 def walk(folder, below="", above=()):
-    """Yields path and bytes of each image below a folder. A link to a folder above it is not followed: there the same
-    images would come again, without end. What train.py has written is left out."""
+    """Yields path and bytes of each image below a folder, also with an ending of OTHERS. A link to a folder above it is
+    not followed: there the same images would come again, without end. What train.py has written is left out."""
     here = os.path.join(folder, below)
     real = os.path.realpath(here)
     if real in above:
@@ -519,7 +521,7 @@ def walk(folder, below="", above=()):
     for e in entries:
         if e.is_dir():
             yield from walk(folder, f"{below}{e.name}/", (*above, real))
-        elif e.name.lower().endswith(ENDINGS):
+        elif e.name.lower().endswith(ENDINGS + OTHERS):
             yield below + e.name, e.stat().st_size
 
 
@@ -550,14 +552,27 @@ class Names:
 
 
 def list_images(folder):
-    """All images below a folder -> their paths, relative to it and sorted, as Names, and their bytes (N,). Raises
-    UserError if there are none."""
-    paths, sizes = [], array("q")
+    """All images below a folder -> their paths, relative to it and sorted, as Names, and their bytes (N,). Files of
+    OTHERS are counted, and left out. Raises UserError if there are no images."""
+    paths, sizes, others = [], array("q"), Counter()
     for path, size in walk(folder) if folder.is_dir() else ():
-        paths.append(path)
-        sizes.append(size)
+        if path.lower().endswith(OTHERS):
+            others[os.path.splitext(path)[1].lower()] += 1
+        else:
+            paths.append(path)
+            sizes.append(size)
+    left = ", ".join(f"{n:,} {ending}" for ending, n in others.items())
     if not paths:
-        raise UserError(f"no images in {folder}: pass a folder with {' '.join(ENDINGS)} files")
+        known = [name for name, sums in SHA256.items() for place in PLACES[name]
+                 for file in (*sums, *["data_batch_1", "data_batch_1.bin"] * (name == "cifar10"))
+                 if any(folder.glob(place + file))]
+        if known:                                           # fashion has the file names of mnist
+            raise UserError(f"{folder} has the files of a data set: pass --data {' or '.join(dict.fromkeys(known))} "
+                            f"--data-dir {folder}")
+        raise UserError(f"no images in {folder}{f', only {left}' * bool(left)}: pass a folder with "
+                        f"{' '.join(ENDINGS)} files")
+    if left and not QUIET:
+        print(f"left out    {left} in {folder}: save them as .png to train on them")
     order = sorted(range(len(paths)), key=paths.__getitem__)
     order.sort(key=lambda i: plain(paths[i]))               # the order of the first sort stays, if two are spelt alike
     return Names(paths[i] for i in order), np.array(sizes)[order]
@@ -650,7 +665,8 @@ def json_lines(f, table):
 def unreadable(images):
     """The UserError for images that cannot be read. images: a str for each, its path and what is wrong."""
     many, them = (f"{len(images):,} images cannot be read: ", "them") if len(images) > 1 else ("cannot read ", "it")
-    error = UserError(f"{many}{'; '.join(images[:3])}{'; ...' * (len(images) > 3)}: replace {them} or move {them} away")
+    some = "; ".join([*images[:50], *["..."] * (len(images) > 50)])
+    error = UserError(f"{many}{some}: replace {them} or move {them} away")
     error.images = images
     return error
 

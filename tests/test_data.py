@@ -691,6 +691,14 @@ def noise(path):
     Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
 
 
+def test_pictures_in_other_formats_are_said_to_be_left_out(tmp_path, capsys):
+    two_images(tmp_path)
+    for name in "c.tif", "d.TIF", "notes.txt":
+        (tmp_path / name).touch()
+    assert len(load(str(tmp_path))) == 2
+    assert capsys.readouterr().out == f"left out    2 .tif in {tmp_path}: save them as .png to train on them\n"
+
+
 def two_images(folder, second="b.png", **options):
     write_image(folder / "a.png")
     write_image(folder / second, **options)
@@ -768,7 +776,11 @@ ERRORS = {
     "not an image": (lambda f: (two_images(f), (f / "b.png").write_text("?")), {},
                      ["b.png", "replace"]),
     "not images": (lambda f: [(f / f"{i}.png").write_text("?") for i in range(70)] + [two_images(f)], {},
-                   ["70 images cannot be read: ", "0.png", "1.png", "10.png", "; ...: replace them"]),
+                   ["70 images cannot be read: ", "/0.png", "/10.png", "/40.png", "; ...: replace them"]),
+    "only others": (lambda f: [(f / name).write_text("") for name in ("a.tif", "b.TIF", "c.heic")], {},
+                    ["no images in", "only 2 .tif, 1 .heic", ".png"]),
+    "torchvision": (lambda f: [(f / "MNIST/raw").mkdir(parents=True), (f / "MNIST/raw/t10k-labels-idx1-ubyte").touch()],
+                    {}, ["pass --data mnist --data-dir"]),
     "cut png": (lambda f: (two_images(f), noise(f / "c.png"), cut(f / "c.png")), {},
                 ["c.png", "replace"]),
     "cut jpg": (lambda f: (two_images(f), noise(f / "c.jpg"), cut(f / "c.jpg")), {},

@@ -257,6 +257,13 @@ def test_a_photo_is_converted_and_lpips_is_a_column_if_it_is_there(trained, tmp_
     monkeypatch.setattr(denoise, "load_lpips", lambda shape, device: metric)
 
     Image.new("L", (50, 40), 90).save(tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    for picture, out, said in (("photo.png", "photo.png", "is the picture itself"),
+                               ("other.png", "d.png", "no picture")):
+        with pytest.raises(SystemExit):
+            sample.main(["--ckpt", str(trained), "--denoise", str(tmp_path / picture), "--from-step", "9",
+                         "--out", str(tmp_path / out)])
+        assert said in capsys.readouterr().err and (tmp_path / "photo.png").read_bytes() == before
     sample.main(["--ckpt", str(trained), "--denoise", str(tmp_path / "photo.png"), "--from-step", "100",
                  "--steps", "4", "--sampler", "ddim", "--eta", "0.5", "--class-labels", "3",
                  "--device", "cpu", "--out", str(tmp_path / "d.png")])

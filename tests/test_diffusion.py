@@ -236,6 +236,21 @@ def test_the_steps_of_training():
         assert nested.draw_t(seeds).equal(same)
 
 
+def test_a_class_for_all_samples():
+    """A number stands for all, whatever its type; a fraction or too few classes are refused."""
+    d, seen = Diffusion(linear_alpha_bar(50)), []
+
+    def model(x, t, y):
+        seen.append(y)
+        return x
+    for y in (4, np.int64(4), torch.tensor(4), [4, 4, 4], torch.tensor([4, 4, 4])):
+        d.sample(model, (1, 4, 4), torch.arange(3), steps="1", y=y)
+        assert seen.pop().tolist() == [4, 4, 4]
+    for y, said in (4.0, "y=4.0: a class is a whole number"), ([4, 4], "y has 2 rows, for 3 samples"):
+        with pytest.raises(UserError, match=said):
+            d.sample(model, (1, 4, 4), torch.arange(3), y=y)
+
+
 def test_unknown_settings_are_refused():
     for t_normal in ([0.5], [0.5, -1], [0, 1, 2]):
         with pytest.raises(UserError, match="mean and a standard deviation"):

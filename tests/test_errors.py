@@ -176,6 +176,7 @@ WRONG = [
     (TRAIN, new("--resume", "missing.pt"), "no checkpoint at missing.pt: (?!.*--ckpt)"),
     (TRAIN, new("--resume", "code.pt"), "perhaps code"),
     (TRAIN, new("--resume", "other/unconditional/latest.pt"), "trained differently"),
+    (SAMPLE, ["results/run"], "did you mean --ckpt results/run[?]"),
     (SAMPLE, ["--results-dir", "nothing"], "train.py"),
     (SAMPLE, ["--ckpt", "missing.pt"], "no checkpoint"),
     (SAMPLE, ["--ckpt", "half.pt"], "damaged or cut short"),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,19 @@ def test_resume_none_keeps_the_old_run(tmp_path):
     run(tmp_path, "--max-steps", 2, "--resume", "none")
     kept = torch.load(tmp_path / "run.old1" / "latest.pt", weights_only=True)
     assert same(old, kept)
+
+
+def test_a_run_without_its_checkpoints_is_kept_beside_the_new_one(tmp_path, capsys):
+    run(tmp_path, "--max-steps", 3, "--log-every", 1)
+    log = (tmp_path / "run" / "log.csv").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "latest.pt").unlink()
+    run(tmp_path, "--max-steps", 2, "--lr", "0.5")
+    assert (tmp_path / "run.old1" / "log.csv").read_bytes() == log and "run.old1" in capsys.readouterr().out
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--max-steps", 2, "--name", "file")
+    assert "is a file: pass another --name" in capsys.readouterr().err
 
 
 def test_resume_from_a_file_starts_a_new_folder(tmp_path):
