@@ -28,7 +28,9 @@ RUNS = {"": "shapes",
         "--model mdm --data cifar10 --preset small --lr 1e-3 --warmup-steps 500 --max-steps 8000": "cifar10-mdm"}
 # What a preset is too small for: data and preset -> what it ends in, and what does better.
 TOO_SMALL = {("cifar10", "tiny"): "blotches of colour, hardly objects: tiny is made for drawn shapes. README.md has a "
-                                  "command that takes two hours of one core"}
+                                  "command that takes two hours of one core",
+             ("a folder", "tiny"): "blotches of colour if these are photographs: tiny is made for drawn shapes. "
+                                   "README.md tells what CIFAR-10 took"}
 
 
 def plan(args, folder, team, dataset, model, diffusion, world, micro):
@@ -38,7 +40,7 @@ def plan(args, folder, team, dataset, model, diffusion, world, micro):
     if not args.model.endswith(".py"):          # counting calls the model, and we call your own only to train
         image = cost.blank_batch(diffusion, dataset.shape, 1, args.num_classes, args.text)
         macs = cost.multiply_adds(model, diffusion, image)
-    macs = "unknown" if macs is None else f"{macs / 1e6:,.1f}M"
+    macs, kind = "unknown" if macs is None else f"{macs / 1e6:,.1f}M", "a folder" if dataset.files else args.data
     return (f"device      {team.device} ({'--device' if args.device != 'auto' else 'the best found'}), "
             f"{world} process{'es, each with' if world > 1 else ','} "
             f"threads {torch.get_num_threads()} of {os.cpu_count()}, {'bf16 autocast' if args.bf16 else 'float32'}\n"
@@ -50,7 +52,7 @@ def plan(args, folder, team, dataset, model, diffusion, world, micro):
             f"({world} x {args.grad_accum} x {micro}), peak learning rate {args.lr:g}\n"
             f"folder      {folder}\n"
             f"pictures    {command('sample.py', *which(args, folder))}"
-            + (f"\nexpect      {words}" if (words := TOO_SMALL.get((args.data, args.preset))) else ""))
+            + (f"\nexpect      {words}" if (words := TOO_SMALL.get((kind, args.preset))) else ""))
 
 
 def which(args, folder):

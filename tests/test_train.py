@@ -644,7 +644,10 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     train.main(["--dry-run", "2", "--model", "diffussm", "--results-dir", str(tmp_path / "results")])
     out = capsys.readouterr().out
     assert "sharded, checkpointing" in out and f"threads {torch.get_num_threads()} of " in out
-    assert not (tmp_path / "results").exists()
+    assert "photographs" not in out and not (tmp_path / "results").exists()
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    train.main(["--dry-run", "1", "--data", str(tmp_path)])
+    assert "expect      blotches of colour if these are photographs" in capsys.readouterr().out
 
 
 def test_the_recipes_start(tmp_path, monkeypatch, capsys):
