@@ -557,7 +557,7 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     "tiny-x4": _TINY | dict(outer=(_level(12, 24, 48),)),   # {16, 64}, where tiny has {16, 32, 64}: as in Figure 8b
     "tiny-video": _TINY | dict(channels=(32, 48), embedding=128, text_width=48,
                                temporal=_level(16, 16, 24, 32, 32), outer=(_level(16, 24),)),
-    "mini": _TINY | dict(channels=(32, 64), embedding=128, outer=(_level(16, 32),)),        # {14, 28}, for MNIST
+    "mini": _TINY | dict(channels=(32, 64), embedding=128, outer=(_level(16, 32),), t_normal=[0.4, 1.3]),   # {14, 28}
     "small": _TINY | dict(channels=(64, 128), outer=(_level(16, 32),), predict="v", error="v"),     # for CIFAR-10
 }
 TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number

@@ -66,7 +66,8 @@ done
 
 # words and moving shapes by MDM
 mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }
-words=(--preset mini --data shapes --cond text --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
+words=(--preset mini --set t_normal=None --data shapes --cond text
+    --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
 mdm words-16 "${words[@]}" --image-size 16 --max-steps 1500
 mdm words "${words[@]}" --image-size 32 --max-steps 1500 --init-inner results/words-16
 step share-words python -m support.checkpoint results/words assets/words-mdm.pt

@@ -51,8 +51,8 @@ BEFORE = {("mdm", preset): dict(predict="v", error="v") for preset in ("tiny", "
     for preset in ("cc12m-64", "cc12m-256", "cc12m-1024")}
 _DIS = dict(conv=4, state=8, min_snr=None, max_snr=None, t_normal=None, cfg_below=1)
 BEFORE |= {("dis", "tiny"): dict(width=128, **_DIS), ("dis", "mini"): dict(width=160, grid=4, **_DIS)}
-BEFORE |= dict.fromkeys([("diffussm", "tiny"), ("diffussm", "mini"), ("cunet", "tiny"), ("cunet", "mini"),
-                         ("cunet", "unet-tiny"), ("cunet", "unet-mini")], dict(t_normal=None))
+BEFORE |= dict.fromkeys([("diffussm", "tiny"), ("diffussm", "mini"), ("mdm", "mini"), ("cunet", "tiny"),
+                         ("cunet", "mini"), ("cunet", "unet-tiny"), ("cunet", "unet-mini")], dict(t_normal=None))
 
 
 # --- reading ------------------------------------------------------------------------------------------------

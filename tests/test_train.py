@@ -122,7 +122,8 @@ def test_a_run_keeps_its_options_when_its_preset_changes(tmp_path, monkeypatch):
     assert checkpoint.load_run(tmp_path / "run.pt")[1].predict == "x0"
     assert checkpoint.differences(now, args, {"options"}) == ["--set predict=v (was predict=x0)"]
     # an older run, when these presets had no t_normal
-    for model, preset in [("diffussm", "mini"), *(("cunet", p) for p in ("tiny", "mini", "unet-tiny", "unet-mini"))]:
+    for model, preset in [("diffussm", "mini"), ("mdm", "mini"),
+                          *(("cunet", p) for p in ("tiny", "mini", "unet-tiny", "unet-mini"))]:
         options = checkpoint.load_paper(model).CONFIGS[preset]
         old = dict(model=model, preset=preset, set={}, options={k: v for k, v in options.items() if k != "t_normal"})
         found = checkpoint.differences(SimpleNamespace(options=options, set={}), old, {"options"})
