@@ -384,7 +384,7 @@ def mdm(figure, model, diffusion, args, x0, cond):
     film = pyramid(model, diffusion, torch.arange(len(x0)), **cond)
     shown = [film[i] for i in (0, 5, 10, 15, 20, 27, 35, 49)]
     tiles(upper, "1. A picture is drawn: z at each resolution, and what the network believes the picture to be",
-          [[(z, belief)[k][r][3] for _, z, belief in shown] for r in range(len(names)) for k in (0, 1)],
+          [[(z, belief)[k][r][4] for _, z, belief in shown] for r in range(len(names)) for k in (0, 1)],
           [f"{name}\n{what}" for name in names for what in ("z", "belief")], [f"t = {t}" for t, *_ in shown])
 
     a, b, c = axes(middle, "", 3)
