@@ -28,6 +28,7 @@ step share-shapes python -m support.checkpoint results/dis-shapes assets/dis-sha
 for model in diffussm mdm cunet; do     # with these logs train.py tells the loss to expect (support/log.py)
     step shapes-$model python train.py --model $model
     cp results/$model-shapes/log.csv assets/$model-shapes.csv
+    cp results/$model-shapes/samples.png assets/$model-shapes.png
 done
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
