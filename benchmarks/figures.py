@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py                            print all tables
     python benchmarks/figures.py mnist-cunet                print those of one study
-    python benchmarks/figures.py --into docs/results.md     write them into the page, see `put`
+    python benchmarks/figures.py --into docs/*.md           write each into the page that has its place, see `put`
 
 Figures lie beside the scores. They need `pip install matplotlib`; without it there are tables only.
 """
@@ -142,12 +142,12 @@ def section(path):
     return "\n\n".join(parts)
 
 
-def put(page, name, text):
-    """Replace the text between the lines <!-- name --> and <!-- end --> of the page. All other text stays."""
-    found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-    if not found.search(page):
-        raise UserError(f"the page has no place for {name}: write the lines <!-- {name} --> and <!-- end -->")
-    return found.sub(lambda place: f"{place[1]}\n{text}\n\n{place[2]}", page)
+def put(pages, name, text):
+    """Replace the text between the lines <!-- name --> and <!-- end --> in the list of pages. All other text stays."""
+    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+    if not any(map(place.search, pages)):
+        raise UserError(f"no page has a place for {name}: write the lines <!-- {name} --> and <!-- end --> into one")
+    return [place.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page) for page in pages]
 
 
 @cli.told_plainly()
@@ -155,15 +155,16 @@ def main(argv=None):
     p = cli.Parser(__doc__)
     p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-cunet (default: all)")
     p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="where the scores are")
-    p.add_argument("--into", type=Path, metavar="PAGE", help="write the tables into this page instead of printing them")
+    p.add_argument("--into", type=Path, nargs="+", metavar="PAGE", help="write them into pages; do not print")
     args = p.parse_args(argv)
     found = {name: section(args.folder / f"{name}.csv") for name in args.studies or sorted(
         f.stem for f in args.folder.glob("*-*.csv") if f.stem.split("-", 1)[1] in {"judge", *STUDIES})}
     if args.into:
-        page = args.into.read_text("utf8")
+        pages = [path.read_text("utf8") for path in args.into]
         for name, text in found.items():
-            page = put(page, name, text)
-        checkpoint.replace(args.into, lambda f: f.write(page.encode()))
+            pages = put(pages, name, text)
+        for path, page in zip(args.into, pages):
+            checkpoint.replace(path, lambda f: f.write(page.encode()))
     else:
         print("\n\n\n".join(f"## {name}\n\n{text}" for name, text in found.items()))
     if not pyplot:

@@ -48,7 +48,7 @@ done
 step draw-fours python sample.py --ckpt assets/mdm-mnist.pt --class-labels 4 --num-samples 8 --seed 7 --cfg-scale 3 \
     --gif --out results/mdm-fours.png
 cp results/mdm-fours.gif assets/mdm-fours.gif
-python benchmarks/figures.py --into docs/results.md         # its tables; the words around them are yours to check
+python benchmarks/figures.py --into docs/*.md               # the tables; the words around them are yours to check
 
 # photographs
 step cifar10 python train.py --model mdm --data cifar10 --data-dir "$data" --preset small --hflip --lr 1e-3 \
