@@ -127,9 +127,10 @@ def section(path):
         steps = [end["images"] / BATCH - end["step"], end["step"]][-len(stages):]
         typed.append(f"- {arm}: " + ", then with --init-inner ".join(
             f"`train.py {flags} --data {data} --max-steps {n:.0f}{rate}`" for flags, n in zip(stages, steps)))
+    means = "Means over the seeds (lowest to highest)" if len(seeds) > 1 else "One seed"
     parts = [f"`python benchmarks/evidence.py {name} --data {data} --seeds {' '.join(seeds)}`, {study.minutes} minutes "
-             f"of one core for each run, {sum(last.values()) / 60:.1f} hours in all. {study.n:,} samples, DDIM "
-             f"{study.steps}. Means over the seeds (lowest to highest):", "\n".join(typed),
+             f"of one core for each run at its measured speed, {sum(last.values()) / 60:.1f} hours in all. {study.n:,} "
+             f"samples, DDIM {study.steps}. {means}:", "\n".join(typed),
              table(rows, data == "cifar10")]
     if study.noise:
         parts.append(noise_table(rows))

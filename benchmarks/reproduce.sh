@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the numbers and pictures of README.md and docs/ again. You can stop it at any time: the next start goes on with
-# what is missing. It was not run as a whole yet; its parts add up to more than a day on two cores.
+# Makes the main numbers and the pictures of README.md and docs/ again. You can stop it at any time: the next start goes
+# on with what is missing. It was not run as a whole yet; its parts take many hours on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA
 #
@@ -33,12 +33,10 @@ done
 step mypaper python train.py --model examples/mypaper.py
 step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
 
-# the judge, and all studies
+# the judge, and equal time
 step judge python benchmarks/judge.py --data mnist --data-dir "$data"
-step speed python benchmarks/evidence.py --speed --data-dir "$data"
-step speed-cifar10 python benchmarks/evidence.py minutes --speed --data cifar10 --data-dir "$data"
-python benchmarks/evidence.py --data-dir "$data"
-python benchmarks/evidence.py minutes --data cifar10 --seeds 0 --data-dir "$data"
+step speed python benchmarks/evidence.py minutes --speed --data-dir "$data"
+python benchmarks/evidence.py minutes --seeds 0 --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
     step share-$model python -m support.checkpoint results/evidence/mnist-minutes-$arm-0 assets/$model-mnist.pt
