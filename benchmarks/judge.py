@@ -251,8 +251,8 @@ def main(argv=None):
         print(f"{name:28s} {r['n']:6,d} {r['recognised']:11.1%} {r['distance']:9.4g} {r['x_real']:7.3g} "
               f"{r['precision']:10.3f} {r['recall']:7.3f}")
     if not cases:
-        draws = [distance / judge.floor(1000) for distance in judge.draws(1000, 20)]
-        print(f"20 draws of 1,000 real images: x real {min(draws):.2f} to {max(draws):.2f}")
+        draws = [distance / judge.floor(r["n"]) for distance in judge.draws(r["n"], 20)]
+        print(f"20 draws of {r['n']:,} real images: x real {min(draws):.2f} to {max(draws):.2f}")
 
 
 if __name__ == "__main__":
