@@ -27,19 +27,19 @@ Glossary. B images; C channels of z, and C of v. A level of the U-Net has h x w 
 Where paper, code and this file differ. The long form, with reasons, is in docs/cunet.md.
  1. The paper writes two ODEs: Eq. 4 is of second order, but Section 4.1 and Figure 2 also have dz/dt = f(t, z),
     with (v, z) as input. The code solves one of first order, state' = f(state), without z' = v. Here
-    dynamics="second" is Eq. 4, and "first" is the code's ODE. Eq. 4's f reads t~; here only with inner_time=True.
+    dynamics="second" is Eq. 4, and "first" of first order. Eq. 4's f reads t~; here only with inner_time=True.
  2. The code's network never sees the diffusion step, nor the image's brightness and contrast. Here every block sees t.
  3. Norms inside the ODE are group norms in the paper and here, instance norms in the code.
  4. Here z(0) is a convolution of the image, and v(0) = g(z(0)) can have either sign. The code's g ends with a
     softplus, so it is never negative. The code starts from this g alone and drops z(0).
- 5. The acceleration ends with a softplus, as in the paper. That is never negative, so a residual is added: here a 1x1
+ 5. The convolutions of f end with a softplus, so they are never negative. The residual of Figure 2 is added: here a 1x1
     convolution of (z, v), which can have either sign. The code's residual is the identity.
  6. Here attention and the head have a norm, and attention a residual. In the code attention replaces the features.
  7. The paper builds on the adjoint method. The code and, by default, this file backpropagate through one step of rk4.
  8. Images have any size above 1 x 1 (28 x 28 fails in the code). The paper gives no widths; nf = 16 is the code's.
  9. The paper's "GFLOPs" are multiply-adds at 3 x 64 x 64. FLOPs are twice as many.
-10. Classes are ours (the paper has none), and so is the embedding of t. The linear schedule and the prediction of eps
-    are those of Ho et al.; the code has a sigmoid schedule and predicts v.
+10. Classes are ours (the paper has none). The embedding of t, the linear schedule and the prediction of eps are those
+    of Ho et al.; the code has a fixed table for t, a sigmoid schedule, and predicts v.
 11. Eq. 2 prints sqrt(beta_t) where DDPM has beta_t. That is a misprint; diffusion.py follows DDPM.
 12. Section 4.3 (the reverse SDE, and the adjoint of its probability-flow ODE) is an argument. It needs no code.
 """
@@ -368,7 +368,7 @@ if UNet:
                 "unet-tiny": dict(dim=32, **_TINY),
                 "unet-mini": dict(dim=16, **_TINY)}
     NETWORKS |= {"published": Published} | dict.fromkeys(("unet", "unet-tiny", "unet-mini"), UNet)
-TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number
+TRAINING = dict(tiny=dict(max_steps=2000))      # train.py trains for 5,000 steps, unless a preset has its own number
 
 
 def build(preset, shape, num_classes=0, **options):

@@ -27,16 +27,11 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
 | `e`, `pooled`    |                   | (B, E)              | embedding of t and more; its part that is from `words` |
 
-Where this file departs from the paper or the authors' code. docs/mdm.md has all twelve in full, and a map of the
-paper's sections. (1) The loss adds up *means* over pixels, which is the same as the sums of Eq. 3 with its weights. (2)
-error="eps" is the code's loss, "x0" the paper's; the presets "tiny.." and "mini" predict x0. (3) The shift of schedules
-is the code's, which counts frames like pixels; the paper has no formula. (4) Batches of mixed resolutions, the paper's
-default, are off unless you pass, say, mixed=[1, 0.67]. (5) Text: padding is masked, and a learned token means "no
-text". (6) A class is a caption of one token. (8) Video has five dimensions, and its attention knows the order of
-frames. (9) Group norms have 4 channels a group or more, and no network divides z by its standard deviation. (11) No
-described setting has the paper's 450M parameters for the inner network. The presets "paper-.." come close. (12) A
-resolution without weight is hidden from the network. The presets "cc12m-.." compute what the released networks do:
-their options see_padding, empty_prompt, per_group and standardise undo (5) and (9).
+Where this file departs from the paper or the authors' code: docs/mdm.md has all twelve points, and a map of the
+paper's sections. The main ones: (1) The loss adds up *means* over pixels, as Eq. 3's weights do. (3) The shift of
+schedules is the code's; the paper has no formula. (4) Batches of mixed resolutions, the paper's default, are off. (5)
+Padding is masked, and a learned token means "no text". (9) Group norms have 4 channels a group or more. The presets
+"cc12m-.." compute what the released networks do.
 """
 import math
 from typing import Annotated, Literal, TypedDict
@@ -93,14 +88,17 @@ class ExtendedDiffusion:
         ones, finest = [1] * self.R, [0] * (self.R - 1) + [1]
         self.weights = ones if weights is None else finest if weights == "finest" else weights
         self.mixed, self.cfg_below = mixed, cfg_below
+        self.parts = ones if mixed is None else mixed
         if len(self.weights) != self.R or not any(self.weights):
             raise UserError(f"weights={weights}: give a list of {self.R} numbers, coarsest first, one or more above 0")
-        falling = mixed is None or [1, *mixed[1:]] == sorted(mixed, reverse=True) and mixed[-1] > 0
-        if not falling or len(mixed or ones) != self.R:
+        falling = [1, *self.parts[1:]] == sorted(self.parts, reverse=True)
+        if len(self.parts) != self.R or not falling or self.parts[-1] <= 0:
             raise UserError(f"mixed={mixed}: must be a list of {self.R} numbers, coarsest first, that begin with 1, do "
                             f"not rise and end above 0, such as {[1] + [0.5] * (self.R - 1)}")
         ratios = [math.sqrt(N / self.sizes[0]) for N in self.sizes]
         self.levels = [Diffusion(shift_snr(alpha_bar, ratio, power), predict, t_normal=t_normal) for ratio in ratios]
+        self.draw_t, self.model_t = self.levels[0].draw_t, self.levels[0].model_t     # the same at every resolution
+
         for level in self.levels:
             # Each squared error is a multiple of that of v: eps - eps' = alpha (v - v'), x0 - x0' = sigma (v' - v).
             times_v = {"v": torch.ones_like(alpha_bar), "eps": level.alpha_bar, "x0": 1 - level.alpha_bar}
@@ -112,8 +110,7 @@ class ExtendedDiffusion:
         check_shape(x0, self.shapes[-1])
         errors = (self.mixed_errors if self.mixed else self.errors)(model, x0, t, noise, **cond)     # [(B,)]
         # The division by the part that has a resolution makes it count as much as in unmixed batches.
-        parts = self.mixed or [1] * self.R
-        total = sum(w / part * error for w, part, error in zip(self.weights, parts, errors))         # Eq. 3, (B,)
+        total = sum(w / part * error for w, part, error in zip(self.weights, self.parts, errors))    # Eq. 3, (B,)
         return {"loss": total} | {f"loss_{r + 1}": error for r, error in enumerate(errors)}
 
     def errors(self, model, x0, t, noise, rows=None, **cond):
@@ -129,7 +126,7 @@ class ExtendedDiffusion:
     def mixed_errors(self, model, x0, t, noise, places=None, **cond):
         """Like `errors`, but only the part mixed[r] of the rows has resolution r -> [(B,)], 0 in the others. A row's
         place in the whole batch decides. So the result does not depend on the number of processes, the CPU need not ask
-        the GPU how many rows there are, and every step has as many. places (B,) long, on the CPU; None: 0 .. B - 1."""
+        the GPU how many rows there are, and each step has as many. places (B,) long, on the CPU; None: 0 .. B - 1."""
         places = torch.arange(len(t), device="cpu") if places is None else places
         u = places * ((math.sqrt(5) - 1) / 2) % 1           # the golden ratio spreads them evenly over 0 .. 1, (B,)
         order = u.argsort()                                 # rows with the finest resolution first, (B,)
@@ -144,24 +141,17 @@ class ExtendedDiffusion:
 
     def visible(self, z):
         """What the network may see: zeros for a resolution of weight 0. It is not trained, so in sampling its z would
-        mean nothing. In training it would show a less noisy copy of the picture, which sampling does not have."""
+        mean nothing. In training it would be a second look at the picture, with noise of its own."""
         return [z_r if w else torch.zeros_like(z_r) for z_r, w in zip(z, self.weights)]
 
     def noise_shape(self, shape):
         """How many normal numbers a row of `loss` needs: independent noise for each resolution (as in the code; the
-        paper writes only the marginals), and one more, which is not read. Without it, older runs would go on with other
-        noise."""
+        paper writes only the marginals), and one that is not read, for older runs to go on with the same noise."""
         return (sum(self.sizes) + 1,)
 
     def unpack(self, numbers):
         """(B, numbers) -> a tensor (B, *shape) for each resolution."""
         return [part.view(-1, *shape) for part, shape in zip(numbers.split(self.sizes, dim=1), self.shapes)]
-
-    def draw_t(self, seeds):
-        return self.levels[0].draw_t(seeds)
-
-    def model_t(self, t):
-        return self.levels[0].model_t(t)
 
     def respaced(self, spec):
         """The levels at fewer steps, for sampling; see diffusion.Diffusion.respaced."""
@@ -216,8 +206,7 @@ class UNet(nn.Module):
               down; there is one more on the way up. attention: layers of attention after each block
     middle    layers of attention in the middle. None: no middle. condition: None, or one with tokens of width D
     temporal  each smaller size has half the frames, not half the height and width; each pixel looks at all frames
-    micro     micro-conditioning: the network is told the original size of each picture. Nothing here passes it; your
-              own code can, as `size` to `loss` and `sample`"""
+    micro     micro-conditioning: the network is told the original size of each picture, see `forward`"""
     standardise = False                         # divide z of this resolution by its standard deviation; see `assemble`
 
     def __init__(self, shape, channels, blocks, E, attention=None, middle=None, heads=None, condition=None, D=0,
@@ -265,7 +254,7 @@ class UNet(nn.Module):
 
     def denoise(self, z, t, words, pooled, size, above=None):
         """z [(B, *shape_1), .., (n, *shape)] up to this resolution -> predictions like z, and features (n frames,
-        C_1, H, W) before the head. above: features that the network around this one adds to all rows or the first."""
+        C_1, H, W) before the head. above: features from the network around this one, for all rows or the first ones."""
         x, t_x, side = z[-1], t[:len(z[-1])], min(self.shape[-2:])
         check_shape(x, self.shape)
         if self.standardise:
@@ -340,14 +329,11 @@ def zero(layer):
     return layer
 
 
-def groups(C, per_group=4):
+def group_norm(C, per_group=4):
     """At most 32 groups. Their number divides C, and each has 4 channels or more where C allows: a group of one
     channel would lose its mean. (The authors always have 32 groups: per_group=1 of `assemble`.)"""
-    return math.gcd(C, min(32, max(1, C // per_group)))
+    return nn.GroupNorm(math.gcd(C, min(32, max(1, C // per_group))), C)
 
-
-def group_norm(C):
-    return nn.GroupNorm(groups(C), C)
 
 
 def sinusoid(t, width):
@@ -552,7 +538,7 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     "paper-128-256": _PAPER | dict(outer=(_level(128, 256, n=2), _level(64, 128, n=2))),
     "paper-1024": _PAPER | dict(outer=(_X4, _X16), power=2),
     "paper-video": _PAPER | dict(temporal=_level(*[256] * 5), outer=(_X4,)),
-    # For two CPU cores. x0, since their finest levels are too thin to pass on the noise that is a part of v and eps.
+    # For two CPU cores. x0, as thin finest levels cannot pass on the noise in v and eps; `small` keeps the paper's v.
     "tiny": _TINY | dict(outer=(_level(24, 48), _level(12, 24))),
     "tiny-x4": _TINY | dict(outer=(_level(12, 24, 48),)),   # {16, 64}, where tiny has {16, 32, 64}: as in Figure 8b
     "tiny-video": _TINY | dict(channels=(32, 48), embedding=128, text_width=48,
@@ -560,7 +546,7 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     "mini": _TINY | dict(channels=(32, 64), embedding=128, outer=(_level(16, 32),), t_normal=[0.4, 1.3]),   # {14, 28}
     "small": _TINY | dict(channels=(64, 128), outer=(_level(16, 32),), predict="v", error="v"),     # for CIFAR-10
 }
-TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number
+TRAINING = dict(tiny=dict(max_steps=2000))      # train.py trains for 5,000 steps, unless a preset has its own number
 Level = TypedDict("Level", {"channels": list[int], "blocks": list[int]})        # a number for each size, largest first
 
 
@@ -583,8 +569,8 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
              cfg_below: Annotated[float, 0, 1] = 1):
     """Builds the networks, from the inside out, and their diffusion. support/options.py checks options by these types.
 
-    channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it; it takes one after the
-    other while the coarsest pictures stay at least 3/4 of `side` wide. temporal: the level that makes a frame into a
+    channels, blocks, attention, middle: of the innermost UNet. outer: the levels around it. They are added while
+    the coarsest pictures stay at least 3/4 of `side` wide. temporal: the level that makes a frame into a
     clip. text_width: D. layers: of self-attention for the text. embedding: E. per_group: group norms have so many
     channels in a group, or more. standardise: networks between the innermost and the finest divide their z by its
     standard deviation. See also UNet, Condition and ExtendedDiffusion."""
@@ -621,7 +607,7 @@ def assemble(shape, num_classes, text, *, channels: list[int], blocks: list[int]
         network.standardise = standardise
     for norm in model.modules():
         if isinstance(norm, nn.GroupNorm):
-            norm.num_groups = groups(norm.num_channels, per_group)
+            norm.num_groups = group_norm(norm.num_channels, per_group).num_groups
     model.empty_prompt = bool(text) and empty_prompt            # tells train.py and sample.py what "no text" is
     diffusion = ExtendedDiffusion(SCHEDULES[schedule](T), model.shapes(), predict, error, power, weights, mixed,
                                   t_normal, cfg_below)
