@@ -3,8 +3,8 @@
 Jing Nathan Yan, Jiatao Gu, Alexander M. Rush. arXiv 2311.18257, CVPR 2024. Companion page: docs/diffussm.md
 
 The idea. Attention over L tokens costs L^2, so transformers cut the image into patches and lose detail. DiffuSSM has
-no attention. It mixes single pixels (of the latent) by two long convolutions, one per reading direction. Their kernels
-come from state space models (S4D), and they cost L log L. That leaves the dense layers as the expensive part. So they
+no attention. It mixes single pixels (of the latent) by two long convolutions, one per reading direction. They cost
+L log L; their kernels come from state space models (S4D). That leaves the dense layers as the expensive part. So they
 work on a shorter sequence, with M neighbours folded into one token. A block unfolds it to full length only around
 its convolutions. The paper calls this an hourglass.
 
@@ -29,7 +29,7 @@ its convolutions. The paper calls this an hourglass.
 | `state`         | N         |                 | size of an SSM's state (64), as N / 2 conjugate pairs              |
 | `h`             | x in S4D  | (b, 2D, N/2)    | the state, complex                                                 |
 | `dt`            | Delta     | (2D,)           | step size of each SSM                                              |
-| `A`, `B`, `C`   | A, B, C   | (2D, N/2)       | matrices of the SSMs, complex, made from real parameters           |
+| `A`, `C`        | A, C      | (2D, N/2)       | of the SSMs, complex, made from real parameters. B is kept in C    |
 | `log_Abar`      | log A-bar | (2D, N/2)       | decay and rotation of each state in one step                       |
 | `CB`            | C B-bar   | (2D, N/2)       | A is diagonal, so only this product of B and C matters             |
 | `direct`        | D in S4D  | (2D,)           | direct path from U to Y; its parameter is called `ssm.D`           |
@@ -434,7 +434,7 @@ def initial_state_matrix(init, N):
 
 _PAPER = dict(patch=1, ratio=2, schedule="linear", predict="eps", variance="learned")
 # For two CPU cores. Predicting x0 on the cosine schedule won short trials, and the middle steps are trained most. Class
-# vectors start at full size, because otherwise the class would be learned late.
+# vectors start large, because otherwise the class would be learned late.
 _TINY = dict(patch=1, ratio=4, label_std=1.0, schedule="cosine", predict="x0", variance="small", t_normal=[0.4, 1.3])
 CONFIGS = {
     "DiffuSSM-S": dict(width=384, depth=12, **_PAPER),      # choice 8
@@ -443,7 +443,7 @@ CONFIGS = {
     "tiny": dict(width=64, depth=6, **_TINY),
     "mini": dict(width=96, depth=4, **_TINY),               # 0.9M parameters, to compare with the other papers' "mini"
 }
-TRAINING = dict(tiny=dict(max_steps=2000))      # train.py goes on for 5,000 steps, unless a preset has its own number
+TRAINING = dict(tiny=dict(max_steps=2000))      # train.py trains for 5,000 steps, unless a preset has its own number
 
 try:
     from support.options import checked

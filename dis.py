@@ -14,7 +14,7 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 |----------------|----------|---------------|-----------------------------------------------------------------------|
 | `width`        | d        |               | channels of a token                                                   |
 | `patch`        | p        |               | side of a patch, in pixels                                            |
-|                | J, L     |               | J patches, H W / p^2; L tokens: the patches, the step, the class      |
+|                | J, L     |               | J patches, H W / p^2; L tokens: these, the step and the class         |
 | `expand`       | E        |               | a mixer works on e = E d channels (E = 2)                             |
 | `state`        | N        |               | numbers in the state of one channel (16)                              |
 | `rank`         | R        |               | of the projection that makes delta: d / 16, rounded up                |
@@ -33,7 +33,7 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 | `cond`         |          | (b, d)        | the embedded step, plus the embedded class if there is one            |
 
 Departures from the paper or from the authors' code. docs/dis.md has them in full, and a map from paper to code. We
-could read only the paper's abstract, summaries of it, and the code. So we cite no section numbers of the paper.
+could read only the paper's abstract, summaries of it, and the authors' code ("the code" below). So we cite no sections.
 
  1. B is discretised by Euler's method, delta B, as in the code. The papers of Mamba and DiS print zero-order hold.
  2. A long skip carries what the shallow block's mixer made, as in the code. The paper says "hidden states".
@@ -117,7 +117,7 @@ class DiS(nn.Module):
                  conv: int | None = 4,      # taps of the causal convolution; None: they reach the patch above, or below
                  skip: Literal["concat", "add", "none"] = "concat",     # long skips; "add" and "none" are ablations
                  time: Literal["token", "adaln"] = "token",             # the step and the class are tokens, or they
-                                                                        # scale and shift all norms (an ablation)
+                                                                        # scale and shift the blocks' norms (ablation)
                  pos_init: Literal["zero", "sincos"] = "zero",          # how the learned positions start
                  label_std: float = 0.02,   # how large the class vectors start
                  scan: Literal["auto", "mamba_ssm"] = "auto",           # "mamba_ssm": that package's, on a GPU
@@ -348,14 +348,14 @@ class Direction(nn.Module):
 
 # --- presets ------------------------------------------------------------------------------------
 
-# Only width and depth change. Width 368 is from the authors' code (DiT: 384) and gives the paper's 28.4M parameters.
+# Only width and depth change. Width 368 is from the authors' code (DiT: 384): about the paper's 28.4M parameters.
 SIZES = {"S": dict(width=368, depth=24), "B": dict(width=768, depth=24), "M": dict(width=768, depth=48),
          "L": dict(width=1024, depth=48), "H": dict(width=1536, depth=48)}
 PAPER = dict(schedule="linear", predict="eps", variance="learned")
 CONFIGS = {f"DiS-{name}/{patch}": dict(**size, patch=patch, **PAPER)
            for name, size in SIZES.items() for patch in (2, 4)}
 # For minutes on two CPU cores: a 4 x 4 grid of large patches, E and N smaller, adaptive norms. It predicts x0, since
-# 160 channels cannot carry the noise of a whole patch (docs/dis.md).
+# 160 channels cannot carry the noise of 8 x 8 coloured pixels (docs/dis.md).
 CONFIGS["tiny"] = dict(width=160, depth=6, patch=None, conv=None, expand=1, state=4, time="adaln", pos_init="sincos",
                        label_std=1.0, schedule="cosine", predict="x0", variance="small", min_snr=10, max_snr=1,
                        t_normal=[0.4, 1.3], cfg_below=0.9)

@@ -41,6 +41,7 @@ from support.pictures import to_uint8
 BATCH = 32                                              # images in a step, as by default in train.py
 INNER = 0.2                                             # of the time is for the half size, if training begins with it
 LEVELS = 0.1, 0.3, 1, 3, 10                             # sigma / alpha
+CFG_BELOW = 0.7                                         # guidance acts below 0.7 T, whatever the preset says
 DIS, DIFFUSSM, MDM, CUNET = (f"--model {m} --preset mini" for m in ("dis", "diffussm", "mdm", "cunet"))
 UNET = "--model cunet --preset unet-mini"               # what cU-Net is compared with
 
@@ -64,15 +65,17 @@ class Study:
 STUDIES = {
     "minutes": Study("Equal time, an hour of one core", {
         "DiS": [DIS], "DiffuSSM": [DIFFUSSM], "MDM": [MDM], "cU-Net": [CUNET], "U-Net": [UNET]},
-        60, [1], 1000, 50, [1, 1.5], LEVELS),
+        60, [1], 1000, 50, [1, 1.25], LEVELS),
     "dis-patches": Study("DiS: large or small patches?", {
-        f"patch {p}": [f"{DIS} --set patch={p}"] for p in (14, 7, 4, 2)}),
+        f"patches of {p} x {p}": [f"{DIS} --set patch={p}"] for p in (14, 7, 4, 2)}),
     "dis-parts": Study("DiS: do long skips help? Tokens, or adaptive norms?", {
-        "mini": [DIS],
-        **{name: [f"{DIS} --set {flags}"] for name, flags in (
-            ("skips are added", "skip=add"), ("no skips", "skip=none"), ("tokens", "time=token"))}}),
+        "skips joined, norms": [DIS],
+        "skips added, norms": [f"{DIS} --set skip=add"],
+        "no skips, norms": [f"{DIS} --set skip=none"],
+        "skips joined, tokens": [f"{DIS} --set time=token"]}),
     "diffussm": Study("DiffuSSM: hourglass or patches?", {
-        "M = 2": [f"{DIFFUSSM} --set patch=1 ratio=2"], "P = 2": [f"{DIFFUSSM} --set patch=2 ratio=1"]}),
+        "hourglass, M = 2": [f"{DIFFUSSM} --set patch=1 ratio=2"],
+        "patches, P = 2": [f"{DIFFUSSM} --set patch=2 ratio=1"]}),
     "mdm": Study("MDM: which loss, which order, how much noise?", {
         "loss of the finest": [f"{MDM} --set weights=finest"],
         "loss of all": [MDM],
@@ -171,7 +174,7 @@ class Run:
             self.stages.append((flags, steps))
             parts.append((made, steps))
             began = INNER
-        self.made_of = zlib.crc32(repr([parts, self.study.n, self.study.steps,
+        self.made_of = zlib.crc32(repr([parts, self.study.n, self.study.steps, CFG_BELOW,
                                         checkpoint.sums(judges.path_of(args.data))]).encode())
 
     def rows(self, path):
@@ -217,6 +220,7 @@ def errors_by_noise(model, diffusion, test, ratios, n=1000):
 def scores(run, weights, judge, test, scales):
     """Judge these weights with each scale of guidance -> a row for each."""
     model, diffusion, trained = checkpoint.load_run(weights)
+    diffusion.cfg_below = CFG_BELOW
     batch = cost.blank_batch(diffusion, trained["shape"], 1, trained["num_classes"])
     about = {"parameters": sum(p.numel() for p in model.parameters()),
              "macs": cost.multiply_adds(model, diffusion, batch), **errors_by_noise(

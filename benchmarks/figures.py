@@ -80,20 +80,24 @@ def learning_curves(rows, title):
     """Distance over images seen, and over minutes. A thin line for each seed, a thick one for their mean."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
     figure.suptitle(title, fontsize=11)
-    for axis, x, label in zip(axes, ("images", "minutes"), ("images seen", "minutes of one core")):
+    for axis, x, unit, label in ((axes[0], "images", 1000, "images seen, in thousands"),
+                                 (axes[1], "minutes", 1, "minutes of one core")):
         for colour, (arm, of) in zip(COLOURS, groups(rows, "arm").items()):
             for seed in groups(of, "seed").values():
-                axis.plot([r[x] for r in seed], [r["x_real"] for r in seed], color=colour, linewidth=0.6, alpha=0.6)
+                axis.plot([r[x] / unit for r in seed], [r["x_real"] for r in seed], color=colour, linewidth=0.6)
             places = sorted(groups(of, x).items())
-            axis.plot([at for at, _ in places], [statistics.mean(r["x_real"] for r in of) for _, of in places],
+            axis.plot([at / unit for at, _ in places], [statistics.mean(r["x_real"] for r in of) for _, of in places],
                       marker="o", markersize=3, color=colour, linewidth=2, label=arm)
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(True, color="#dddddd", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_major_formatter("{x:,g}")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:g}"[0] in "235" else "")
-        axis.tick_params(axis="y", which="minor", labelsize=7)
+        if x == "minutes":
+            axis.set_xticks(sorted(groups(rows, x)))
+            axis.set_xticks([], minor=True)
+        for ticks, digits in (axis.xaxis, "25"), (axis.yaxis, "235"):
+            ticks.set_major_formatter("{x:,g}")
+            ticks.set_minor_formatter(lambda v, _, digits=digits: f"{v:,g}" if f"{v:g}"[0] in digits else "")
+            ticks.set_tick_params(which="minor", labelsize=7)
     axes[0].set_ylabel(f"Frechet distance / that of {rows[0]['n']:.0f} real images", fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
     return figure

@@ -158,11 +158,12 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     draw, drawn = evidence.sample.generate, []
 
     def generate(*args, **options):
-        drawn.append((args[3][1].item(), args[4]["y"].bincount().tolist(), options["steps"], options["cfg_scale"]))
+        drawn.append((args[3][1].item(), args[4]["y"].bincount().tolist(), options["steps"], options["cfg_scale"],
+                      args[1].cfg_below))
         return draw(*args, **options)
     monkeypatch.setattr(evidence.sample, "generate", generate)
     evidence.main(["small", *common, "--run", "DiS", "0"])
-    assert drawn == [(10**6 + 1, [5] * 8, "2", cfg) for cfg in (1, 2, 1, 2)]
+    assert drawn == [(10**6 + 1, [5] * 8, "2", cfg, 0.7) for cfg in (1, 2, 1, 2)]
     evidence.main(["stages", *common, "--run", "half first", "0"])
     path = tmp_path / "runs/shapes-small-dis-0.csv"
     rows = evidence.read_rows(path)
@@ -225,7 +226,7 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
 
     def run(command, env, **kwargs):
         calls.append((command[2:6], env["OMP_NUM_THREADS"]))
-        return subprocess.CompletedProcess(command, -9 if "no skips" in command else 0)
+        return subprocess.CompletedProcess(command, -9 if "no skips, norms" in command else 0)
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(evidence, "judge_itself", lambda args: None)
     flags = [f for study in evidence.STUDIES.values() for arm in study.arms.values() for f in arm]
@@ -236,7 +237,7 @@ def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, caps
         with pytest.raises(SystemExit) as e:
             evidence.main([study, *common])
         assert e.value.code == code
-    assert len(calls) == 3 * 4 + 3 * 4 and calls[0] == (["dis-parts", "--run", "mini", "0"], "1")
+    assert len(calls) == 3 * 4 + 3 * 4 and calls[0] == (["dis-parts", "--run", "skips joined, norms", "0"], "1")
     assert capsys.readouterr().out.count("stopped or failed") == 3
     with pytest.raises(SystemExit) as e:
         evidence.main(["skips", *common])
