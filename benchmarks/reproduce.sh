@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the main numbers and the pictures of README.md and docs/ again. You can stop it at any time: the next start goes
-# on with what is missing. It was not run as a whole yet; its parts take many hours on two cores.
+# on with what is missing. It has not yet been run as a whole; its parts take many hours on two cores.
 #
 #     bash benchmarks/reproduce.sh DATA
 #
