@@ -90,6 +90,7 @@ def test_the_judge_on_cases_with_known_answers(small, monkeypatch):
     assert found["nothing but noise"]["distance"] > 5 * real["distance"]
     labels = j.fresh.labels[j.some_fresh(40, seed=3)]
     assert labels.bincount().tolist() == [5] * 8                # as many of each class
+    assert len({*j.draws(40, 3)}) == 3                          # and each draw has other images
     monkeypatch.setattr(judge, "train", lambda *args: pytest.fail("trained twice"))
     assert torch.equal(judge.Judge("shapes").real, j.real)
 
