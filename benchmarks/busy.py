@@ -9,7 +9,6 @@ torch's own do. Then a run has one core, by its affinity (Linux), and one by the
 how many times as long does a step take as with OMP_NUM_THREADS=1 in the same place?
 """
 import argparse
-import csv
 import math
 import os
 import subprocess
@@ -19,30 +18,24 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from support import threads  # noqa: E402
-from timing import table  # noqa: E402
+from timing import ROOT, table
 
-LOOP = "while True: pass"
+from support import threads
 
 
 def training(stack, model, folder, place, settings):
     """Start train.py -> the path of its log.csv. It ends with `stack`. place: a function that the new process calls."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_", "GOMP_", "KMP_"))} | settings
-    child = subprocess.Popen(
+    child = stack.enter_context(subprocess.Popen(
         [sys.executable, "train.py", "--model", model, "--results-dir", folder, "--name", "run", "--log-every", "1",
          "--global-batch-size", "32", "--sample-every", "0", "--ckpt-every", "100000"],
-        cwd=ROOT, env=env, preexec_fn=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    stack.callback(child.wait)
+        cwd=ROOT, env=env, preexec_fn=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     stack.callback(child.kill)
     return Path(folder, "run", "log.csv")
 
 
 def steps(log):
-    with suppress(OSError), open(log, newline="") as f:
-        return len(list(csv.reader(f))) - 1
-    return 0
+    return log.read_bytes().count(b"\n") - 1 if log.exists() else 0
 
 
 def rate(log, seconds):
@@ -68,8 +61,7 @@ def timed(model, args, loops=0, place=None, **settings):
             time.sleep(0.05)
         found = [rate(log, args.seconds)]
         for _ in range(loops):
-            loop = subprocess.Popen([sys.executable, "-c", LOOP])
-            stack.callback(loop.wait)
+            loop = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             stack.callback(loop.kill)
         return found + [rate(log, args.seconds)] * bool(loops)
 

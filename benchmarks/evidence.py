@@ -24,11 +24,10 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import judge as judges          # before torch
+import judge as judges          # before torch: it finds support/
 import torch
 import sample
 import train
@@ -46,26 +45,24 @@ DIS, DIFFUSSM, MDM, CUNET = (f"--model {m} --preset mini" for m in ("dis", "diff
 UNET = "--model cunet --preset unet-mini"               # what cU-Net is compared with
 
 
+@dataclass
 class Study:
-    """arms      {name: [flags of train.py]}. With two flags, the second network takes over the first one (--init-inner)
-    minutes   of one core, for each run
-    places    the shares of these minutes after which a run is judged. With several the learning rate stays constant, so
-              that they can be compared: each is what a shorter run would have reached
-    n, steps  how many samples are judged, and how many steps of DDIM draw them. Never compare the distances of 1,000
-              samples with those of 500
-    guidance  the scales of guidance
-    noise     the ratios of noise to signal at which the error of x_0 is measured, too"""
-
-    def __init__(self, what, arms, minutes=10, places=(1/16, 1/8, 1/4, 1/2, 1), n=500, steps=10, guidance=(1,),
-                 noise=()):
-        self.what, self.arms, self.minutes, self.places = what, arms, minutes, places
-        self.n, self.steps, self.guidance, self.noise = n, steps, guidance, noise
+    what: str
+    arms: dict                  # {name: [flags of train.py]}. Of two, the second network takes over the first
+    minutes: float = 10         # of one core, for each run
+    # After these shares of the minutes a run is judged. If there are several, the learning rate stays constant: so each
+    # is what a shorter run would have reached.
+    places: tuple = (1/16, 1/8, 1/4, 1/2, 1)
+    n: int = 500                # samples are judged. Never compare the distances of 1,000 samples with those of 500
+    steps: int = 10             # of DDIM, which draws them
+    guidance: tuple = (1,)      # its scales
+    noise: tuple = ()           # the ratios of noise to signal at which the error of x_0 is measured, too
 
 
 STUDIES = {
     "minutes": Study("Equal time, an hour of one core", {
         "DiS": [DIS], "DiffuSSM": [DIFFUSSM], "MDM": [MDM], "cU-Net": [CUNET], "U-Net": [UNET]},
-        60, [1], 1000, 50, [1, 1.25], LEVELS),
+        60, (1,), 1000, 50, (1, 1.25), LEVELS),
     "dis-patches": Study("DiS: large or small patches?", {
         f"patches of {p} x {p}": [f"{DIS} --set patch={p}"] for p in (14, 7, 4, 2)}),
     "dis-parts": Study("DiS: do long skips help? Tokens, or adaptive norms?", {
@@ -129,7 +126,7 @@ def speed(args, names, turns=3):
     """Measure how many images/s each arm trains, on one core and taking turns. Write it beside the studies."""
     torch.set_num_threads(1)                                # like the runs of the studies
     path = args.out / f"{args.data}-speed.csv"
-    known = {row.get("flags"): row for row in read_rows(path)}
+    known = {row["flags"]: row for row in read_rows(path)}
     arms = dict.fromkeys(flags for name in names for arm in STUDIES[name].arms.values() for flags in arm)
     rates = {flags: [] for flags in arms
              if not args.missing or known.get(flags, {}).get("made_of") != settings(args.data, flags)}
@@ -140,7 +137,6 @@ def speed(args, names, turns=3):
             rates[flags] += [row["images_per_s"] for row in read_rows(Path(folder) / "run/log.csv")[1:]]
     for flags, rate in rates.items():
         known[flags] = {"flags": flags, "made_of": settings(args.data, flags), "images_per_s": statistics.median(rate)}
-    known.pop(None, None)
     write_rows(path, [*known.values()])
 
 
@@ -159,7 +155,7 @@ class Run:
         self.path = Path(args.results_dir) / f"{args.data}-{name}-{word}-{seed}.csv"
         self.gathered = args.out / f"{args.data}-{name}.csv"
         speeds = args.out / f"{args.data}-speed.csv"
-        rates = {row.get("made_of"): row["images_per_s"] for row in read_rows(speeds)}
+        rates = {row["made_of"]: row["images_per_s"] for row in read_rows(speeds)}
         self.stages, parts, began = [], [], 0
         for flags in self.study.arms[arm]:
             made = settings(args.data, flags)
@@ -175,7 +171,7 @@ class Run:
             parts.append((made, steps))
             began = INNER
         self.made_of = zlib.crc32(repr([parts, self.study.n, self.study.steps, CFG_BELOW,
-                                        checkpoint.sums(judges.path_of(args.data))]).encode())
+                                        checkpoint.sums(judges.ASSETS / f"{args.data}-judge.pt")]).encode())
 
     def rows(self, path):
         """Those of its scores there that are still valid."""
@@ -261,12 +257,12 @@ def do_run(run):
 # --- all runs -------------------------------------------------------------------------------------
 
 def gather(args, name):
-    """Write all scores that a study has so far into one file. If a run was not done here, its scores in that file
-    stay, as long as they are valid."""
+    """Write all scores that a study has so far into one file. If that file has more valid scores of a run than were
+    made here, those stay."""
     path = args.out / f"{args.data}-{name}.csv"
     seeds = sorted({*args.seeds, *(row["seed"] for row in read_rows(path))})
     runs = [Run(args, name, arm, int(seed)) for arm in STUDIES[name].arms for seed in seeds]
-    if rows := [row for run in runs for row in run.rows(run.path) or run.rows(path)]:
+    if rows := [row for run in runs for row in max(run.rows(run.path), run.rows(path), key=len)]:
         write_rows(path, rows)
 
 

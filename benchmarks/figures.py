@@ -11,18 +11,14 @@ import statistics
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-from evidence import BATCH, LEVELS, STUDIES, read_rows
-from support import checkpoint, cli
+from evidence import BATCH, STUDIES, judges, read_rows     # first: it finds support/
 from diffusion import UserError
+from support import checkpoint, cli
 
 try:
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 except ImportError:
-    pyplot = None
+    Figure = None
 
 COLOURS = ["#1f6fb4", "#d9701c", "#2f8f4e", "#b03060", "#6b5b95"]
 
@@ -69,16 +65,10 @@ def table(rows, photographs=False):
                     lines)
 
 
-def noise_table(rows):
-    """The error of x_0 of each arm at each ratio of noise to signal."""
-    lines = [[arm, *(spread([r[f"error_{ratio}"] for r in of if r["cfg"] == 1], "{:.3g}".format) for ratio in LEVELS)]
-             for arm, of in groups(rows, "arm").items()]
-    return markdown(["squared error of x_0 at sigma / alpha =", *LEVELS], lines)
-
-
 def learning_curves(rows, title):
     """Distance over images seen, and over minutes. A thin line for each seed, a thick one for their mean."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
+    rows, figure = groups(rows, "cfg")[1], Figure(figsize=(9.2, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     figure.suptitle(title, fontsize=11)
     for axis, x, unit, label in ((axes[0], "images", 1000, "images seen, in thousands"),
                                  (axes[1], "minutes", 1, "minutes of one core")):
@@ -137,12 +127,12 @@ def section(path):
              f"samples, DDIM {study.steps}. {means}:", "\n".join(typed),
              table(rows, data == "cifar10")]
     if study.noise:
-        parts.append(noise_table(rows))
+        errors = [[arm, *(spread([r[f"error_{ratio}"] for r in groups(of, "cfg")[1]], "{:.3g}".format)
+                          for ratio in study.noise)] for arm, of in groups(rows, "arm").items()]
+        parts.append(markdown(["squared error of x_0 at sigma / alpha =", *study.noise], errors))
     if len(study.places) > 1:
-        if pyplot:
-            figure = learning_curves(rows, study.what)
-            figure.savefig(path.with_suffix(".png"), dpi=110)
-            pyplot.close(figure)
+        if Figure:
+            learning_curves(rows, study.what).savefig(path.with_suffix(".png"), dpi=110)
         parts.append(f"![{study.what}](../assets/evidence/{path.stem}.png)")
     return "\n\n".join(parts)
 
@@ -159,7 +149,7 @@ def put(pages, name, text):
 def main(argv=None):
     p = cli.Parser(__doc__)
     p.add_argument("studies", nargs="*", metavar="DATA-STUDY", help="such as mnist-cunet (default: all)")
-    p.add_argument("--folder", type=Path, default=HERE.parent / "assets" / "evidence", help="where the scores are")
+    p.add_argument("--folder", type=Path, default=judges.ASSETS / "evidence", help="where the scores are")
     p.add_argument("--into", type=Path, nargs="+", metavar="PAGE", help="write them into pages; do not print")
     args = p.parse_args(argv)
     found = {name: section(args.folder / f"{name}.csv") for name in args.studies or sorted(
@@ -172,7 +162,7 @@ def main(argv=None):
             checkpoint.replace(path, lambda f: f.write(page.encode()))
     else:
         print("\n\n\n".join(f"## {name}\n\n{text}" for name, text in found.items()))
-    if not pyplot:
+    if not Figure:
         print("no figures: pip install matplotlib", file=sys.stderr)
 
 

@@ -19,9 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 BEGUN = time.monotonic()                                        # before torch is imported, which may take long
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import support  # noqa: E402, F401 (before torch)
+from timing import ROOT, markdown, text, within  # noqa: E402
 import torch  # noqa: E402
 import memory  # noqa: E402
 import processes  # noqa: E402
@@ -29,7 +27,6 @@ import s4d  # noqa: E402
 import scan as scans  # noqa: E402
 import step as steps  # noqa: E402
 from support import checkpoint, scan  # noqa: E402
-from timing import markdown, text, within  # noqa: E402
 
 PARTS = {}
 LATENTS = (4, 32, 32), 32, 1000

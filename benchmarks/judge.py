@@ -132,11 +132,6 @@ def share_within(points, of):
     return torch.cat(inside).float().mean().item()
 
 
-def path_of(name):
-    """Where the classifier of a data set is or will be."""
-    return ASSETS / f"{name}-judge.pt"
-
-
 class Judge:
     """The judge of one data set: `judge(images, labels)` -> a dict of the numbers above.
 
@@ -151,7 +146,7 @@ class Judge:
         if not test.num_classes or len(test.shape) != 3:
             raise UserError(f"the judge needs pictures with classes, and {name} has none: use shapes, mnist, fashion "
                             f"or cifar10")
-        self.path = path_of(name)
+        self.path = ASSETS / f"{name}-judge.pt"
         if not self.path.exists():
             print(f"training a classifier of {name}: this happens once and takes minutes ...")
             net = train(train_set.subset(order[len(order) // 6:]), photographs)
@@ -239,9 +234,9 @@ def main(argv=None):
         if not files:
             raise UserError(f"no .png in {folder}: pass what `sample.py --save-images` wrote")
         images = stacked(map(Image.open, files))
-        if tuple(images.shape[1:]) != judge.shape or len(images) <= NEIGHBOUR:
-            raise UserError(f"{folder} has {len(images)} images of {tuple(images.shape[1:])}, and {args.data} is "
-                            f"{judge.shape}: pass --data as in training")
+        if tuple(images.shape[1:]) != judge.shape or not NEIGHBOUR < len(images) <= len(judge.fresh):
+            raise UserError(f"{folder} has {len(images)} images of {tuple(images.shape[1:])}: the judge of {args.data} "
+                            f"needs {NEIGHBOUR + 1} to {len(judge.fresh)} of {judge.shape}")
         labels = cli.choose_labels(args.class_labels, judge.num_classes, torch.arange(len(images)))
         cases.append((folder, images, labels))
     print(f"the classifier recognises {judge.accuracy:.2%} of {len(judge.real):,} test images")

@@ -9,16 +9,13 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import support  # noqa: E402, F401 (before torch)
-import torch  # noqa: E402
-from support import cost  # noqa: E402
-from support.checkpoint import load_paper  # noqa: E402
-from support.parallel import recompute  # noqa: E402
-from timing import peak_megabytes  # noqa: E402
+from timing import peak_megabytes
+import torch
+
+from support import cost
+from support.checkpoint import load_paper
+from support.parallel import recompute
 
 # paper, preset, shape, number of images, other arguments of build
 CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
@@ -26,20 +23,6 @@ CASES = [("dis", "DiS-S/2", (4, 32, 32), 2, {"num_classes": 10}),
          ("mdm", "tiny", (3, 32, 32), 32, {"text": "bytes"}),
          ("cunet", "cunet", (3, 64, 64), 4, {}),
          ("cunet", "unet", (3, 64, 64), 4, {})]
-
-
-def measured(model, diffusion, batch, bf16, device):
-    """The most bytes that the second forward and backward pass needs, on top of what was in use before it."""
-    batch = {k: torch.ones(v.shape, dtype=v.dtype, device=device) for k, v in batch.items()}
-    model.to(device).train()
-
-    def step():
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = diffusion.loss(model, **batch)["loss"].mean()
-        loss.backward()
-
-    step()
-    return 1e6 * peak_megabytes(step, torch.device(device))
 
 
 def line(case, bf16, checkpointing, device):
@@ -53,7 +36,15 @@ def line(case, bf16, checkpointing, device):
     model, diffusion = build(preset, shape, **options)
     if checkpointing:
         recompute(model)
-    peak = measured(model, diffusion, batch, bf16, device)
+    batch = {k: torch.ones(v.shape, dtype=v.dtype, device=device) for k, v in batch.items()}
+    model.to(device).train()
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = diffusion.loss(model, **batch)["loss"].mean()
+        loss.backward()
+    step()                                                  # makes the gradients
+    peak = 1e6 * peak_megabytes(step, torch.device(device))
     return {"preset": preset, "shape": "x".join(map(str, shape)), "images": size,
             "precision": "bf16" if bf16 else "fp32", "checkpoints": "yes" if checkpointing else "no",
             "estimate": guess / 2**20, "measured": peak / 2**20, "ratio": guess / peak}

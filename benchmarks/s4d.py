@@ -7,18 +7,13 @@ All numbers are float32. Gradients go to log_Abar, CB and U. The forms take turn
 you can trust the ratios, but not the milliseconds.
 """
 import argparse
-import sys
-from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from timing import median, ratio, table, turns
+import torch
+import torch.nn.functional as F
 
-import support  # noqa: E402, F401 (before torch)
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from timing import median, ratio, table, turns  # noqa: E402
-
-from support.checkpoint import load_paper  # noqa: E402
+from support.checkpoint import load_paper
 
 diffussm = load_paper("diffussm")
 

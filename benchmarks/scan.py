@@ -10,19 +10,14 @@ milliseconds. Memory is the peak of forward and backward, without the inputs; on
 import argparse
 import contextlib
 import math
-import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns
+import torch
 
-import support  # noqa: E402, F401 (before torch)
-import torch  # noqa: E402
-from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns  # noqa: E402
-
-from support import scan  # noqa: E402
-from support.checkpoint import load_paper  # noqa: E402
+from support import scan
+from support.checkpoint import load_paper
 
 dis = load_paper("dis")
 

@@ -21,17 +21,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from timing import median, milliseconds, ratio, table, turns
+import torch
+from scan import using
 
-import support  # noqa: E402, F401 (before torch)
-import torch  # noqa: E402
-from scan import using  # noqa: E402
-from timing import median, milliseconds, ratio, table, turns  # noqa: E402
-
-import sample  # noqa: E402
-import train  # noqa: E402
-from diffusion import Diffusion, UserError  # noqa: E402
-from support import checkpoint, cost, datasets, inputs, log, parallel  # noqa: E402
+import sample
+import train
+from diffusion import UserError
+from support import checkpoint, cost, datasets, inputs, log, parallel
 
 # The functions at the core of a paper, forward and backward. They are in its file or in support.
 CORES = {"dis": ["scan", "scan_grad"], "diffussm": ["kernel", "convolve", "convolve_backward"],
@@ -79,24 +76,20 @@ class Clock:
 
 def training(model, flags, device, steps=60, warm=6):
     """-> the milliseconds of one step of train.py by part, and their sum."""
-    paper, clock, marks = checkpoint.load_paper(model), Clock(device), []
+    clock, marks = Clock(device), []
+    diffusion = type(checkpoint.load_paper(model).build("tiny", (1, 32, 32))[1])        # mdm has its own
 
     def batches(*args, batches=inputs.batches, **options):
-        take = clock.of("data", iter(batches(*args, **options)).__next__)
-        with contextlib.suppress(StopIteration):
-            while True:
-                yield take()
+        return iter(clock.of("data", iter(batches(*args, **options)).__next__), None)       # no batch is None
 
     def ema(*args, update=train.update_ema):
         clock.of("EMA", update)(*args)
         marks.append((clock.now(), dict(clock.parts)))
     places = [("data", train, "make_batch"), *(("noise", train, f) for f in ("normal", "uniform", "fold")),
-              ("network", Diffusion, "loss"), ("network", torch.Tensor, "backward"), *core(model),
+              ("network", diffusion, "loss"), ("network", torch.Tensor, "backward"), *core(model),
               ("optimizer", torch.nn.utils, "clip_grad_norm_"), ("optimizer", torch.optim.AdamW, "step"),
               ("optimizer", torch.optim.AdamW, "zero_grad"), ("logging", log.Log, "loss"),
               ("logging", log.Log, "step"), ("logging", log.Log, "write")]
-    if "loss" in vars(type(paper.build("tiny", (1, 32, 32))[1])):       # mdm has its own loss
-        places.append(("network", type(paper.build("tiny", (1, 32, 32))[1]), "loss"))
     with tempfile.TemporaryDirectory() as folder, clock.watch(*places), \
             mock.patch.object(inputs, "batches", batches), mock.patch.object(train, "update_ema", ema), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,17 +1,19 @@
-"""What the benchmarks share: times of functions that take turns, peaks of memory in new processes, tables."""
+"""What the benchmarks share: times of functions that take turns, peaks of memory in new processes, tables. Import it
+first: it finds support/, which comes before torch."""
 import contextlib
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
-import torch
-
-median = statistics.median
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import support  # noqa: E402, F401 (before torch)
+import torch  # noqa: E402
 
 
 def milliseconds(function, device, times=1):
@@ -28,13 +30,8 @@ def milliseconds(function, device, times=1):
 def turns(functions, device, rounds, times=1):
     """-> for each function a list: its milliseconds in each round. One more round comes first, to warm up. The
     functions take turns: on a busy machine only times measured side by side can be compared, see `ratio`."""
-    records = [[] for _ in functions]
-    for i in range(rounds + 1):
-        for function, record in zip(functions, records):
-            took = milliseconds(function, device, times)
-            if i:
-                record.append(took)
-    return records
+    rows = [[milliseconds(function, device, times) for function in functions] for _ in range(rounds + 1)]
+    return [list(record) for record in zip(*rows[1:])]
 
 
 def ratio(records, others):

@@ -1,6 +1,7 @@
 """The judge of pictures, the studies that it looks at, and the page that tells what they found."""
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_the_judge_reads_folders(small, tmp_path, capsys):
     judge.main([str(folder), "--data", "shapes"])
     line = capsys.readouterr().out.splitlines()[-1].split()[1:]
     assert line[:3] == ["24", f"{r['recognised']:.1%}", f"{r['distance']:.4g}"]
+    shutil.copytree(folder, tmp_path / "few", ignore=lambda _, names: sorted(names)[3:])
     for flags, says in (([str(tmp_path / "nowhere")], "no .png"), ([str(tmp_path / "gray")], "(1, 32, 32)"),
+                        ([str(tmp_path / "few")], "needs 4 to "),
                         (["--data", "moving"], "needs pictures with classes")):
         with pytest.raises(SystemExit) as e:
             judge.main(["--data", "shapes", *flags])
@@ -193,6 +196,10 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     path.rename(tmp_path / "elsewhere")                                 # what another machine ran stays
     evidence.gather(argparse.Namespace(**vars(args) | {"seeds": [1]}), "small")
     assert evidence.read_rows(tmp_path / "shapes-small.csv") == rows
+    evidence.write_rows(path, rows[:2])                                 # so do its scores if one here was stopped
+    evidence.gather(args, "small")
+    assert evidence.read_rows(tmp_path / "shapes-small.csv") == rows
+    path.unlink()
     started = []
     monkeypatch.setattr(subprocess, "run", lambda command, **kw: (
         started.append(command[2:6]), subprocess.CompletedProcess(command, 0))[1])
@@ -206,7 +213,7 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
                  "--image-size 16 --data shapes --max-steps 1 --lr-schedule constant`, then with --init-inner `tr",
                  "guidance 2: distance / 40 real"):
         assert text in tables, text
-    assert (tmp_path / "shapes-small.png").exists() == bool(figures.pyplot)
+    assert (tmp_path / "shapes-small.png").exists() == bool(figures.Figure)
     speeds(tmp_path, TINY.replace("2e-3", "1e-3"))                      # a flag of the study has changed
     monkeypatch.setitem(evidence.STUDIES["small"].arms, "DiS", [TINY.replace("2e-3", "1e-3")])
     assert evidence.Run(args, "small", "DiS", 0).rows(tmp_path / "shapes-small.csv") == []
@@ -271,7 +278,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 def test_the_tables_of_the_pages_are_what_was_measured(tmp_path, monkeypatch, capsys):
     """figures.py writes the pages as they are: each table and each command, from the scores in assets/evidence."""
-    monkeypatch.setattr(figures, "pyplot", None)            # or it would draw the figures again
+    monkeypatch.setattr(figures, "Figure", None)            # or it would draw the figures again
     texts, copies = [page.read_text("utf8") for page in PAGES], [tmp_path / page.name for page in PAGES]
     assert sum(text.count("<!-- end -->") for text in texts) >= 3
     for copy, text in zip(copies, texts):
