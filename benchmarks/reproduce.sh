@@ -37,12 +37,16 @@ step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/
 step judge python benchmarks/judge.py --data mnist --data-dir "$data"
 step speed python benchmarks/evidence.py --speed --missing --data-dir "$data"   # known speeds stay, and so do the steps
 python benchmarks/evidence.py --seeds 0 --data-dir "$data"
+python benchmarks/evidence.py dis-patches mdm --seeds 1 --data-dir "$data"
+python benchmarks/evidence.py minutes --data cifar10 --seeds 0 --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
     step share-$model python -m support.checkpoint results/evidence/mnist-minutes-$arm-0 assets/$model-mnist.pt
     cp results/evidence/mnist-minutes-$arm-0/log.csv assets/$model-mnist.csv
     step draw-$model python sample.py --ckpt assets/$model-mnist.pt --out assets/$model-mnist.png
 done
+step draw-dis-cifar10 python sample.py --ckpt results/evidence/cifar10-minutes-dis-0 --num-samples 60 \
+    --out assets/cifar10-dis.png
 step draw-fours python sample.py --ckpt assets/mdm-mnist.pt --class-labels 4 --num-samples 8 --seed 7 --cfg-scale 3 \
     --gif --out results/mdm-fours.png
 cp results/mdm-fours.gif assets/mdm-fours.gif
