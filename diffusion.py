@@ -125,6 +125,9 @@ class Diffusion:
         for value, allowed in ((predict, ("eps", "v", "x0")), (variance, ("small", "large", "learned"))):
             if value not in allowed:
                 raise UserError(f"unknown diffusion setting {value!r}: choose one of {allowed}")
+        if None not in (min_snr, max_snr) and max_snr > min_snr:
+            raise UserError(f"max_snr={max_snr} is above min_snr={min_snr}: max_snr is the least weight, min_snr the "
+                            f"largest. Exchange them")
         if t_normal and (len(t_normal) != 2 or t_normal[1] < 0):
             raise UserError(f"t_normal={t_normal}: must be a mean and a standard deviation, such as [0.5, 1.2]")
         self.alpha_bar, self.predict, self.variance, self.t_normal = alpha_bar, predict, variance, t_normal
@@ -330,10 +333,12 @@ def discretized_log_likelihood(x, mean, log_scale):
     Each value is a bin 2/255 wide; the first and the last bin are open. (Latents are not 8-bit. For them this only
     trains the variance of the very last step, as in DiT. ADM's code approximates with a tanh what we compute exactly.)
     """
-    inv = (-log_scale).exp()
-    upper = 0.5 * torch.erfc((mean - x - 1 / 255) * inv * 0.5**0.5)
-    lower = 0.5 * torch.erfc((mean - x + 1 / 255) * inv * 0.5**0.5)
-    p = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    def beyond(y):                          # the probability of more than y above the mean. 1 minus it would cancel
+        return 0.5 * torch.erfc(y * (-log_scale).exp() * 0.5**0.5)
+    d, half = x - mean, 1 / 255
+    inside = beyond(d.abs() - half) - beyond(d.abs() + half)
+    p = torch.where(x < -0.999, beyond(-d - half), torch.where(x > 0.999, beyond(d - half), inside))
+
     return p.clamp(min=1e-12).log()
 
 

@@ -164,6 +164,9 @@ class ExtendedDiffusion:
         network a step denoises all of them, each by its own schedule. on_step gets lists."""
         if tuple(shape) != self.shapes[-1]:
             raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}: ask for that shape")
+        if cfg_scale != 1 and not negative and getattr(model, "empty_prompt", False):
+            raise UserError("this model has no token for no text: pass negative={'text': (1, L, n), 'text_mask': (1, "
+                            "L)}, the embedding of the empty prompt")
         levels, numbers, ddpm = self.respaced(steps), (sum(self.sizes),), sampler == "ddpm"
         z = self.unpack(normal(fold(seeds, self.T), numbers))                              # [(B, *shape_r)]
         cond = for_each(seeds, cond)
@@ -258,7 +261,7 @@ class UNet(nn.Module):
         x, t_x, side = z[-1], t[:len(z[-1])], min(self.shape[-2:])
         check_shape(x, self.shape)
         if self.standardise:
-            x = x / x.std(dim=[*range(1, x.ndim)], keepdim=True)                      # (n, *shape)
+            x = x / x.std(dim=[*range(1, x.ndim)], keepdim=True).clamp(min=1e-6)      # z is 0 without a weight
         e = self.embed_t(sinusoid(t_x, self.sines))                                   # (n, E)
         if pooled is not None:
             e = e + pooled[:len(x)]

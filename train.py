@@ -86,7 +86,7 @@ def parse(argv):
     add("--warmup-steps", type=number(int), default=100, help="the rate rises linearly during these steps")
     add("--beta2", type=below_1, default=0.99, help="decay of AdamW's second moment")
     add("--weight-decay", type=number(float), default=0.0,
-        help="AdamW's weight decay, of matrices only: not of biases, norms, embeddings, positions or an SSM's dt, A, D")
+        help="AdamW's weight decay, of matrices only: not of biases, norms, embeddings, positions, or an SSM's A, D and log dt")
     add("--grad-clip", type=number(float), default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=below_1, default=0.9999,
         help="decay of the averaged weights; early steps use (1 + step) / (10 + step) if that is lower")

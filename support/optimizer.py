@@ -4,8 +4,8 @@ import torch
 
 def matrices(model):
     """The parameters that --weight-decay shrinks: those called weight or W (in_proj_weight, W_down), if they have two
-    axes or more and are no embedding and no norm. As in the code of Mamba and S4, an SSM's dt and A are spared: dt
-    would go to 1, and frequencies to 0."""
+    axes or more and are no embedding and no norm. As in the code of Mamba and S4, A is spared, and so is DiffuSSM's dt:
+    frequencies would go to 0, and dt to 1. (DiS computes its dt from the tokens, by a matrix that does decay.)"""
     spared = torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.RMSNorm
     return list({p for module in model.modules() if not isinstance(module, spared)
                  for name, p in module.named_parameters(recurse=False)

@@ -602,8 +602,8 @@ def test_two_processes_match_one(tmp_path, options, split):
     ranks.launch(tmp_path / "said", 2, "train.py", *flags, *split, "--results-dir", tmp_path / "two")
     folders = [tmp_path / name / "cunet-shapes" for name in ("one", "two")]
     one, two = (torch.load(folder / "latest.pt", weights_only=True) for folder in folders)
-    # Adam's running means of the gradients, of the time's layers too (those begin to move at the third step,
-    # when the head and the modulations have left zero)
+    # Adam's running means of the gradients, of the time's layers too (those begin to move at the second step,
+    # when the modulations have left zero)
     model = cunet.build("tiny", (3, 12, 12), 8, nf=4)[0]
     grads = [run["opt"]["state"] for run in (one, two)]
     rounding = 1e-4 * max(state["exp_avg"].norm() for state in grads[0].values())

@@ -207,6 +207,22 @@ def test_all_8_bit_values_have_probability_one_together():
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("x", [-1, 0.2, 1])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_8_bit_values_six_sigma_away(x, side):
+    """In float32 1 - erfc cancels there. Both sides must be as exact as each other."""
+    log_scale = torch.tensor(-4.9)
+    mean = x - side * 6 * log_scale.exp()
+    single, double = (discretized_log_likelihood(torch.tensor(x, dtype=dtype), mean.to(dtype), log_scale.to(dtype))
+                      for dtype in (torch.float32, torch.float64))
+    assert single.item() == pytest.approx(double.item(), abs=0.01) and single > -20
+
+
+def test_crossed_limits_of_the_weight_are_refused():
+    with pytest.raises(UserError, match="Exchange them"):
+        Diffusion(linear_alpha_bar(100), min_snr=1, max_snr=5)
+
+
 @pytest.mark.parametrize("least, most", [(None, 5), (0.3, 5), (1, None)])
 def test_min_and_max_snr_are_one_weight_on_the_x0_error(least, most):
     """Whatever is predicted, the loss is max(least, min(snr, most)) |x0 - x0_hat|^2."""

@@ -84,7 +84,7 @@ def check(rows, saved, name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_first_steps_of_every_paper(tmp_path, name):
     """Most wrong lines of code fail here, without saying why. Those in a paper's own loss or first weights fail only
-    here. All gradients but one are above the limit of clipping; DiffuSSM has no limit."""
+    here. All gradients are above the limit of clipping; DiffuSSM has no limit."""
     check(*run(tmp_path, "--model", name, *PAPERS[name]), name)
 
 

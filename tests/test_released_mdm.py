@@ -13,7 +13,7 @@ from PIL import Image
 
 import sample
 import train
-from diffusion import UserError, normal
+from diffusion import UserError, cosine_alpha_bar, normal
 from support import checkpoint, cost, inputs, prepare, released_mdm
 from support.datasets import load
 from test_text import PretendT5
@@ -91,6 +91,14 @@ def test_the_authors_network_gives_the_authors_numbers(tmp_path, changed, least)
         for side, out in zip(SIDES, outs, strict=True):
             off = (out - expected[f"{kind}_{side}"]).abs().max()
             assert off > least if changed else off < 1e-5, (kind, side, off)
+
+
+def test_a_level_that_is_not_trained_is_not_standardised():
+    """Its z is 0, and so is the standard deviation."""
+    model, _ = mdm.build("tiny", (3, 64, 64), standardise=True)
+    diffusion = mdm.build("tiny", (3, 64, 64), weights="finest")[1]
+    outs = model(diffusion.visible([normal(torch.arange(1), shape) for shape in model.shapes()]), torch.tensor([5]))
+    assert all(out.isfinite().all() for out in outs)
 
 
 def test_half_precision_is_half_as_large_and_nearly_as_good(tmp_path):
@@ -264,6 +272,9 @@ def test_no_text_is_the_empty_prompt_and_nothing_else(tmp_path):
     assert model(z, t, text=text, text_mask=mask)[0].isfinite().all()
     with pytest.raises(UserError, match="always reads text"):
         model(z, t)
+    empty = mdm.ExtendedDiffusion(cosine_alpha_bar(10), model.shapes())
+    with pytest.raises(UserError, match="pass negative="):
+        empty.sample(model, (3, 64, 64), torch.arange(2), steps="1", cfg_scale=2.0, text=text, text_mask=mask)
     with pytest.raises(UserError, match="empty_prompt=True needs a T5"):
         mdm.build("cc12m-64", (3, 64, 64), text="bytes")
 
