@@ -133,7 +133,7 @@ class ExtendedDiffusion:
         has = u[order, None] <= torch.tensor(self.mixed)                                   # (B, R)
         # At least one row is computed, even if it does not count: under DDP every weight must be used.
         rows = has.sum(0).clamp(min=1).tolist()
-        order, has = (v.to(t.device, non_blocking=True) for v in (order, has))
+        order, has = (v.to(t.device, non_blocking=t.is_cuda) for v in (order, has))
         cond = {k: v[order] for k, v in cond.items() if v is not None}
         errors = self.errors(model, x0[order], t[order], noise[order], rows, **cond)       # [(n,)]
         errors = [F.pad(error, (0, len(t) - len(error))) for error in errors]              # [(B,)]

@@ -110,7 +110,7 @@ def parse(argv):
                         "prompt, or 1 if there are more than 20 prompts; 2 instead of 10 or 8 for videos; else 16)")
     g.add_argument("--class-labels", default="all", help="all, random, or numbers: 0,1,2")
     g.add_argument("--text-encoder", metavar="NAME", help="the T5 of the training, if its folder has moved")
-    g.add_argument("--prompt", nargs="+", metavar="TEXT",
+    g.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT",
                    help="what to draw, if the model reads text; @FILE: one on a line (default: captions of its data)")
     g.add_argument("--text-device", metavar="DEVICE",
                    help="where the T5 runs (default: as --device). It leaves the memory before images are drawn, "
@@ -163,6 +163,8 @@ def parse(argv):
                    help="instead of a grid, write N images of random classes, or of --prompt, into the folder "
                         "--save-images (default: fid-samples) and into an .npz of that name, as FID tools read them")
     args = p.parse_args(argv)
+    if args.out and args.num_fid_samples:
+        raise UserError("--num-fid-samples writes no grid: drop --out, and name the folder by --save-images")
     args.sampler = args.sampler or ("ddpm" if args.denoise else "ddim")
     args.out = Path(args.out or ("denoise.png" if args.denoise else "samples.png"))
     return args
@@ -315,7 +317,9 @@ def main(argv=None, encode=None):
                     **({"vae": args.vae} if space else {})}
         return fid_samples(team, args.save_images or "fid-samples", args.num_fid_samples, args.batch_size, settings,
                            lambda numbers: draw(numbers, condition(numbers, "random"), progress=not QUIET),
-                           space["data"] if space else trained["data"])
+                           [space["data"]] if space else [
+                               trained["data"], *["--frames", "1"] * (trained["data"] == "moving"),
+                               *(["--data-dir", trained["data_dir"]] if trained.get("data_dir") else [])])
 
     kinds = len(prompts) or (K if args.class_labels == "all" and K <= 20 else 0)
     each = 1 if len(prompts) > 20 else 2 if video else 8 if text else 10

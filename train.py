@@ -57,7 +57,7 @@ def parse(argv):
     add("--preset", default="tiny",
         help="a name from the file's CONFIGS: tiny, mini, DiS-S/2 ... It may have its own defaults for the flags below "
              "(TRAINING in dis.py)")
-    add("--set", type=option, nargs="*", default=[], metavar="KEY=VALUE",
+    add("--set", type=option, nargs="*", action="extend", default=[], metavar="KEY=VALUE",
         help="change options of the preset, as in --set skip=add patch=8. Those of the diffusion are among them: "
              "schedule=linear or cosine, predict=eps, v or x0, T=1000; for all but mdm also variance=small, large or "
              "learned, min_snr=5. A wrong key prints them all")
@@ -72,7 +72,7 @@ def parse(argv):
              "the data has no classes and the model reads text")
     add("--text-encoder", default="bytes", metavar="NAME",
         help="bytes: learned with the model; or a T5 of Hugging Face, or its folder (needs transformers)")
-    add("--hold-out", nargs="+", default=[], metavar="WORDS",
+    add("--hold-out", nargs="+", action="extend", default=[], metavar="WORDS",
         help="leave out examples whose caption has one of these in it: --hold-out 'red star' heart")
     add("--hflip", action=switch, default=False, help="mirror half of the images")
     add = p.add_argument_group("length").add_argument
@@ -86,7 +86,8 @@ def parse(argv):
     add("--warmup-steps", type=number(int), default=100, help="the rate rises linearly during these steps")
     add("--beta2", type=below_1, default=0.99, help="decay of AdamW's second moment")
     add("--weight-decay", type=number(float), default=0.0,
-        help="AdamW's weight decay, of matrices only: not of biases, norms, embeddings, positions, or an SSM's A, D and log dt")
+        help="AdamW's weight decay, of matrices only: not of biases, norms, embeddings, positions, an SSM's A, D or "
+             "log dt")
     add("--grad-clip", type=number(float), default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=below_1, default=0.9999,
         help="decay of the averaged weights; early steps use (1 + step) / (10 + step) if that is lower")
@@ -128,6 +129,9 @@ def parse(argv):
     args = p.parse_args(argv)
     own = getattr(checkpoint.load_paper(args.model), "TRAINING", {}).get(args.preset)
     if own:                                     # the preset's defaults: typed flags go before them
+        if wrong := sorted(own.keys() - vars(args).keys()):
+            raise UserError(f"{args.model} has TRAINING of {wrong[0]!r}, which is no flag of train.py: write the names "
+                            f"as in max_steps")
         p.set_defaults(**own)
         args = p.parse_args(argv)
     args.set, args.text_encoder = dict(args.set), full_name(args.text_encoder)
@@ -161,8 +165,9 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     """A micro-batch, on its device, and its random draws: x0 (B, C, [T,] H, W), t (B,), noise (B, ...), and the model's
     other arguments. Each draw is a function of the example's seed (B,), that is, of --seed, step and place in the
     batch. A resumed run, or one with more processes, draws the same."""
-    seeds = seeds.to(device, non_blocking=True)                                            # (B,)
-    x0 = dataset.prepare(batch["x"].to(device, non_blocking=True), seeds)
+    to = dict(device=device, non_blocking=device.type == "cuda")        # MPS would not keep the source until it is read
+    seeds = seeds.to(**to)                                                                 # (B,)
+    x0 = dataset.prepare(batch["x"].to(**to), seeds)
     if args.hflip:
         flip = uniform(fold(seeds, 2)) < 0.5
         x0 = torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
@@ -170,11 +175,11 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     noise = normal(fold(seeds, 1), diffusion.noise_shape(x0.shape[1:]))
     hide = uniform(fold(seeds, 3)) < args.cond_dropout
     if args.num_classes:
-        return x0, t, noise, {"y": torch.where(hide, -1, batch["y"].to(device, non_blocking=True))}
+        return x0, t, noise, {"y": torch.where(hide, -1, batch["y"].to(**to))}
     if not encode:
         return x0, t, noise, {}
     text, mask = (batch["text"], batch["text_mask"]) if "text" in batch else encode(batch["caption"])
-    text, mask = text.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    text, mask = text.to(**to), mask.to(**to)
     text = text if text.dtype == torch.long else text.float()           # bytes; stored embeddings are float16
     if encode.empty:
         none, none_mask = (v.to(device) for v in encode([""]))                            # (1, L, dim), (1, L)
@@ -193,8 +198,8 @@ def final_samples(folder, args, *flags, encode=None):
 
 def smoke(argv, args):
     """A little of everything, in a temporary folder."""
-    if args.dry_run is not None or several():
-        raise UserError("--smoke does not work with --dry-run or torchrun: drop them")
+    if args.dry_run is not None or several() or args.resume not in ("auto", "none"):
+        raise UserError("--smoke does not work with --dry-run, torchrun or --resume PATH: drop them")
     with tempfile.TemporaryDirectory() as folder:
         for steps in "1", "3":
             main([*(a for a in argv if a != "--smoke"), "--results-dir", folder, "--name", "smoke", "--resume", "auto",
@@ -298,8 +303,8 @@ def main(argv=None, drawing=()):
             part = slice(a * micro, (a + 1) * micro)
             x0, t, noise, cond = make_batch({k: v[part] for k, v in batch.items()}, seeds[part], dataset, diffusion,
                                             args, encode, device)
-            if getattr(model, "seeded", False):
-                cond["seeds"] = fold(seeds[part].to(device, non_blocking=True), 6)      # 4: latents, 5: captions
+            if getattr(model, "seeded", False):             # folds 4 and 5 are of latents and captions
+                cond["seeds"] = fold(seeds[part], 6).to(device, non_blocking=device.type == "cuda")
             if getattr(diffusion, "mixed", None):           # mdm: which resolutions an image has
                 cond["places"] = torch.arange(lo, hi)[part]
             with parallel.accumulate(net, last=a == args.grad_accum - 1):

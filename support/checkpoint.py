@@ -304,11 +304,13 @@ def origin(args, folder, say):
                             f"drop --{flag}")
     changed = differences(args, saved, keys)
     if changed:
-        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags and data; or begin a new "
-                        f"run with --name NEW, or with --name NEW --resume {quoted([str(path)])} from these weights")
-    if args.max_steps < checkpoint["step"]:
-        raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps, or --name NEW "
-                        f"for a new run")
+        fits = own and not differences(args, saved, MUST_MATCH)             # could a new run begin from its weights?
+        raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags and data"
+                        + "; or begin a new run with --name NEW" * own
+                        + f", or with --name NEW --resume {quoted([str(path)])} from these weights" * fits)
+    if args.max_steps < checkpoint["step"] + (not own):
+        raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps"
+                        + ", or --name NEW for a new run" * own)
     if not own and saved.get("identity", args.identity) != args.identity:
         say(f"data        {path} was trained on other files or classes")
     if own and saved.get("bf16", args.bf16) != args.bf16:

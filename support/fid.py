@@ -20,12 +20,12 @@ from support.cli import quoted
 from support.pictures import save_image, to_pil, to_uint8
 
 
-def fid_samples(team, folder, N, batch_size, settings, draw, data_name):
+def fid_samples(team, folder, N, batch_size, settings, draw, real):
     """Draw N images into `folder` and into <folder>.npz. All processes of torchrun share the work.
 
     settings   a dict of everything that decides how an image looks. It is kept in settings.json
     draw       numbers of images (B,) -> those images (B, C, H, W) in [-1, 1]
-    data_name  what the model was trained on, for the commands to type
+    real       what `python -m support.prepare images` needs to write the real images: the data set, and perhaps flags
 
     The same call goes on where an earlier one stopped. A process always draws a whole batch, even if some of its
     images exist: rounding may differ with the batch size. Raises UserError if the folder holds other images, or if not
@@ -70,7 +70,7 @@ def fid_samples(team, folder, N, batch_size, settings, draw, data_name):
         npz = f"{folder}.npz"                               # of its own: other exports may have the same shape
         checkpoint.replace(npz, lambda f: write_npz(f, names, shape))
         print(f"{N} images -> {folder} and {npz} (arr_0, uint8, NHWC)")
-        print(fid_commands(folder, npz, data_name, shape))
+        print(fid_commands(folder, npz, real, shape))
     team.leave()
 
 
@@ -85,13 +85,13 @@ def write_npz(file, names, shape):
                     array.write(np.asarray(image).tobytes())
 
 
-def fid_commands(folder, npz, data_name, shape):
+def fid_commands(folder, npz, data, shape):
     """The commands that compute FID, one for each tool. Do not compare numbers of different tools."""
     H, W = shape[1:3]
-    known = data_name == "cifar10" and (H, W) == (32, 32)   # the tools know this data set
+    known = data[0] == "cifar10" and (H, W) == (32, 32)   # the tools know this data set
     real = "cifar10-train" if known else "real"
     clean = "dataset_name='cifar10', dataset_res=32, dataset_split='train'" if known else "'real'"
-    once = f"  python -m support.prepare images {quoted([data_name])} real --image-size {H}x{W}     # once\n"
+    once = f"  python -m support.prepare images {quoted([data[0], 'real', *data[1:]])} --image-size {H}x{W}    # once\n"
     return f"""for FID, one of
 {once * (not known)}\
   fidelity --gpu 0 --fid --isc --input1 {quoted([str(folder)])} --input2 {real}     # pip install torch-fidelity

@@ -103,8 +103,8 @@ def reach(model, x_t, t, place, only=None, probes=32, **cond):
     """How much the token of one patch depends on each patch of a picture, after each block: the gradient of random
     sums of the token's channels, root mean square over a patch's pixels -> (blocks, rows, columns).
 
-    x_t (1, C, H, W); place: the number of the patch. only: one of WAYS, to silence the other direction. Entry k
-    is of the residual stream after block k, with what its mixer made. (A long skip joins it later, in the next block.)"""
+    x_t (1, C, H, W); place: the number of the patch. only: one of WAYS, to silence the other direction. Entry k is
+    of the residual stream after block k, with what its mixer made, before a long skip joins it in the next block."""
     silent = [getattr(block.mixer, way) for block in dis_blocks(model) for way in WAYS if only not in (None, way)]
     cond = {name: c.expand(probes) for name, c in cond.items()}
     x = x_t.repeat(probes, 1, 1, 1).requires_grad_()

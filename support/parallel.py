@@ -86,9 +86,11 @@ def share_cores(args):
     step. Beside busy programs processes are up to twice as fast, and alone about as fast (docs/speed.md). The
     sums are the same up to rounding. We do it on Linux, where we could measure it, and for the papers' networks: with
     several processes, all parameters must have a part in the loss, and yours may not. A T5 is too large to load
-    twice."""
-    if (processes()[1] > 1 or threads.SET or sys.platform != "linux" or args.shard or args.model.endswith(".py")
-            or args.text_encoder != "bytes" or pick_device(args.device).type != "cpu"):
+    twice. And a debugger, profiler or notebook that runs train.py would be started again with it."""
+    before = sys.orig_argv[1:-len(sys.argv)]
+    plain = sys.orig_argv[-len(sys.argv):] == sys.argv and all(a[0] == "-" and a != "-m" for a in before)
+    if (not plain or processes()[1] > 1 or threads.SET or sys.platform != "linux" or args.shard
+            or args.model.endswith(".py") or args.text_encoder != "bytes" or pick_device(args.device).type != "cpu"):
         return
     cores = torch.get_num_threads()
     fits = (n for n in (1, 2, 3, 4) if n <= cores and args.global_batch_size % (n * args.grad_accum) == 0)
@@ -305,6 +307,8 @@ def load_optimizer(optimizer, state):
             from torch.distributed.tensor import distribute_tensor
             moments.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements)
                             for k, v in moments.items() if v.ndim})
+        else:                                   # mapped from the file: Windows never replaces such a file
+            moments.update({k: v.clone() for k, v in moments.items()})
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -59,7 +59,7 @@ def store_text(folder, name, device):
 def write_images(dataset, folder):
     """Each picture as folder/000000.png -> how many there are. Raises UserError."""
     if len(dataset.shape) != 3:
-        raise UserError(f"{dataset.name} holds clips: choose pictures")
+        raise UserError(f"{dataset.name} holds clips: pass --frames 1, or choose pictures")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: delete it, or choose another folder")
@@ -95,7 +95,7 @@ def encode(args):
 
 def images(args):
     with told_plainly():
-        n = write_images(load(args.data, args.data_dir, args.image_size), expanded(args.out))
+        n = write_images(load(args.data, args.data_dir, args.image_size, frames=args.frames), expanded(args.out))
     print(f"{n} PNGs -> {args.out}")
 
 
@@ -122,6 +122,7 @@ def main(argv=None):
     e.add_argument("--batch-size", type=number(int, 1), default=32, help="pictures at a time, on each device")
     i = add(images, "Writes a data set as PNGs, for example to compare samples with.")
     i.add_argument("--image-size", help="32, or HxW such as 24x40 (default: the data's own)")
+    i.add_argument("--frames", type=number(int, 1), help="1: the first frame of each clip of moving")
     for command in (c, e):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     for command in (e, i):

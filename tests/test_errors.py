@@ -100,6 +100,7 @@ def world(tmp_path_factory):
     Path("caption/metadata.csv").write_text("picture,words\n0.png,red\n")
     Path("gap/metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n2.png,c\n7.png,d\n")
     Path("paper.py").write_text("WIDTH = 3\n")
+    Path("typo.py").write_text("CONFIGS = dict(tiny={})\nTRAINING = dict(tiny=dict(max_step=3))\ndef build(): pass\n")
     Path("mirror").mkdir()
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         Path("mirror", name).write_bytes(b"not what was asked for")
@@ -175,7 +176,13 @@ WRONG = [
     (TRAIN, new("--results-dir", "cut", "--name", "run"), "damaged or cut short"),
     (TRAIN, new("--resume", "missing.pt"), "no checkpoint at missing.pt: (?!.*--ckpt)"),
     (TRAIN, new("--resume", "code.pt"), "perhaps code"),
-    (TRAIN, new("--resume", "other/unconditional/latest.pt"), "trained differently"),
+    (TRAIN, new("--resume", "other/unconditional/latest.pt"), "trained differently(?!.*NEW)"),
+    (TRAIN, new("--resume", "results/run"), "at step 2 already: pass a larger --max-steps(?!.*NEW)"),
+    (TRAIN, new("--results-dir", "results", "--name", "run", "--lr", "1", "--max-steps", "3"), "NEW --resume"),
+    (TRAIN, new("--results-dir", "results", "--name", "run", "--set", "width=40", "--max-steps", "3"),
+     "NEW(?!.*--resume)"),
+    (TRAIN, new("--smoke", "--resume", "results/run"), "drop them"),
+    (TRAIN, new("--model", "typo.py"), "'max_step', which is no flag"),
     (SAMPLE, ["results/run"], "did you mean --ckpt results/run[?]"),
     (SAMPLE, ["--results-dir", "nothing"], "train.py"),
     (SAMPLE, ["--ckpt", "missing.pt"], "no checkpoint"),
@@ -249,6 +256,7 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/unconditional", "--cfg-scale", "2"], "drop --cfg-scale"),
     (SAMPLE, [*CKPT, "--out", "picture"], "ends in .png"),
     (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--gif"], "drop"),
+    (SAMPLE, [*CKPT, "--num-fid-samples", "4", "--out", "grid.png"], "drop --out"),
     (SAMPLE, [*CKPT, "--cfg-scale", "nan"], "at least -1000"),
     (SAMPLE, [*CKPT, "--cfg-scale=-inf"], "at least -1000"),
     (SAMPLE, [*CKPT, "--sampler", "euler"], "ddim"),

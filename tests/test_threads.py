@@ -196,13 +196,16 @@ def helpers(process):
     (["--global-batch-size", "12", "--grad-accum", "4"], {}, 3, 3, 1), (["--global-batch-size", "7"], {}, 4, 1, 4),
     ([], {}, 1, 1, 1), ([], {"WORLD_SIZE": "2", "RANK": "1"}, 2, 1, 2), ([], {"SET": True}, 2, 1, 2),
     (["--shard"], {}, 2, 1, 2), (["--model", "examples/mypaper.py"], {}, 2, 1, 2),
-    (["--text-encoder", "google/flan-t5-xl"], {}, 2, 1, 2)])
+    (["--text-encoder", "google/flan-t5-xl"], {}, 2, 1, 2), ([], {"BY": "-m pdb"}, 2, 1, 2),
+    (["--max-steps", "5"], {"BY": "bin/coverage run"}, 2, 1, 2)])
 def test_how_many_processes(flags, env, cores, world, each, monkeypatch):
     started, now = [], [cores]
     monkeypatch.setattr(threads, "SET", env.pop("SET", False))
     monkeypatch.setattr(threads, "use", lambda n: now.append(n))
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(parallel, "HELPERS", [])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *env.pop("BY", "-u").split(), "train.py", *flags])
     monkeypatch.setattr(parallel, "watch", lambda helper: None)
     monkeypatch.setattr(parallel.subprocess, "Popen", lambda command, env, **_: started.append(env))
     monkeypatch.setattr(os, "environ", {**os.environ, **env})

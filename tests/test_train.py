@@ -24,7 +24,7 @@ import ranks
 import sample
 import train
 from diffusion import Diffusion, cosine_alpha_bar, fold
-from support import checkpoint, cost, datasets, latents, log, parallel
+from support import checkpoint, cost, datasets, latents, log, parallel, prepare
 from support.optimizer import matrices
 from support.pictures import SHADES, grid_image
 
@@ -109,6 +109,24 @@ def test_finished_run_says_so_and_goes_on_with_more_steps(tmp_path, capsys):
     assert "trained     4 of 4" in capsys.readouterr().out
     assert (tmp_path / "run" / "latest.pt").read_bytes() == before
     assert run(tmp_path, "--max-steps", 6)["step"] == 6
+
+
+def test_a_resumed_run_lets_go_of_its_file(tmp_path):
+    """Windows does not replace a file that is mapped into memory."""
+    saved = run(tmp_path, "--max-steps", 1)
+    weights = [torch.zeros(s["exp_avg"].shape) for s in saved["opt"]["state"].values()]
+    optimizer = torch.optim.AdamW(weights)
+    mapped = [s["exp_avg"] for s in saved["opt"]["state"].values()]
+    parallel.load_optimizer(optimizer, saved["opt"])
+    for w, old in zip(weights, mapped, strict=True):
+        assert torch.equal(optimizer.state[w]["exp_avg"], old)
+        assert optimizer.state[w]["exp_avg"].data_ptr() != old.data_ptr()
+
+
+def test_a_flag_that_is_given_twice_counts_twice():
+    args = train.parse("--set width=96 --set depth=2 --hold-out moon --hold-out star".split())
+    assert args.set == {"width": 96, "depth": 2} and args.hold_out == ["moon", "star"]
+    assert sample.parse(["--prompt", "a moon", "--prompt", "a star"]).prompt == ["a moon", "a star"]
 
 
 def test_a_run_keeps_its_options_when_its_preset_changes(tmp_path, monkeypatch):
@@ -315,6 +333,17 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     assert names[2].stat().st_mtime_ns == kept and not list((tmp_path / "three").glob(".*"))
     [(seeds, cond)] = given                                      # classes are drawn, not in turn
     assert seeds.tolist() == [2, 3] and torch.equal(cond["y"], fold(seeds, 8) % 8) and cond["y"].tolist() != [2, 3]
+
+
+def test_the_printed_command_writes_the_real_images(tmp_path, monkeypatch, capsys):
+    run(tmp_path, "--data", "moving", "--frames", 1, "--data-dir", tmp_path / "data", "--max-steps", 1)
+    sample.main(["--ckpt", str(tmp_path / "run"), "--num-fid-samples", "1", "--steps", "1", "--save-images",
+                 str(tmp_path / "fid")])
+    command = next(line for line in capsys.readouterr().out.splitlines() if "support.prepare images" in line)
+    given = []
+    monkeypatch.setattr(prepare, "write_images", lambda dataset, folder: given.append(dataset.shape))
+    prepare.main(shlex.split(command.split("#")[0])[3:])
+    assert given == [(3, 16, 16)] and f"--data-dir {tmp_path / 'data'}" in command
 
 
 class Looks(TorchDispatchMode):
