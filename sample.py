@@ -234,7 +234,9 @@ def check_model(args, model, diffusion, trained):
     diffusion.respaced(args.steps)                          # refuses a bad --steps before any work
     if args.cfg_scale is None:
         args.cfg_scale = 2.0 if guides else 1.0
-    refuse((args.negative_prompt is not None and args.cfg_scale == 1,
+    refuse((args.negative_prompt is not None and not guides,
+            "this model never saw images without their caption, so it cannot be guided: drop --negative-prompt"),
+           (args.negative_prompt is not None and args.cfg_scale == 1,
             "a negative prompt needs guidance: pass --cfg-scale 3, or drop --negative-prompt"),
            (args.cfg_below is not None and (args.cfg_scale == 1 or not hasattr(diffusion, "cfg_below")),
             "--cfg-below limits guidance, and there is none, or this model has its own: drop it"))
@@ -287,7 +289,7 @@ def main(argv=None, encode=None):
         encode = text_encoder(args.text_encoder or trained["text_encoder"], where, dtype)
     if text:
         encode.empty = getattr(model, "empty_prompt", False)
-    if text and (said := cut(encode, prompts, "prompts")) and not QUIET:
+    if text and (said := cut(encode, [*prompts, *filter(None, [args.negative_prompt])], "prompts")) and not QUIET:
         print(said)
     args.vae = full_name(args.vae) if args.vae else space and space["vae"]
     vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None

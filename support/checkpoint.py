@@ -140,7 +140,13 @@ def share(path, out):
     optimizer, and the paths and flags of the machine. What is left can draw, and other runs can begin from it."""
     saved = read(path)
     half = {k: v.half() if v.is_floating_point() else v for k, v in saved["ema"].items()}
-    args = {**saved["args"], "data_dir": None, "results_dir": "results", "name": None, "device": "auto",
+
+    def bare(value):                            # of a folder only its last name
+        if isinstance(value, dict):
+            return {k: bare(v) for k, v in value.items()}
+        folder = isinstance(value, str) and (Path(value).is_absolute() or Path(value).is_dir())
+        return Path(value).name if folder else value
+    args = {**bare(saved["args"]), "data_dir": None, "results_dir": "results", "name": None, "device": "auto",
             "resume": "auto", "init_inner": None}
     slim = {**saved, "model": half, "ema": half, "opt": None, "args": args}         # the file has `half` only once
     replace(Path(out), lambda f: torch.save(slim, f))
@@ -189,6 +195,8 @@ def load_run(path, weights="ema", device="cpu", model=None):
     args = {**checkpoint["args"], "step": checkpoint.get("step")}
     if args["model"].endswith(".py") and not model:
         raise UserError(f"{path} asks for the code in {args['model']}: if you trust it, pass --model {args['model']}")
+    if model and not args["model"].endswith(".py"):
+        raise UserError(f"{path} is a run of {args['model']}: drop --model, or name a run of yours by --ckpt")
     paper = load_paper(model or args["model"])
     now = {**paper.CONFIGS.get(args["preset"], {}), **args["set"]}
     then = {**now, **before(args)}
@@ -241,7 +249,20 @@ def differences(args, saved, keys):
             return " ".join(f"{name}={value}" for name, value in a[k].items() if b[k].get(name) != value) or "nothing"
         return [name for name in a[k] if name not in b[k]] if k == "class_names" else a[k]
     return [f"{flags.get(k, '--' + k.replace('_', '-'))} {only(k, now, saved)} (was {only(k, saved, now)})"
-            for k in now if k in keys and k in saved and now[k] != saved[k]]
+            for k in now if k in keys and k in saved and now[k] != saved[k] and not moved(k, now[k], saved[k])]
+
+
+def moved(key, now, saved):
+    """Is it perhaps the same thing in another place: a T5, or the .py file of a model?"""
+    return (key == "text_encoder" and "bytes" not in (now, saved)
+            or key == "model" and now.endswith(".py") and Path(now).name == Path(saved).name)
+
+
+def say_moved(args, saved, path, say):
+    for key in ("text_encoder", "model"):
+        if key in saved and saved[key] != getattr(args, key):
+            say(f"moved       {path} was trained with {saved[key]}. Now it is {getattr(args, key)}: we cannot tell "
+                f"whether they are the same")
 
 
 def resume(args, folder, team):
@@ -311,6 +332,7 @@ def origin(args, folder, say):
     if args.max_steps < checkpoint["step"] + (not own):
         raise UserError(f"{path} is at step {checkpoint['step']} already: pass a larger --max-steps"
                         + ", or --name NEW for a new run" * own)
+    say_moved(args, saved, path, say)
     if not own and saved.get("identity", args.identity) != args.identity:
         say(f"data        {path} was trained on other files or classes")
     if own and saved.get("bf16", args.bf16) != args.bf16:
@@ -355,7 +377,7 @@ def received(path, folder, team):
 def begin_inside(args, folder, team, *models):
     """Progressive training: put the averaged weights of args.init_inner into the inner network of each model."""
     path = in_folder(args.init_inner)
-    team.first(lambda: read(path).keys())
+    team.first(lambda: bool(read(path)))
     checkpoint = received(path, folder, team)
     if not hasattr(models[0], "nest"):
         raise UserError(f"{args.model} has no inner network: drop --init-inner, or pass --model mdm")
@@ -364,6 +386,7 @@ def begin_inside(args, folder, team, *models):
     changed += [f"--set {k}={then[k]}" for k in ("predict", "schedule", "T") if then.get(k) != args.options.get(k)]
     if changed:
         raise UserError(f"{path} was trained differently: {', '.join(changed)}. Use its flags")
+    say_moved(args, checkpoint["args"], path, team.say)
     for model in models:
         load_inner(model, checkpoint["ema"])
 

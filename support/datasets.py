@@ -183,10 +183,12 @@ def hold_out(dataset, phrases):
         raise UserError(f"{dataset.name} has no captions to hold out: use shapes, moving or a folder with a "
                         f"metadata.csv or metadata.jsonl")
     keep = np.ones(len(dataset), bool)
+    def composed(words):                        # a letter with an accent may be one character or two
+        return unicodedata.normalize("NFC", words)
     for phrase in phrases:
-        words = r"\s+".join(map(re.escape, phrase.split())) or "(?!)"               # (?!) matches nothing
+        words = r"\s+".join(map(re.escape, composed(phrase).split())) or "(?!)"     # (?!) matches nothing
         found = re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE).search    # dark-red is one word
-        held = np.array([any(map(found, flat([caption]))) for caption in dataset.captions])
+        held = np.array([any(map(found, map(composed, flat([caption])))) for caption in dataset.captions])
         if not held.any():
             raise UserError(f"no caption of {dataset.name} contains {phrase!r}: hold out words as in "
                             f"{one_of(dataset.captions[0])!r}")
@@ -614,8 +616,9 @@ def read_captions(folder, files):
         with open(table, newline="", encoding="utf-8-sig") as f:        # -sig: Excel begins with a byte order mark
             for line, file, captions in (csv_lines if table.suffix == ".csv" else json_lines)(f, table):
                 if plain(file) not in found:
-                    raise UserError(f"{table}, line {line} names {file}, which does not exist: add it or delete the "
-                                    f"line")
+                    problem = ("is no picture that we read: save it as .png" if (folder / file).is_file()
+                               else "does not exist: add it")
+                    raise UserError(f"{table}, line {line} names {file}, which {problem}, or delete the line")
                 found[plain(file)] += captions
     except UnicodeDecodeError as e:
         raise UserError(f"{table} cannot be read ({e}): save it in UTF-8") from None
@@ -627,13 +630,14 @@ def read_captions(folder, files):
 
 def csv_lines(f, table):
     """Yields line number, file and captions for each row of a CSV."""
-    rows, line = csv.reader(f, strict=True), 1
+    rows, line = csv.reader(f, strict=True, skipinitialspace=True), 1
     try:
         header = [column.strip() for column in next(rows, [])]
         if header.count("file_name") != 1 or header.count("text") != 1:
             raise UserError(f"{table} lacks columns or has them twice: its first line must be file_name,text")
         line = rows.line_num + 1
         for row in rows:
+            row = row if any(map(str.strip, row)) else []
             if row and len(row) != len(header):
                 raise UserError(f"{table}, line {line} has {len(row)} columns instead of {len(header)}: put a text "
                                 f"with commas into double quotes")
@@ -653,7 +657,7 @@ def json_lines(f, table):
             row = json.loads(content)
             file, captions = row["file_name"], row["text"]
             captions = [captions] if isinstance(captions, str) else captions
-            understood = isinstance(captions, list) and all(isinstance(c, str) for c in [file, *captions])
+            understood = captions and isinstance(captions, list) and all(isinstance(c, str) for c in [file, *captions])
         except (ValueError, KeyError, TypeError):
             understood = False
         if not understood:

@@ -34,7 +34,15 @@ def pictures(model, diffusion, args, n=32, data_dir=None):
     """-> x0 (n, C, H, W) in [-1, 1], and {"y": labels (n,)} or {}: test images, or samples of the network itself."""
     classes, shape = args["num_classes"], tuple(args["shape"])
     if data_dir:
-        batch = datasets.load(args["data"], data_dir, shape[1:], "test")[list(range(n))]
+        if args["data"] in ("shapes", "moving", *datasets.CLASSES):
+            dataset = datasets.load(args["data"], data_dir, shape[1:], "test")
+        else:
+            dataset = datasets.load(data_dir, image_size=shape[1:])
+            if (dataset.shape, dataset.class_names) != (shape, args["class_names"]):
+                raise UserError(f"{data_dir} has images {dataset.shape} of classes {dataset.class_names}, but the "
+                                f"network knows {shape} and {args['class_names']}: pass a folder like the one it was "
+                                f"trained on")
+        batch = dataset[list(range(min(n, len(dataset))))]
         return batch["x"] / 127.5 - 1, {"y": batch["y"]} if classes else {}
     cond = {"y": torch.arange(n) % classes} if classes else {}
     return diffusion.sample(model, shape, torch.arange(n), steps="25", **cond), cond
@@ -612,10 +620,13 @@ def main(argv=None):
     p.add_argument("--data-dir", help="look at test images from this folder (default: at samples of the network)")
     p.add_argument("--out", default="inside.png", help="the picture, 1,200 pixels wide")
     args = p.parse_args(argv)
+    own = checkpoint.read(checkpoint.in_folder(args.ckpt))["args"]["model"]
+    if own.endswith(".py"):
+        raise UserError(f"{args.ckpt} is a run of {own}: pass a {', '.join(DRAW)}")
     model, diffusion, trained = checkpoint.load_run(args.ckpt)
-    if type(model).__name__ not in DRAW or len(trained["shape"]) != 3:
-        raise UserError(f"{args.ckpt} is a {type(model).__name__} for {trained['shape']}: pass a {', '.join(DRAW)} for "
-                        f"pictures")
+    if type(model).__name__ not in DRAW or len(trained["shape"]) != 3 or trained.get("space"):
+        raise UserError(f"{args.ckpt} is a {type(model).__name__} for {'latents ' * bool(trained.get('space'))}"
+                        f"{trained['shape']}: pass a {', '.join(DRAW)} for pictures")
     if not pyplot:
         raise UserError("drawing needs matplotlib: pip install matplotlib")
     draw, height = DRAW[type(model).__name__]

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import re
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -61,8 +62,9 @@ def pretrained(kind, name, load, example):
 
 
 def tidy(caption):
-    """A caption without what no encoder can take: NUL, and the half characters that a terminal makes of bad bytes."""
-    return caption.replace("\0", "").encode("utf-8", "replace").decode().strip()
+    """A caption without what no encoder can take: NUL, and the half characters that a terminal makes of bad bytes. A
+    letter with an accent is one character (NFC): names of files on a Mac have two."""
+    return unicodedata.normalize("NFC", caption.replace("\0", "").encode("utf-8", "replace").decode()).strip()
 
 
 def cut(encoder, captions, what="captions"):

@@ -276,6 +276,9 @@ def test_hold_out_goes_by_whole_words():
                         "red star-like", "infrared star", "red star", "a (red star)", "star red", "c++ code")
     assert hold_out(dataset, ["red star"]).captions == [dataset.captions[i] for i in (0, 1, 2, 4, 5, 8, 9)]
     assert hold_out(dataset, ["c++"]).captions == dataset.captions[:-1]             # no regular expression
+    forms = [unicodedata.normalize(form, "a café") for form in ("NFC", "NFD")]
+    for form in forms:                                      # é as one character, or as two
+        assert hold_out(captioned(*forms, "a bar"), [form]).captions == ["a bar"]
 
 
 @pytest.mark.parametrize("captions, phrases, needed", [
@@ -601,8 +604,9 @@ def test_captions(tmp_path):
 
 @pytest.mark.parametrize("table", [
     'file_name, text\n./cats/é.png ,a cat\n"cats\\1.png","a red,\nbig cat"\n\n"cats\\1.png",tom\n',
+    'file_name, text\n./cats/é.png, a cat\ncats/1.png, "a red,\nbig cat"\n  \ncats/1.png, "tom"\n',
     '{"text": "a cat", "file_name": "./cats/é.png "}\n\n'
-    '{"file_name": "cats\\\\1.png", "text": ["a red,\\nbig cat", "tom"]}'], ids=["csv", "jsonl"])
+    '{"file_name": "cats\\\\1.png", "text": ["a red,\\nbig cat", "tom"]}'], ids=["csv", "spaces", "jsonl"])
 def test_tables_of_captions(tmp_path, table):
     """An image may have several; files are found however they are spelt, in either form of é."""
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):

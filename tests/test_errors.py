@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 import train
 from diffusion import UserError
-from support import checkpoint, cli, cost, datasets, pictures, prepare
+from support import checkpoint, cli, cost, datasets, inside, pictures, prepare
 
 SMALL = ["--image-size", "16", "--set", "width=32", "depth=2", "state=4", "--global-batch-size", "8",
          "--max-steps", "2", "--sample-every", "0", "--device", "cpu"]
@@ -61,6 +61,7 @@ def world(tmp_path_factory):
         torch.save({**checkpoint, **changes}, name)
     changed("version.pt", version=99)
     changed("misfit.pt", args={**checkpoint["args"], "options": {**checkpoint["args"]["options"], "width": 64}})
+    changed("own.pt", args={**checkpoint["args"], "model": "paper.py"})
     changed("stranger.pt", args={**checkpoint["args"], "model": "gone"})
     changed("folder.pt", args={**checkpoint["args"], "data": "mixed"})
     changed("always.pt", args={**checkpoint["args"], "cond_dropout": 0.0})
@@ -227,6 +228,9 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/words", "--prompt", "@gone.txt"], "gone.txt"),
     (SAMPLE, ["--ckpt", "other/words", *FROM_5, "test"], "--ckpt assets/dis-mnist.pt"),
     (SAMPLE, ["--ckpt", "other/deaf", "--cfg-scale", "2"], "drop --cfg-scale"),
+    (SAMPLE, ["--ckpt", "other/deaf", "--negative-prompt", "a moon"], "drop --negative-prompt"),
+    (SAMPLE, [*CKPT, "--model", "typo.py"], "is a run of dis: drop --model"),
+    (inside.main, ["--ckpt", "own.pt"], "is a run of paper.py: pass a DiS"),
     (SAMPLE, [*CKPT, "--cfg-scale", "1", "--cfg-below", "0.5"], "drop it"),
     (SAMPLE, ["--ckpt", "other/clips", "--gif"], "drop --gif"),
     (SAMPLE, ["--ckpt", "other/clips", "--num-fid-samples", "2"], "drop --gif"),

@@ -480,6 +480,19 @@ def test_machines_that_have_not_the_same_are_told(tmp_path):
             call(team)
 
 
+def test_a_t5_or_a_file_that_has_moved(capsys):
+    """A run goes on with it, and says so."""
+    saved = {"text_encoder": "google/flan-t5-xl", "model": "a/own.py", "text": 64, "lr": 1.0, "preset": "tiny",
+             "options": {"a": 1}}
+    now = SimpleNamespace(text_encoder="/models/flan", model="b/own.py", text=64, lr=1.0, preset="tiny", set={},
+                          options={"a": 1})
+    assert checkpoint.differences(now, saved, saved.keys()) == []
+    checkpoint.say_moved(now, saved, "x.pt", print)
+    assert capsys.readouterr().out.count("moved") == 2
+    for other in dict(text_encoder="bytes"), dict(text=32), dict(model="dis"), dict(model="b/other.py"):
+        assert checkpoint.differences(SimpleNamespace(**{**vars(now), **other}), saved, saved.keys())
+
+
 def test_numbers_and_options_of_the_command_line():
     assert cli.option("patch=8") == ("patch", 8) and cli.option("skip=add") == ("skip", "add")
     with pytest.raises(SystemExit):

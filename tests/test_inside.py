@@ -1,7 +1,9 @@
 """Pictures of trained networks: what they show is what their labels say."""
 import pytest
 import torch
+from PIL import Image
 
+from diffusion import UserError
 from support import inside
 from support.checkpoint import load_paper
 
@@ -26,8 +28,7 @@ SMALL = {"dis": dict(width=16, depth=2, patch=2), "cunet": dict(nf=2),
 def test_a_picture_of_each_paper(paper, tmp_path, monkeypatch, capsys):
     """1,200 pixels wide, from samples of the network itself; all numbers are finite."""
     pytest.importorskip("matplotlib")
-    from PIL import Image
-    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: small(paper, **SMALL[paper]))
+    load(monkeypatch, *small(paper, **SMALL[paper]))
     monkeypatch.setattr(inside, "FINE", 4)                              # of cU-Net
     inside.main(["--ckpt", "small.pt", "--out", str(tmp_path / "a.png")])
     picture, said = Image.open(tmp_path / "a.png"), capsys.readouterr().out
@@ -36,16 +37,36 @@ def test_a_picture_of_each_paper(paper, tmp_path, monkeypatch, capsys):
     assert len(said.splitlines()) > 10
 
 
+def load(monkeypatch, *run):
+    monkeypatch.setattr(inside.checkpoint, "in_folder", lambda path: path)
+    monkeypatch.setattr(inside.checkpoint, "read", lambda path: {"args": {"model": "dis"}})
+    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: run)
+
+
+def test_pictures_of_your_own(tmp_path):
+    for i, name in enumerate(("cat", "dog", "dog")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    args = {"data": "where/they/were", "shape": [3, 8, 8], "num_classes": 2, "class_names": ["cat", "dog"]}
+    x0, cond = inside.pictures(None, None, args, data_dir=tmp_path)
+    assert x0.shape == (3, 3, 8, 8) and cond["y"].tolist() == [0, 1, 1]
+    with pytest.raises(UserError, match="a folder like the one"):
+        inside.pictures(None, None, {**args, "class_names": ["cat", "fox"]}, data_dir=tmp_path)
+
+
 def test_what_cannot_be_drawn(monkeypatch, capsys):
-    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: small("dis", **SMALL["dis"]))
+    load(monkeypatch, *small("dis", **SMALL["dis"]))
     monkeypatch.setattr(inside, "pyplot", None)
     with pytest.raises(SystemExit):
         inside.main(["--ckpt", "small.pt"])
     assert "pip install matplotlib" in capsys.readouterr().err
-    monkeypatch.setattr(inside.checkpoint, "load_run", lambda path: (torch.nn.Linear(1, 1), None, {"shape": [1, 8, 8]}))
-    with pytest.raises(SystemExit):
-        inside.main(["--ckpt", "small.pt"])
-    assert "Linear" in capsys.readouterr().err
+    model, diffusion, trained = small("dis", **SMALL["dis"])
+    for run, needed in (((torch.nn.Linear(1, 1), None, {"shape": [1, 8, 8]}), "is a Linear"),
+                        ((model, diffusion, {**trained, "space": {"data": "mnist"}}), "for latents")):
+        load(monkeypatch, *run)
+        with pytest.raises(SystemExit):
+            inside.main(["--ckpt", "small.pt"])
+        assert needed in capsys.readouterr().err
 
 
 # --- DiS --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import tables
 from support import checkpoint, cost, parallel
+import ranks
 import sample
 import train
 from diffusion import UserError, fold, normal, shift_snr, cosine_alpha_bar, uniform
@@ -728,10 +729,12 @@ def quick(monkeypatch):
         *args, "--steps", "2", **kwargs))
 
 
+FLAGS = ["--model", "mdm", "--sample-every", "0", "--log-every", "1", "--global-batch-size", "4", "--image-size", "16",
+         "--set", "side=8", "channels=(8,8)", "text_width=8", "embedding=16", "heads=2"]
+
+
 def train_(folder, *flags, name="run", steps=2):
-    train.main(["--model", "mdm", "--results-dir", str(folder), "--name", name, "--max-steps", str(steps),
-                "--sample-every", "0", "--log-every", "1", "--global-batch-size", "4", "--image-size", "16",
-                "--set", "side=8", "channels=(8,8)", "text_width=8", "embedding=16", "heads=2", *map(str, flags)])
+    train.main([*FLAGS, "--results-dir", str(folder), "--name", name, "--max-steps", str(steps), *map(str, flags)])
 
 
 def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch, quick):
@@ -764,6 +767,9 @@ def test_progressive_training_from_one_size_to_the_next(tmp_path, capsys, quick)
     train_(tmp_path, "--image-size", 8, "--data", "shapes", name="small")
     train_(tmp_path, *grow, tmp_path / "small", name="large")
     assert "begun       from the network of" in capsys.readouterr().out
+    two = ranks.launch(tmp_path / "said", 2, "train.py", *FLAGS, *grow, tmp_path / "small", "--max-steps", 2, "--name",
+                       "two", "--results-dir", tmp_path)
+    assert "begun       from the network of" in two
     small_, large = (checkpoint.read(tmp_path / n / "latest.pt") for n in ("small", "large"))
     for k, v in small_["ema"].items():
         assert torch.equal(v, large["model"][f"inner.{k}"]) and torch.equal(v, large["ema"][f"inner.{k}"])

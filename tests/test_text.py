@@ -59,7 +59,8 @@ def test_what_is_cut_is_counted():
                         text.cut(encoder, ["猫" * 65, "a"], "words"))
 
 
-@pytest.mark.parametrize("bad, good", [("re\0d \0 star\0", "red star"), ("\0", ""), ("\ud800red", "?red")])
+@pytest.mark.parametrize("bad, good", [("re\0d \0 star\0", "red star"), ("\0", ""), ("\ud800red", "?red"),
+                                       ("cafe\u0301", "caf\u00e9")])
 def test_bytes_take_any_string(bad, good):
     for got, expected in zip(text_encoder("bytes")([bad, "x"]), text_encoder("bytes")([good, "x"])):
         assert torch.equal(got, expected)
