@@ -174,6 +174,7 @@ class ExtendedDiffusion:
         steer = (levels[0].timestep_map < self.cfg_below * self.T).tolist()
         for i in reversed(range(levels[0].T)):
             t = torch.full_like(seeds, i)                                                  # (B,)
+            z = [z_r.contiguous() for z_r in z]             # one layout, so --compile makes one graph
             outs = (steered if steer[i] else model)(self.visible(z), levels[0].model_t(t), **cond)
             noise = self.unpack(normal(fold(seeds, i), numbers)) if ddpm or eta else [None] * self.R
             each = list(zip(levels, outs, z, noise))
@@ -348,6 +349,11 @@ def sinusoid(t, width):
 
 def attend(q, k, v, heads, mask=None):
     """q (b, n, C), k and v (b, m, C), mask (b, m) -> (b, n, C). Softmax attention, in `heads` groups of channels."""
+    if len(q) > 65535:                          # as many rows as CUDA takes: halve them
+        masks = [None] * 2 if mask is None else mask.chunk(2)
+        return torch.cat([attend(*half, heads, m) for *half, m in zip(q.chunk(2), k.chunk(2), v.chunk(2), masks)])
+    # CUDA has a fast form for numbers of a token that lie side by side only
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (rearrange(x, "b l (heads c) -> b heads l c", heads=heads) for x in (q, k, v))
     mask = None if mask is None else mask[:, None, None]                              # (b, 1, 1, m)
     return rearrange(F.scaled_dot_product_attention(q, k, v, mask), "b heads l c -> b l (heads c)")

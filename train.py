@@ -182,7 +182,7 @@ def make_batch(batch, seeds, dataset, diffusion, args, encode, device):
     text, mask = text.to(**to), mask.to(**to)
     text = text if text.dtype == torch.long else text.float()           # bytes; stored embeddings are float16
     if encode.empty:
-        none, none_mask = (v.to(device) for v in encode([""]))                            # (1, L, dim), (1, L)
+        none, none_mask = encode.nothing                                                  # (1, L, dim), (1, L)
         return x0, t, noise, {"text": torch.where(hide[:, None, None], none, text),
                               "text_mask": torch.where(hide[:, None], none_mask, mask)}   # (B, L, dim), (B, L)
     return x0, t, noise, {"text": text, "text_mask": mask & ~hide[:, None]}               # (B, L, ...), (B, L)
@@ -260,6 +260,8 @@ def main(argv=None, drawing=()):
     ema = copy.deepcopy(model).eval().requires_grad_(False)                 # the average of the weights, for sampling
     if args.grad_checkpointing:
         parallel.recompute(model)
+    if encode and encode.empty:
+        encode.nothing = [v.to(device) for v in encode([""])]               # once: each step would wait for it
     vae = latents.VAE(args.vae, device) if args.vae and team.rank == 0 else None
 
     # Resume. The state of a run is its weights, its optimizer and its step; its arguments are saved with them.

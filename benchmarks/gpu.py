@@ -109,6 +109,7 @@ def scan_(args):
         forms = {k: f for k, f in scans.forms(args.device).items() if k != "definition" or size == sizes[0]}
         yield lambda: [timed(size, row["form"], row)
                        for row in scans.compare(size, 16, args.device, args.pick(5, 1), forms)]
+        yield lambda: [timed(size, row["form"], row) for row in scans.convolutions(size, 4, args.device)]
         yield lambda: [timed(size, row["form"], row) for row in scans.bound(
             size, 16, args.device, *args.pick((), (2**16, 2**8)))] if scans.triton else []
     yield lambda: {"chosen kernels": str([*getattr(scan, "CHOSEN", {}).values()])}

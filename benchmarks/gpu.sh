@@ -4,4 +4,4 @@
 #   bash benchmarks/gpu.sh [--out DIR] [--data-dir DIR-WITH-CIFAR-10]       DIR is ./gpu if you name none
 #   bash benchmarks/gpu.sh right scan                                       some parts again, into the same table
 #   bash benchmarks/gpu.sh --rehearse                                       the same code on a CPU (Linux), tiny sizes
-exec python "$(dirname "${BASH_SOURCE[0]}")/gpu.py" "$@"
+exec "$(command -v python || command -v python3)" "$(dirname "${BASH_SOURCE[0]}")/gpu.py" "$@"

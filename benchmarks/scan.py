@@ -15,6 +15,7 @@ from unittest import mock
 
 from timing import in_fresh_process, median, milliseconds, peak_megabytes, ratio, table, turns
 import torch
+import torch.nn.functional as F
 
 from support import scan
 from support.checkpoint import load_paper
@@ -132,6 +133,34 @@ def compare(size, N, device, rounds, found):
     return [{"form": name, "forward ms": median(f), "forward, ratio": ratio(f, forward[ours]),
              "with backward ms": median(t), "with backward, ratio": ratio(t, train[ours]), "MB": m, "error": e}
             for name, f, t, m, e in zip(names, forward, train, memory, errors)]
+
+
+def convolutions(size, taps, device):
+    """Times the convolution before the scan, in bf16, in three ways -> a dict for each. The models use conv1d on a GPU,
+    and go tap by tap on a CPU."""
+    b, L, e = size
+    conv = torch.nn.Conv1d(e, e, taps, padding=taps - 1, groups=e).to(device, torch.bfloat16)
+    x = torch.randn(b, L, e, device=device).bfloat16().requires_grad_()
+
+    def conv1d(x):
+        return conv(x.mT)[..., :L].mT                                                       # (b, L, e)
+
+    def conv2d(x):                                          # x is channels_last already, as an image of one row
+        x = F.pad(x.mT[:, :, None], (taps - 1, 0)).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, conv.weight[:, :, None], conv.bias, groups=e)[:, :, 0].mT        # (b, L, e)
+
+    def by_taps(x):
+        x, u = F.pad(x, (0, 0, taps - 1, 0)), conv.bias
+        for k in range(taps):
+            u = torch.addcmul(u, x[:, k:k + L], conv.weight[:, 0, k])
+        return u                                                                            # (b, L, e)
+    ways, of = {"conv1d": conv1d, "conv2d": conv2d, "tap by tap": by_taps}, [x, *conv.parameters()]
+    with torch.no_grad():
+        forward = turns([lambda f=f: f(x) for f in ways.values()], device, 5, 10)
+    train = turns([lambda f=f: torch.autograd.grad(f(x).sum(), of) for f in ways.values()], device, 5, 10)
+    off = [error(torch.autograd.grad(f(x).sum(), of), torch.autograd.grad(conv1d(x).sum(), of)) for f in ways.values()]
+    return [{"form": f"convolution: {name}", "forward ms": median(f), "with backward ms": median(t), "error": worst}
+            for name, f, t, worst in zip(ways, forward, train, off)]
 
 
 def growth(args, device):

@@ -307,8 +307,9 @@ def load_optimizer(optimizer, state):
             from torch.distributed.tensor import distribute_tensor
             moments.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements)
                             for k, v in moments.items() if v.ndim})
-        else:                                   # mapped from the file: Windows never replaces such a file
-            moments.update({k: v.clone() for k, v in moments.items()})
+        else:       # in the layout of the weight, else AdamW is wrong; not mapped from the file: Windows keeps it
+            moments.update({k: torch.empty_like(params[i]).copy_(v) if v.ndim else v.clone()
+                            for k, v in moments.items()})
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

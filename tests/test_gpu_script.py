@@ -43,7 +43,7 @@ def test_what_only_a_gpu_runs(tmp_path, monkeypatch):
     found = {gpu.steps: {"speed": {"images/s": 1.0, "GB": 2.0}, "errors": {"fp32": {"loss": 0.0}}, "waits": {"a:1": 0},
                          "train_for": {}, "planned": 1.0},
              gpu.scans: {"chosen": "fused", "errors": (0.0, 0.0), "last_row_error": None, "forms": {"definition": None},
-                         "bound": [ms], "compare": [ms]},
+                         "bound": [ms], "compare": [ms], "convolutions": [ms]},
              gpu.s4d: {"cases": [("", {}, [])], "compare": [ms]},
              gpu.memory: {"line": dict(preset="", precision="", estimate=1.0, measured=1.0)},
              torch.cuda: {"get_device_properties": mock.Mock(total_memory=8e10), "device_count": 2},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import tables
 from support import checkpoint, cost, parallel
@@ -667,6 +668,30 @@ def test_compiles_without_a_break_and_waits_for_nothing():
     assert_one_graph(model, *(((z, torch.tensor(t)), cond) for t in ((3, 700), (0, 999), (5, 5))), sampled=False)
     with as_compiled():                                     # uncompiled, it looks at labels on the CPU
         assert_no_looks(model, d, *batch(d, 2), **cond)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_sampling_compiles_once(scale):
+    """The first noise, and what a step makes of it, lie in memory in the same way."""
+    torch._dynamo.reset()
+    model, d = mdm.build("tiny", (3, 32, 32), 3, channels=[8, 8], outer=[mdm._level(8, 8)], embedding=16, text_width=8)
+    counter = CompileCounterWithBackend("eager")
+    d.sample(torch.compile(model, backend=counter), (3, 32, 32), torch.arange(2), steps="3", cfg_scale=scale, y=1)
+    assert counter.frame_count == 1
+
+
+def test_attention_in_the_form_and_the_number_that_cuda_takes(monkeypatch):
+    given, real = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *args: given.append(args) or real(*args))
+    q, k, v = (normal(torch.arange(65537), (4, n)).transpose(1, 2) for n in (1, 2, 2))      # (rows, n, 4)
+    mask = torch.arange(2) <= torch.arange(65537)[:, None] % 2
+    for m in (None, mask):
+        got = mdm.attend(q, k, v, 2, m)
+        heads = [x.unflatten(2, (2, 2)).transpose(1, 2) for x in (q, k, v)]
+        expected = real(*heads, None if m is None else m[:, None, None]).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(got, expected)
+    assert len(given) == 4 and all(len(x) <= 65535 and x.stride(-1) == 1 for args in given for x in args[:3])
 
 
 def test_autocast_keeps_the_loss_in_float32():

@@ -123,6 +123,25 @@ def test_a_resumed_run_lets_go_of_its_file(tmp_path):
         assert optimizer.state[w]["exp_avg"].data_ptr() != old.data_ptr()
 
 
+def test_moments_take_the_layout_of_their_weight():
+    """Those of a run with shards are contiguous. AdamW pairs numbers by their place in memory."""
+    steps = []
+    for form in torch.channels_last, torch.contiguous_format:
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(conv.parameters(), fused=True)
+        for rate in 1e-3, 1e-2:
+            conv(torch.randn(2, 4, 8, 8)).square().sum().backward()
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            state = optimizer.state_dict()
+            state["state"] = {i: {k: v.contiguous(memory_format=form if v.ndim == 4 else torch.contiguous_format)
+                                  for k, v in s.items()} for i, s in state["state"].items()}
+            parallel.load_optimizer(optimizer, state)
+        steps.append(conv.weight.detach())
+    assert torch.equal(*steps)
+
+
 def test_a_flag_that_is_given_twice_counts_twice():
     args = train.parse("--set width=96 --set depth=2 --hold-out moon --hold-out star".split())
     assert args.set == {"width": 96, "depth": 2} and args.hold_out == ["moon", "star"]
