@@ -51,7 +51,7 @@ class Study:
     arms: dict                  # {name: [flags of train.py]}. Of two, the second network takes over the first
     minutes: float = 10         # of one core, for each run
     # After these shares of the minutes a run is judged. If there are several, the learning rate stays constant: so each
-    # is what a shorter run would have reached.
+    # is what a shorter run would have reached (but the share of a first stage is INNER at the last place only).
     places: tuple = (1/16, 1/8, 1/4, 1/2, 1)
     n: int = 500                # samples are judged. Never compare the distances of 1,000 samples with those of 500
     steps: int = 10             # of DDIM, which draws them
@@ -113,9 +113,11 @@ def write_rows(path, rows):
 # --- time and steps -------------------------------------------------------------------------------
 
 def settings(data, flags):
-    """A checksum of what decides how a stage trains: data, flags, preset."""
+    """A checksum of what decides how a stage trains: data, flags, preset, and the preset's own defaults for flags."""
     known = train.parse(flags.split())
-    return zlib.crc32(repr([data, flags, checkpoint.load_paper(known.model).CONFIGS[known.preset]]).encode())
+    paper = checkpoint.load_paper(known.model)
+    own = getattr(paper, "TRAINING", {}).get(known.preset)
+    return zlib.crc32(repr([data, flags, paper.CONFIGS[known.preset], *[own] * bool(own)]).encode())
 
 
 def common(args):
@@ -241,10 +243,14 @@ def do_run(run):
         final = number == len(run.stages)
         folder = run.path.with_suffix("" if final else f".stage{number}")
         for step in todo if final else places:
+            last = folder / "latest.pt"
+            if len(places) == 1 and last.exists() and (was := checkpoint.read(last)["args"]["max_steps"]) != step:
+                raise UserError(f"{folder} is a run of {was} steps, and now {step} are equal time; its learning rate "
+                                f"fell too soon or too late. Delete it and {run.path}")
             train.main([*flags.split(), *begin, *common(args), "--seed", str(run.seed), "--max-steps", str(step),
                         *["--lr-schedule", "constant"] * (len(run.study.places) > 1), "--sample-every", "0",
                         "--results-dir", str(folder.parent), "--name", folder.name])
-            if checkpoint.read(folder / "latest.pt")["step"] < step:
+            if checkpoint.read(last)["step"] < step:
                 sys.exit("stopped; the same command goes on")
             if final:
                 about = {"arm": run.arm, "seed": run.seed, "step": step, "images": BATCH * (before + step),

@@ -203,14 +203,15 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description="All that needs a GPU, in under 8 minutes.")
     p.add_argument("parts", nargs="*", help=f"default: all of {', '.join(PARTS)}")
-    p.add_argument("--out", type=Path, default="gpu", help="the folder of the results")
+    p.add_argument("--out", type=Path, help="the folder of the results (default: gpu, or gpu-rehearsal)")
     p.add_argument("--data-dir", help="where CIFAR-10 is; without it shapes are drawn")
     p.add_argument("--rehearse", dest="small", action="store_true", help="on the CPU, with tiny sizes")
     p.add_argument("--work", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if wrong := set(args.parts) - set(PARTS):
         p.error(f"no part {', '.join(wrong)}: there are {', '.join(PARTS)}")
-    args.cuda, args.out, args.device = not args.small, args.out.resolve(), torch.device("cpu" if args.small else "cuda")
+    args.out = (args.out or Path("gpu-rehearsal" if args.small else "gpu")).resolve()
+    args.cuda, args.device = not args.small, torch.device("cpu" if args.small else "cuda")
     args.pick = lambda gpu, small: small if args.small else gpu
     args.out.mkdir(parents=True, exist_ok=True)
     if args.work:
@@ -218,7 +219,8 @@ def main(argv=None):
     env = {**os.environ, **args.pick({}, {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"})}
     until, path = BEGUN, args.out / "gpu.json"
     found = json.loads(path.read_text()) if args.parts and path.exists() else {}
-    (args.out / "gpu.log").write_text("")
+    if not args.parts:
+        (args.out / "gpu.log").write_text("")
     for name in args.parts or PARTS:
         until += PARTS[name][0] * args.pick(1, 10)              # a laptop may be busy
         now, rows = time.monotonic(), args.out / "rows"

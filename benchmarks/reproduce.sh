@@ -8,7 +8,8 @@
 set -euo pipefail
 data=$(realpath "${1:?say where MNIST is, or where to download it to: bash benchmarks/reproduce.sh DATA}")
 cd "$(dirname "$0")/.."
-mkdir -p results/reproduced
+runs=results/reproduced/runs            # apart from yours
+mkdir -p $runs
 SECONDS=0
 
 step() {                                # step NAME COMMAND: run the command once and keep its output
@@ -21,17 +22,18 @@ step() {                                # step NAME COMMAND: run the command onc
 }
 
 # the first minutes of README.md
-step shapes python train.py
-cp results/dis-shapes/samples.png assets/shapes.png
-cp results/dis-shapes/log.csv assets/shapes.csv
-step share-shapes python -m support.checkpoint results/dis-shapes assets/dis-shapes.pt
+step shapes python train.py --results-dir $runs
+cp $runs/dis-shapes/samples.png assets/shapes.png
+cp $runs/dis-shapes/log.csv assets/shapes.csv
+step share-shapes python -m support.checkpoint $runs/dis-shapes assets/dis-shapes.pt
 for model in diffussm mdm cunet; do     # with these logs train.py tells the loss to expect (support/log.py)
-    step shapes-$model python train.py --model $model
-    cp results/$model-shapes/log.csv assets/$model-shapes.csv
-    cp results/$model-shapes/samples.png assets/$model-shapes.png
+    step shapes-$model python train.py --model $model --results-dir $runs
+    cp $runs/$model-shapes/log.csv assets/$model-shapes.csv
+    cp $runs/$model-shapes/samples.png assets/$model-shapes.png
 done
-step mypaper python train.py --model examples/mypaper.py
-step mypaper-sample python sample.py --model examples/mypaper.py --ckpt results/mypaper-shapes
+step mypaper python train.py --model examples/mypaper.py --results-dir $runs
+step mypaper-sample python sample.py --model examples/mypaper.py --ckpt $runs/mypaper-shapes \
+    --out results/reproduced/mypaper.png
 
 # the judge, equal time, and a claim of each paper
 step judge python benchmarks/judge.py --data mnist --data-dir "$data"
@@ -54,12 +56,13 @@ python benchmarks/figures.py --into docs/*.md               # tables and figures
 
 # photographs
 step cifar10 python train.py --model mdm --data cifar10 --data-dir "$data" --preset small --hflip --lr 1e-3 \
-    --warmup-steps 500 --max-steps 8000
-cp results/mdm-cifar10/log.csv assets/cifar10-mdm.csv
-step draw-cifar10 python sample.py --ckpt results/mdm-cifar10 --cfg-scale 3 --num-samples 60 --out assets/cifar10-mdm.png
-step draw-cifar10-500 python sample.py --ckpt results/mdm-cifar10 --cfg-scale 3 --num-samples 500 \
-    --save-images results/cifar10-500
-step judge-cifar10 python benchmarks/judge.py results/cifar10-500 --data cifar10 --data-dir "$data" --class-labels all
+    --warmup-steps 500 --max-steps 8000 --results-dir $runs
+cp $runs/mdm-cifar10/log.csv assets/cifar10-mdm.csv
+step draw-cifar10 python sample.py --ckpt $runs/mdm-cifar10 --cfg-scale 3 --num-samples 60 --out assets/cifar10-mdm.png
+[ -e results/reproduced/draw-cifar10-500.txt ] || rm -rf results/reproduced/cifar10-500
+step draw-cifar10-500 python sample.py --ckpt $runs/mdm-cifar10 --cfg-scale 3 --num-samples 500 \
+    --save-images results/reproduced/cifar10-500
+step judge-cifar10 python benchmarks/judge.py results/reproduced/cifar10-500 --data cifar10 --data-dir "$data" --class-labels all
 
 # inside the trained networks
 for model in dis diffussm mdm cunet; do
@@ -68,23 +71,24 @@ for model in dis diffussm mdm cunet; do
 done
 
 # words and moving shapes by MDM
-mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 "${@:2}"; }
+mdm() { step "$1" python train.py --model mdm --name "$1" --sample-every 0 --results-dir $runs \
+    "${@:2}"; }
 words=(--preset mini --set t_normal=None --data shapes --cond text
     --hold-out "red star" "blue moon" "green heart" "yellow square" "purple ring")
 mdm words-16 "${words[@]}" --image-size 16 --max-steps 1500
-mdm words "${words[@]}" --image-size 32 --max-steps 1500 --init-inner results/words-16
-step share-words python -m support.checkpoint results/words assets/words-mdm.pt
-cp results/words/log.csv assets/words-mdm.csv
+mdm words "${words[@]}" --image-size 32 --max-steps 1500 --init-inner $runs/words-16
+step share-words python -m support.checkpoint $runs/words assets/words-mdm.pt
+cp $runs/words/log.csv assets/words-mdm.csv
 step draw-words python sample.py --ckpt assets/words-mdm.pt --num-samples 80 \
     --out assets/words-mdm.png --prompt "a small red star" "a big red star" "a small blue moon" "a big blue moon" \
     "a small green heart" "a big green heart" "a small yellow square" "a big yellow square" "a small purple ring" \
     "a big purple ring"
 clips=(--preset tiny-video --data moving --cond text)
 mdm moving-1x16 "${clips[@]}" --frames 1 --image-size 16 --max-steps 1500
-mdm moving-8x16 "${clips[@]}" --global-batch-size 16 --image-size 16 --max-steps 1500 --init-inner results/moving-1x16
-mdm moving "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 400 --init-inner results/moving-8x16
-step share-moving python -m support.checkpoint results/moving assets/moving-mdm.pt
-cp results/moving/log.csv assets/moving-mdm.csv
+mdm moving-8x16 "${clips[@]}" --global-batch-size 16 --image-size 16 --max-steps 1500 --init-inner $runs/moving-1x16
+mdm moving "${clips[@]}" --global-batch-size 16 --image-size 32 --max-steps 400 --init-inner $runs/moving-8x16
+step share-moving python -m support.checkpoint $runs/moving assets/moving-mdm.pt
+cp $runs/moving/log.csv assets/moving-mdm.csv
 step draw-moving python sample.py --ckpt assets/moving-mdm.pt --cfg-scale 1.5 --num-samples 8 \
     --out results/moving-mdm.png --prompt "a small red circle moving left" "a big green cross moving right" \
     "a small blue ring moving up" "a big purple heart moving down" "a small orange star moving right" \

@@ -5,7 +5,8 @@
 
 Other scans are timed if they are installed: mambapy's parallel scan (pip install mambapy), mamba_ssm (CUDA). All
 numbers are float32. The scans take turns in one process, so on a busy machine you can trust the ratios, but not the
-milliseconds. Memory is the peak of forward and backward, without the inputs; on a CPU each scan has its own process.
+milliseconds. (The definition is too slow for that. It is timed once, after the others.) Memory is the peak of forward
+and backward, without the inputs; on a CPU each scan has its own process.
 """
 import argparse
 import contextlib
@@ -122,16 +123,18 @@ def compare(size, N, device, rounds, found):
     with torch.no_grad():
         forward = turns([lambda f=found[n]: both(f, x) for n in often], device, rounds, times)
     train = turns([lambda f=found[n]: both(f, x) for n in often], device, rounds, times)
-    if defined:                     # it is timed once, warmed up: it may take half a minute
+    if defined:                     # it may take half a minute: warmed up, it is timed once, after the others
         with torch.no_grad():
             forward.insert(0, [milliseconds(lambda: both(found["definition"], x), device) for _ in range(2)][1:])
-        train.insert(0, [milliseconds(lambda: both(found["definition"], x), device)])
+        train.insert(0, [milliseconds(lambda: both(found["definition"], x), device) for _ in range(2)][1:])
         exact = both(dis.selective_scan_ref, inputs(*size, N, device, torch.float64))
     errors = [error(both(f, x), exact) if defined else None for f in found.values()]
     memory = [peak_megabytes(lambda: both(f, x), device) if device.type == "cuda" else None for f in found.values()]
     ours = names.index("ours")
-    return [{"form": name, "forward ms": median(f), "forward, ratio": ratio(f, forward[ours]),
-             "with backward ms": median(t), "with backward, ratio": ratio(t, train[ours]), "MB": m, "error": e}
+    def against(record, others):            # what is timed once is compared with the median
+        return ratio(record, others) if len(record) == len(others) else median(record) / median(others)
+    return [{"form": name, "forward ms": median(f), "forward, ratio": against(f, forward[ours]),
+             "with backward ms": median(t), "with backward, ratio": against(t, train[ours]), "MB": m, "error": e}
             for name, f, t, m, e in zip(names, forward, train, memory, errors)]
 
 

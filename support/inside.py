@@ -35,7 +35,7 @@ def pictures(model, diffusion, args, n=32, data_dir=None):
     classes, shape = args["num_classes"], tuple(args["shape"])
     if data_dir:
         if args["data"] in ("shapes", "moving", *datasets.CLASSES):
-            dataset = datasets.load(args["data"], data_dir, shape[1:], "test")
+            dataset = datasets.load(args["data"], data_dir, shape[1:], "test", frames=args.get("frames"))
         else:
             dataset = datasets.load(data_dir, image_size=shape[1:])
             if (dataset.shape, dataset.class_names) != (shape, args["class_names"]):
@@ -322,7 +322,8 @@ def cunet(figure, model, diffusion, args, x0, cond):
             axis.plot(*found["rk4"][0, [0, column]].numpy(), "*", color=BLUE, markersize=18)
         if column == 2:
             axis.axhline(exact, color="black", linestyle=":", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="evaluations of the acceleration in a block", title=f"{title}, {t}")
+        axis.set(xscale="log", yscale="linear" if column == 2 else "log", title=f"{title}, {t}",
+                 xlabel="evaluations of the acceleration in a block")
         plain(axis)
     grid[0].legend(frameon=False)
     for t, (found, exact) in errors.items():
@@ -354,10 +355,14 @@ def beliefs(model, diffusion, z, t, **cond):
 
 def pyramid(model, diffusion, seeds, **cond):
     """Draws -> for each of 50 steps, the noisiest first, (t, z and beliefs of all resolutions, [(b, C, H_r, W_r)])."""
-    film, t = [], diffusion.respaced("50")[0].timestep_map.tolist()
-    diffusion.sample_levels(model, diffusion.shapes[-1], seeds, **cond,
-                            on_step=lambda i, z, x0: film.append((t[i], z, x0)))
-    return film
+    t, said = diffusion.respaced("50")[0].timestep_map.tolist(), []
+    zs = [diffusion.unpack(normal(fold(seeds, diffusion.T), (sum(diffusion.sizes),)))]
+
+    def keep(i, z, x0):                         # on_step gets the z that the step has made, and we want what it saw
+        said.append((t[i], zs[-1], x0))
+        zs.append(z)
+    diffusion.sample_levels(model, diffusion.shapes[-1], seeds, **cond, on_step=keep)
+    return said
 
 
 def spectrum(x):
@@ -435,7 +440,7 @@ def mdm(figure, model, diffusion, args, x0, cond):
     for line, colour, label in zip(pulls, (colours[r], colours[0]), (
             f"belief at {fine}, if z at {coarse} is another's", f"belief at {coarse}, if all other z are another's")):
         axis.plot(ts, line.numpy(), "o-", color=colour, label=label)
-    axis.set(xlabel="t", ylim=(-0.05, 1.05), ylabel="share of the way to the other digit")
+    axis.set(xlabel="t", ylim=(-0.05, 1.05), ylabel="share of the way to the other picture")
     axis.legend(frameon=False)
     return {"t of the columns below": torch.tensor([ts]).float(), "squared error of x0, a row for each resolution, the "
             f"coarsest first; then {fine} shrunk to {coarse}": errors, "6: the finest belief, the coarsest": pulls,

@@ -185,7 +185,10 @@ class Log:
 
     def usual(self, step, lr):
         """The loss that a run of ours had around this step, or None. Only while its batch and learning rate were these:
-        with another --max-steps that is so at the beginning."""
+        with another --max-steps that is so at the beginning. Its losses are means of 50 steps: a mean of more, early
+        in a run, is far larger."""
+        if step - self.since > 50:
+            return None
         near = [loss for at, images, loss, rate in self.expect if abs(at - step) <= step / 10
                 and images == at * self.args.global_batch_size and abs(rate - lr) <= 0.05 * lr]
         return sum(near) / len(near) if near else None

@@ -180,7 +180,13 @@ def test_a_study_from_training_to_tables(small, tmp_path, monkeypatch, capsys):
     assert [(r["step"], r["images"]) for r in staged] == [(7, 8 * 32)]          # 0.2 of 9 steps at half size, then 0.8
     begun = checkpoint.read(tmp_path / "runs/shapes-stages-half-first-0/latest.pt")["args"]["init_inner"]
     assert begun.endswith("shapes-stages-half-first-0.stage1")
-    capsys.readouterr()
+    older = torch.load(begun + "/latest.pt", weights_only=True)
+    torch.save({**older, "args": {**older["args"], "max_steps": 5}}, begun + "/latest.pt")
+    (tmp_path / "runs/shapes-stages-half-first-0.csv").rename(tmp_path / "scores")
+    with pytest.raises(SystemExit):                                     # annealed over other steps than these
+        evidence.main(["stages", *common, "--run", "half first", "0"])
+    assert "is a run of 5 steps, and now 1 are equal time" in capsys.readouterr().err
+    (tmp_path / "scores").rename(tmp_path / "runs/shapes-stages-half-first-0.csv")
 
     evidence.main(["small", *common, "--run", "DiS", "0"])              # all is done already: nothing happens
     assert capsys.readouterr().out == "" and evidence.read_rows(path) == rows

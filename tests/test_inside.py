@@ -189,6 +189,9 @@ def test_the_pyramid():
     film = inside.pyramid(model, diffusion, torch.arange(3), y=y)
     assert [step[0] for step in film] == sorted((step[0] for step in film), reverse=True) and len(film) == 50
     assert film[0][0] == 999 and film[-1][0] == 0
+    for t, z, x0 in film[::25]:                              # what a step saw, beside what it made of it
+        believed = [x.clamp(-1, 1) for x in inside.beliefs(model, diffusion, z, torch.full((3,), t), y=y)]
+        torch.testing.assert_close(believed, x0)
     assert torch.equal(film[-1][2][-1], diffusion.sample(model, (1, 8, 8), torch.arange(3), y=y))
 
 

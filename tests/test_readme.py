@@ -162,7 +162,7 @@ def test_reproduce_starts_what_exists(tmp_path):
     python = tmp_path / "python"
     python.write_text("""#!/usr/bin/env bash
 printf '%q ' "$@" >> notes; echo >> notes
-for run in {dis,diffussm,mdm,cunet}-shapes mdm-cifar10 words moving \\
+for run in reproduced/runs/{{dis,diffussm,mdm,cunet}-shapes,mdm-cifar10,words,moving} \\
         evidence/mnist-minutes-{dis,diffussm,mdm,cu-net}-0; do
     mkdir -p results/$run; touch results/$run/{log.csv,samples.png} results/{moving-mdm,mdm-fours}.gif
 done

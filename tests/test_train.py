@@ -560,6 +560,9 @@ def test_the_loss_to_expect(tmp_path, monkeypatch, capsys):
     mean = (1 / 450 + 1 / 500 + 1 / 550) / 3
     assert record.usual(500, 0.00195) == pytest.approx(mean) and record.usual(300, 0.002) is None
     assert record.usual(500, 0.0018) is None
+    record.since = 449
+    assert record.usual(500, 0.00195) is None               # ours are means of 50 steps
+    record.since = 499
     capsys.readouterr()
     for step, loss, told in (500, 1.9, 0), (499, 2.1, 0), (500, 2.1, 1), (500, 2.1, 0):         # once
         record.loss(torch.tensor([loss * mean]), torch.tensor([0]))
