@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -444,11 +445,20 @@ def replace(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())                # the name must not reach the disk before the bytes
-        os.replace(part, path)
+        put(part, path)
     except RuntimeError as e:                   # what torch.save raises on a full disk
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def put(part, path):
+    """os.replace. On Windows it fails while somebody reads `path`: then try again, for three seconds."""
+    for _ in range(30 if os.name == "nt" else 0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(part, path)
+        time.sleep(0.1)
+    os.replace(part, path)
 
 
 def make_folder(folder):
@@ -476,7 +486,7 @@ def save(folder, args, step, state):
         part.unlink(missing_ok=True)
         try:
             os.link(path, part)                 # a second name for the same bytes
-            os.replace(part, latest)
+            put(part, latest)
         except OSError:                         # some file systems have no second names
             with open(path, "rb") as f:
                 replace(latest, lambda copy: shutil.copyfileobj(f, copy))
@@ -484,7 +494,8 @@ def save(folder, args, step, state):
         raise OSError(f"step {step} could not be saved ({e}): make room and run the same command again, which "
                       f"continues from the last checkpoint") from None
     for old in numbered(folder)[:-args.keep_ckpts]:
-        old.unlink()
+        with contextlib.suppress(PermissionError):              # Windows: somebody reads it. The next save deletes it
+            old.unlink()
 
 
 # Training goes on while the first process writes: for a large model that takes minutes.

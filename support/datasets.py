@@ -274,7 +274,7 @@ class batch_order:                      # lower case like range, which it resemb
 
     def __init__(self, num_examples, seed, global_batch_size, first_step, last_step, lo, hi, draws=False):
         self.n, self.seed, self.batch, self.draws = num_examples, seed, global_batch_size, draws
-        self.steps, self.slots = range(first_step, last_step), np.arange(lo, hi)
+        self.steps, self.slots = range(first_step, last_step), np.arange(lo, hi, dtype=np.int64)
 
     def __len__(self):
         return len(self.steps)

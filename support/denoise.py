@@ -292,6 +292,6 @@ def main(args, networks, device, out):
     out = save_image(Image.fromarray(np.vstack(strips)), out)
     tables = {out.with_suffix(".csv"): steps, out.with_name(f"{out.stem}-images.csv"): images}
     for path, lines in tables.items():
-        with open(path, "w", newline="") as f:
+        with open(path, "w", newline="", encoding="utf8") as f:
             csv.writer(f).writerows(lines)
     print(f"\npictures -> {out}, the mean at every step -> {{}}, each image's best -> {{}}".format(*tables))

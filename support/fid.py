@@ -95,5 +95,5 @@ def fid_commands(folder, npz, data, shape):
     return f"""for FID, one of
 {once * (not known)}\
   fidelity --gpu 0 --fid --isc --input1 {quoted([str(folder)])} --input2 {real}     # pip install torch-fidelity
-  python -c "from cleanfid import fid; print(fid.compute_fid('{folder}', {clean}))"   # pip install clean-fid
+  python -c "from cleanfid import fid; print(fid.compute_fid('{folder.as_posix()}', {clean}))"   # pip install clean-fid
   python evaluator.py VIRTUAL_imagenet{H}_labeled.npz {quoted([npz])}     # ImageNet: openai/guided-diffusion"""

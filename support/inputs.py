@@ -1,6 +1,7 @@
 """What train.py needs of its data: the data set that the flags name, its captions as tensors, and its batches."""
 import inspect
 import signal
+import sys
 
 import torch
 from torch.utils.data import DataLoader
@@ -102,6 +103,8 @@ def batches(dataset, order, workers, pinned):
     them into memory that a GPU can fetch from. If an image cannot be read, the error names it."""
     loader = iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pinned,
                              collate_fn=hand_over if workers else None,
+                             # forked, they share the images in memory; from Python 3.14 on that must be said
+                             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
                              worker_init_fn=leave_signals_to_the_main_process))
     try:
         yield from loader

@@ -25,6 +25,7 @@ from test_train import SMALL, losses, run, same
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+forked = pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked here")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -306,7 +307,7 @@ def test_a_signal_is_answered_at_once(capfd, number):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=forked)])
 def test_a_signal_is_heard_while_data_do_not_come(workers):
     """Not before the first `next`; and then, as later ones, it ends nothing."""
     dataset, stop, heard = Stuck(), parallel.Interruption(), []
@@ -348,6 +349,7 @@ def test_a_second_ctrl_c_waits_for_no_thread(tmp_path):
     process.kill()
 
 
+@forked
 def test_memory_that_is_too_small_for_workers_is_told(monkeypatch, capfd):
     """/dev/shm of a container has 64 MB."""
     def full(tensor):
