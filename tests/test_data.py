@@ -813,7 +813,7 @@ ERRORS = {
                 ["line 2", '"text"']),
     "no text": (lambda f: table(f, '{"file_name": "a.png", "caption": "x"}', "jsonl"), {}, ["line 1", '"text"']),
     "empty list": (lambda f: table(f, '{"file_name": "a.png", "text": []}', "jsonl"), {},
-                   ["no line for a.png", "add one"]),
+                   ["line 1", '"text"']),
     "a number": (lambda f: table(f, '{"file_name": "a.png", "text": [1]}', "jsonl"), {}, ["line 1", '"text"']),
 }
 

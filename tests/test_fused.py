@@ -17,7 +17,7 @@ from support.checkpoint import load_paper
 
 triton = pytest.importorskip("triton", "3.3", reason="triton is not installed (PyTorch for CUDA brings it)")
 dis = load_paper("dis")
-ENGINE, CHUNKED = scan.engine, (scan.chunked, scan.chunked_backward)
+ENGINE, COMPARE, CHUNKED = scan.engine, scan.compare, (scan.chunked, scan.chunked_backward)
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 if DEVICE == "cpu" and Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
     pytest.skip(f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}: pip install "
@@ -30,7 +30,7 @@ def small(monkeypatch):
     """The fused kernels also on a CPU; several chunks and blocks of channels in tiny arrays."""
     monkeypatch.setattr(scan, "engine", lambda device, dtype: (scan.fused, scan.fused_backward))
     monkeypatch.setattr(scan, "CHOICES", ((4, 168),))
-    monkeypatch.setattr(scan, "compare", lambda device: list(scan.CHOICES))         # the real one keeps its first answer
+    monkeypatch.setattr(scan, "compare", lambda device: list(scan.CHOICES))         # the real one remembers its answer
     monkeypatch.setattr(scan, "CHUNK", {"cuda": (4, 4)})
 
 
@@ -143,7 +143,7 @@ def test_used_on_cuda_if_it_gives_the_same(monkeypatch):
     """Also if TF32 is on, which must not reach what it is compared with. Where it gives other numbers, or will not
     compile, a warning says so and the chunked one works."""
     monkeypatch.setattr(scan, "CHOICES", ((128, 168),))
-    engine, compare, gpu = ENGINE.__wrapped__, scan.compare.__wrapped__, SimpleNamespace(type="cuda")
+    engine, compare, gpu = ENGINE.__wrapped__, COMPARE.__wrapped__, SimpleNamespace(type="cuda")
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(tf32(a), tf32(b)))
     monkeypatch.setattr(scan, "compare", lambda device: compare(torch.device(DEVICE)))

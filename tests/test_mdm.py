@@ -759,7 +759,7 @@ FLAGS = ["--model", "mdm", "--sample-every", "0", "--log-every", "1", "--global-
 
 
 def train_(folder, *flags, name="run", steps=2):
-    train.main([*FLAGS, "--results-dir", str(folder), "--name", name, "--max-steps", str(steps), *map(str, flags)])
+    train.main(["--results-dir", str(folder), "--name", name, "--max-steps", str(steps), *FLAGS, *map(str, flags)])
 
 
 def test_text_from_training_to_prompts_and_levels(tmp_path, monkeypatch, quick):

@@ -390,8 +390,8 @@ def test_between_log_lines_nothing_looks_at_a_number(tmp_path, monkeypatch, mode
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (x.sum().item(), real(x))[1])
     for steps in (4, 10):
         with Looks() as looks:
-            train.main([*SMALL, "--model", model, *options, "--max-steps", str(steps), "--log-every", "100",
-                        "--results-dir", str(tmp_path), "--name", str(steps), "--lr-schedule", "constant"])
+            train.main([*SMALL[:2], *SMALL[6:], "--model", model, *options, "--max-steps", str(steps), "--log-every",
+                        "100", "--results-dir", str(tmp_path), "--name", str(steps), "--lr-schedule", "constant"])
         counts.append(looks.count)
     # the last log line looks at the losses and norms of all steps at once
     assert counts[1] - counts[0] == 6, counts
@@ -437,7 +437,7 @@ def test_a_latent_is_drawn_apart_from_the_noise_on_it():
     dataset = datasets.Dataset("latents", (4, 8, 8), ones, 2, latents={"shift": 0, "scale": 1})
     args = SimpleNamespace(hflip=False, cond_dropout=0, num_classes=0)
     z, _, noise, _ = train.make_batch(dataset[[0, 1]], torch.arange(2), dataset, Diffusion(cosine_alpha_bar(10)), args,
-                                      None, "cpu")
+                                      None, torch.device("cpu"))
     assert torch.corrcoef(torch.stack([z.flatten(), noise.flatten()]))[0, 1].abs() < 0.15
 
 
