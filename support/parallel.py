@@ -88,7 +88,7 @@ def share_cores(args):
     several processes, all parameters must have a part in the loss, and yours may not. A T5 is too large to load
     twice. And a debugger, profiler or notebook that runs train.py would be started again with it."""
     before = sys.orig_argv[1:-len(sys.argv)]
-    plain = sys.orig_argv[-len(sys.argv):] == sys.argv and all(a[0] == "-" and a != "-m" for a in before)
+    plain = sys.orig_argv[-len(sys.argv):] == sys.argv and all(a.startswith("-") and a != "-m" for a in before)
     if (not plain or processes()[1] > 1 or threads.SET or sys.platform != "linux" or args.shard
             or args.model.endswith(".py") or args.text_encoder != "bytes" or pick_device(args.device).type != "cpu"):
         return
