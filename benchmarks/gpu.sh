@@ -3,5 +3,5 @@
 # parts and their time limits. Into DIR go gpu.json, a table gpu.md, a picture, and gpu.log with all that was said.
 #   bash benchmarks/gpu.sh [--out DIR] [--data-dir DIR-WITH-CIFAR-10]       DIR is ./gpu if you name none
 #   bash benchmarks/gpu.sh right scan                                       some parts again, into the same table
-#   bash benchmarks/gpu.sh --rehearse                                       the same code on a CPU (Linux), tiny sizes
+#   bash benchmarks/gpu.sh --rehearse                                       the same on a CPU (Linux), tiny, into ./gpu-rehearsal
 exec "$(command -v python || command -v python3)" "$(dirname "${BASH_SOURCE[0]}")/gpu.py" "$@"
