@@ -88,6 +88,8 @@ class DynamicBlock(nn.Module):
         self.gradients, self.nfe = gradients, 0
         self.f = Acceleration(channels, second, residual, inner_time)
         self.film = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 4 * channels))
+        nn.init.zeros_(self.film[-1].weight)    # before training t changes nothing
+        nn.init.zeros_(self.film[-1].bias)
 
     def forward(self, state, e):
         """state (B, 2C, h, w), e (B, 256) -> (B, 2C, h, w), float32 also under autocast."""
@@ -170,8 +172,8 @@ class CUNet(nn.Module):
                  num_classes=0,                 # 0: unconditional
                  dynamics: Literal["second", "first"] = "second",       # Eq. 4, or state' = f(state)
                  attention: bool = True,        # False: "wo/A" of Table 5
-                 residual: bool = True,         # of the acceleration; False: a >= 0. In Table 5's "wo/R" the second
-                                                # convolution is also 1x1 (support/published.py)
+                 residual: bool = True,         # of the acceleration; False: a >= 0. For Table 5's "wo/R" we infer
+                                                # a 1x1 second convolution, too (support/published.py)
                  inner_time: bool = False,      # show t~ to the acceleration
                  solver: Literal[FIXED + ADAPTIVE] = "rk4",
                  steps: int = 1,                # of the fixed solvers
@@ -200,9 +202,6 @@ class CUNet(nn.Module):
         self.attend_down, self.attend_up = (Attention(widths[-2]) if attention else nn.Identity() for _ in range(2))
         self.norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], shape[0] * (2 if learn_sigma else 1), 1)
-        for block in self.blocks():             # before training t changes nothing
-            nn.init.zeros_(block.film[-1].weight)
-            nn.init.zeros_(block.film[-1].bias)
 
     def forward(self, image, t, y=None):
         """image (B, colours, H, W), t (B,) long, y (B,) long or None, where -1 means "no class".

@@ -77,8 +77,8 @@ class ExtendedDiffusion:
               sqrt(N_r / N_1): of pictures the ratio of their sides; 4 for 16 frames of the coarsest size
     weights   omega^r N_r / N_R of Eq. 3. None: all 1, as in the paper. "finest": 0, .., 0, 1, the paper's "simple DM"
               with a nested network (Figure 4b, c)
-    mixed     the part of the rows that has a resolution, and with it all coarser ones: with [1, 0.67] two thirds of the
-              rows have both. None: all rows have all (Section 3.3)
+    mixed     Section 3.3: the part of the rows that has a resolution, and with it all coarser ones: with [1, 0.67] two
+              thirds of the rows have both. None: all rows have all
     t_normal, cfg_below       as in diffusion.Diffusion: the steps that are trained most; those that guidance acts on"""
 
     def __init__(self, alpha_bar, shapes, predict="v", error="eps", power=1, weights=None, mixed=None,
@@ -89,8 +89,12 @@ class ExtendedDiffusion:
         self.weights = ones if weights is None else finest if weights == "finest" else weights
         self.mixed, self.cfg_below = mixed, cfg_below
         self.parts = ones if mixed is None else mixed
-        if len(self.weights) != self.R or not any(self.weights):
-            raise UserError(f"weights={weights}: give a list of {self.R} numbers, coarsest first, one or more above 0")
+        if len(self.weights) != self.R or not self.weights[-1]:
+            raise UserError(f"weights={weights}: give a list of {self.R} numbers, coarsest first, the last one above 0")
+        if mixed and not self.weights[0]:
+            raise UserError("mixed leaves rows that have only the coarsest resolution, whose weight is 0: drop mixed")
+        if predict == "eps" != error:           # error / error of eps is up to 1e9 where there is almost only noise
+            raise UserError(f"predict=eps with error={error} counts the noisiest steps up to 1e9 times: add error=eps")
         falling = [1, *self.parts[1:]] == sorted(self.parts, reverse=True)
         if len(self.parts) != self.R or not falling or self.parts[-1] <= 0:
             raise UserError(f"mixed={mixed}: must be a list of {self.R} numbers, coarsest first, that begin with 1, do "
@@ -109,7 +113,7 @@ class ExtendedDiffusion:
         each (B,). loss_r is the mean squared error at resolution r, 0 in rows without it."""
         check_shape(x0, self.shapes[-1])
         errors = (self.mixed_errors if self.mixed else self.errors)(model, x0, t, noise, **cond)     # [(B,)]
-        # The division by the part that has a resolution makes it count as much as in unmixed batches.
+        # The division by the part that has a resolution makes it count about as much as in unmixed batches.
         total = sum(w / part * error for w, part, error in zip(self.weights, self.parts, errors))    # Eq. 3, (B,)
         return {"loss": total} | {f"loss_{r + 1}": error for r, error in enumerate(errors)}
 
@@ -248,11 +252,13 @@ class UNet(nn.Module):
     def forward(self, z, t, y=None, text=None, text_mask=None, size=None):
         """z [(B, *shape_1), .., (B_R, *shape_R)], t (B,) long -> predictions, shaped like z. A finer resolution may
         have fewer rows, those of the first pictures: B_R <= .. <= B. y (B,), or text and text_mask: see Condition.
-        size (B,): the shorter side that each picture had before it was resized. None: at least as large as here.
-        Raises UserError for another shape, and for a label that is no class."""
+        size (B,), read only with micro: the shorter side that each picture had before it was resized. None: at least as
+        large as here. Raises UserError for another shape, for a label that is no class, and for text not asked for."""
         read = self.core.condition              # the innermost network reads the words once, for all resolutions
         if y is not None:
             check_labels(y, read.num_classes if read else 0)
+        if text is not None and (not read or read.num_classes):
+            raise UserError("this model reads no text: drop text=")
         *words, pooled = read(t, y, text, text_mask) if read else [None]
         return self.denoise(z, t, words, pooled, size)[0]
 
@@ -337,7 +343,6 @@ def group_norm(C, per_group=4):
     """At most 32 groups. Their number divides C, and each has 4 channels or more where C allows: a group of one
     channel would lose its mean. (The authors always have 32 groups: per_group=1 of `assemble`.)"""
     return nn.GroupNorm(math.gcd(C, min(32, max(1, C // per_group))), C)
-
 
 
 def sinusoid(t, width):
@@ -467,10 +472,11 @@ class Condition(nn.Module):
     """A class y (B,), or text with mask (B, L) -> tokens (B, L, D), mask (B, L), pooled (B, E).
 
     text is (B, L, K) bytes if the model was built with text="bytes". Otherwise it is (B, L, n), embeddings of a frozen
-    language model, and n is __init__'s `text`. A class is a caption of one token. "No condition" is a label -1, a row
-    of the mask without a True, or y and text both None. A learned token stands for it.
+    language model, and n is __init__'s `text`. Without a mask all words count. A class is a caption of one token. "No
+    condition" is a label -1, a row of the mask without a True, or y and text both None. A learned token stands for it.
 
-    empty_prompt  there is no such token: who wants no text passes the language model's embedding of the empty prompt
+    empty_prompt  there is no such token, and without a True comes NaN: for no text pass the language model's embedding
+                  of the empty prompt
     see_padding   cross-attention also looks at the padding, whose embeddings are zeros. So the returned mask is None"""
 
     def __init__(self, num_classes, text, D, E, layers, empty_prompt, see_padding):
@@ -486,6 +492,8 @@ class Condition(nn.Module):
     def forward(self, t, y, text, mask):
         if self.num_classes or text is None:
             mask = torch.ones_like(t, dtype=torch.bool)[:, None]                      # (B, 1)
+        elif mask is None:
+            mask = torch.ones_like(text[:, :, 0], dtype=torch.bool)                   # (B, L)
         if self.num_classes:
             y = torch.full_like(t, -1) if y is None else y
             tokens = self.source(torch.where(y < 0, self.num_classes, y))[:, None]    # (B, 1, D)
@@ -547,7 +555,7 @@ CONFIGS = {                         # `outer` lists levels from the inside out
     "paper-128-256": _PAPER | dict(outer=(_level(128, 256, n=2), _level(64, 128, n=2))),
     "paper-1024": _PAPER | dict(outer=(_X4, _X16), power=2),
     "paper-video": _PAPER | dict(temporal=_level(*[256] * 5), outer=(_X4,)),
-    # For two CPU cores. x0, as thin finest levels cannot pass on the noise in v and eps; `small` keeps the paper's v.
+    # For two CPU cores. x0, as thin finest levels cannot pass on the noise in v and eps; `small` keeps the code's v.
     "tiny": _TINY | dict(outer=(_level(24, 48), _level(12, 24))),
     "tiny-x4": _TINY | dict(outer=(_level(12, 24, 48),)),   # {16, 64}, where tiny has {16, 32, 64}: as in Figure 8b
     "tiny-video": _TINY | dict(channels=(32, 48), embedding=128, text_width=48,

@@ -214,8 +214,8 @@ def test_equal_weights_on_means_are_eq_3s_weights_on_sums():
     torch.testing.assert_close(d.loss(model, x0, t, noise)["loss"], eq3 / N[-1])
 
 
-@pytest.mark.parametrize("predict", ["v", "x0", "eps"])
-@pytest.mark.parametrize("error", ["v", "x0", "eps"])
+@pytest.mark.parametrize("predict, error", [(p, e) for p in ("v", "x0", "eps") for e in ("v", "x0", "eps")
+                                            if p != "eps" or e == "eps"])        # the others are refused
 def test_the_error_of_one_quantity_follows_from_that_of_another(predict, error):
     model, d = small(predict=predict, error=error)
     x0, _, noise = batch(d, 4)
@@ -721,7 +721,9 @@ BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 1
        (dict(outer=({},)), "outer"), (dict(schedule=[1]), "schedule"), (dict(power=1e5), "0 to 10"),
        (dict(outer=(dict(channels=(4,), blocks=(1,)),)), "channels=.4,"), (dict(channels=()), "channels=.."),
        (dict(shape=(3, 2, 16, 16), temporal=dict(channels=(7, 8), blocks=(1, 1))), "even"),
-       (dict(T=10**15), "from 1 to 1000000"), (dict(weights=[0, 0]), "above 0"), (dict(mixed=3), "mixed=3"),
+       (dict(T=10**15), "from 1 to 1000000"), (dict(weights=[0, 0]), "above 0"), (dict(weights=[1, 0]), "last one above 0"),
+       (dict(weights="finest", mixed=[1, 0.5]), "drop mixed"), (dict(predict="eps", error="x0"), "add error=eps"),
+       (dict(mixed=3), "mixed=3"),
        (dict(temporal=dict(channels=(8, 8), blocks=(1, 1), attention=(0, 1))), "a dict of channels .* and blocks")]
 
 
@@ -729,6 +731,18 @@ BAD = [(dict(shape=(3, 17, 16)), "not divisible by 2"), (dict(shape=(3, 3, 16, 1
 def test_wrong_options_are_told_with_the_fix(options, words_):
     with pytest.raises(ValueError, match=words_):
         small(**options)
+
+
+def test_without_a_mask_all_words_count_and_text_needs_a_reader():
+    model, _ = small(text=12)
+    z, t = inputs(model)
+    text = words(len(t))["text"]
+    every = torch.ones(text.shape[:2], dtype=torch.bool)
+    for r, out in enumerate(model(z, t, text=text)):
+        assert out.equal(model(z, t, text=text, text_mask=every)[r])
+    for blind in small()[0], small(num_classes=3)[0]:
+        with pytest.raises(ValueError, match="reads no text"):
+            blind(z, t, text=text)
 
 
 def test_temporal_attention_takes_any_even_width():
