@@ -59,8 +59,8 @@ def parse(argv):
              "(TRAINING in dis.py)")
     add("--set", type=option, nargs="*", action="extend", default=[], metavar="KEY=VALUE",
         help="change options of the preset, as in --set skip=add patch=8. Those of the diffusion are among them: "
-             "schedule=linear or cosine, predict=eps, v or x0 (mdm: also error), T=1000; for all but mdm also variance=small, large or "
-             "learned, min_snr=5. A wrong key prints them all")
+             "schedule=linear or cosine, predict=eps, v or x0 (mdm: also error), T=1000; for all but mdm also "
+             "variance=small, large or learned, min_snr=5. A wrong key prints them all")
     add("--data", default="shapes", help="shapes, moving, mnist, fashion, cifar10, or a folder of pictures")
     add("--data-dir", help="where data sets are, or are downloaded to (default: a cache)")
     add("--latents", metavar="DIR", help="instead of --data: what `python -m support.prepare encode` wrote")
