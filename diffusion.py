@@ -125,6 +125,8 @@ class Diffusion:
         for value, allowed in ((predict, ("eps", "v", "x0")), (variance, ("small", "large", "learned"))):
             if value not in allowed:
                 raise UserError(f"unknown diffusion setting {value!r}: choose one of {allowed}")
+        if min_snr == 0:
+            raise UserError("min_snr=0 gives all steps the weight 0: use None for no limit")
         if None not in (min_snr, max_snr) and max_snr > min_snr:
             raise UserError(f"max_snr={max_snr} is above min_snr={min_snr}: max_snr is the least weight, min_snr the "
                             f"largest. Exchange them")
@@ -184,7 +186,8 @@ class Diffusion:
         keep = spaced_timesteps(self.T if last is None else last + 1, spec)
         if last not in (None, keep[-1]):
             raise UserError(f"steps {spec} do not begin at step {last}: drop 'ddim' for even spacing")
-        return Diffusion(self.alpha_bar[keep], self.predict, self.variance, timestep_map=self.timestep_map[keep])
+        return Diffusion(self.alpha_bar[keep], self.predict, self.variance, timestep_map=self.timestep_map[keep],
+                         cfg_below=self.cfg_below)
 
     def noise_shape(self, shape):
         """The shape of the normal noise that `loss` needs for one example of `shape`."""
@@ -302,6 +305,7 @@ class Diffusion:
                **cond):             # y=, text=, text_mask=: one row per image; y=4: class 4 for all
         """Draw len(seeds) images of `shape` = (C, H, W) -> (B, C, H, W). Image i depends on seeds[i] and row i of cond
         alone. Raises UserError for wrong `steps`, and if the model's output has another shape than its input."""
+        check_sampler(sampler)
         # noise is drawn by number: number T gives the x to begin with, number i what step i adds
         x, last = start or (normal(fold(seeds, self.T), shape), None)                       # (B, C, H, W)
         d = self.respaced(steps, last)
@@ -309,7 +313,7 @@ class Diffusion:
         # weights do not change here: a model may compute once what depends on them alone
         with getattr(model, "frozen", contextlib.nullcontext)():
             steered = guided(model, cfg_scale, negative) if cfg_scale != 1 else model
-            steer = (d.timestep_map < self.cfg_below * self.T).tolist()
+            steer = (d.timestep_map < self.cfg_below * (self.timestep_map[-1] + 1)).tolist()
             for i in reversed(range(d.T)):
                 t = torch.full_like(seeds, i)                                               # (B,)
                 out = (steered if steer[i] else model)(x, d.model_t(t), **cond)
@@ -320,6 +324,11 @@ class Diffusion:
                 if on_step:
                     on_step(i, x, x0)
         return x
+
+
+def check_sampler(name):
+    if name not in ("ddim", "ddpm"):
+        raise UserError(f"unknown sampler {name!r}: choose ddim or ddpm")
 
 
 def over(values, x):

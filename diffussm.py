@@ -39,7 +39,7 @@ S4D is arXiv 2206.11893, DiT 2212.09748. BiGS (2212.10544) is the declared ances
 
 Choices. The paper leaves much open, and no code of its authors could be found. We read the main text in translation,
 without appendix and Figure 2. Reasons for each choice: docs/diffussm.md.
- 1. Widths: U is 2D wide, not D. The paper's count, 9 D^2 + 2 M D^2 parameters a block, allows nothing else.
+ 1. Widths: U is 2D wide, not D. Of D/2, D and 2D no others fit the paper's count, 9 D^2 + 2 M D^2 parameters a block.
  2. The "MLP" after the two directions is W^down: the count has no room for another.
  3. The activation sigma is GELU, as in BiGS.      4. LayerNorm before each block and the decoder, as in DiT.
  5. In each block a 2-layer MLP turns time and class into shift, scale and a gate alpha (DiT's adaLN-Zero). XL then has
@@ -277,8 +277,8 @@ def check_sizes(shape, width, patch, ratio, dt_min, dt_max):
     if L % ratio or 2 * width % ratio:
         fits = [other for other in range(1, 4 * ratio) if L % other == 0 and 2 * width % other == 0]
         nearest = sorted(sorted(fits, key=lambda other: abs(other - ratio))[:2])
-        raise UserError(f"ratio {ratio} does not divide the {L} tokens of a {rows}x{columns} image and 2 x width "
-                        f"{width}: try ratio={' or ratio='.join(map(str, nearest))}")
+        raise UserError(f"ratio {ratio} must divide the {L} tokens of a {rows}x{columns} image, and 2 x width = "
+                        f"{2 * width}: try ratio={' or ratio='.join(map(str, nearest))}")
     if not 0 < dt_min <= dt_max:
         raise UserError(f"dt_min {dt_min} must be above 0, and dt_max {dt_max} must not be below dt_min: "
                         f"try dt_min=0.001 dt_max=0.1")
@@ -397,7 +397,7 @@ except ImportError:                             # this file also runs with diffu
 
 
 def initial_parameters(channels, state, init, dt_min, dt_max):
-    """-> log dt (2D,), log of -Re A and Im A (2D, N/2), C (2D, N/2, 2) and direct (2D,), all real (choice 9)."""
+    """-> log dt (2D,), log(-Re A) and Im A, both (2D, N/2), C (2D, N/2, 2) and direct (2D,), all real (choice 9)."""
     omega, B = initial_state_matrix(init, state)
     # dt is log-uniform. A state remembers 1 / (dt / 2) tokens: 20 to 2000 of them.
     log_dt = torch.empty(channels).uniform_(math.log(dt_min), math.log(dt_max))

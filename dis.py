@@ -14,7 +14,7 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 |----------------|----------|---------------|-----------------------------------------------------------------------|
 | `width`        | d        |               | channels of a token                                                   |
 | `patch`        | p        |               | side of a patch, in pixels                                            |
-|                | J, L     |               | J patches, H W / p^2; L tokens: these, the step and the class         |
+|                | J, L     |               | J patches, H W / p^2; L tokens: these and, if time="token", t and y   |
 | `expand`       | E        |               | a mixer works on e = E d channels (E = 2)                             |
 | `state`        | N        |               | numbers in the state of one channel (16)                              |
 | `rank`         | R        |               | of the projection that makes delta: d / 16, rounded up                |
@@ -103,14 +103,15 @@ def selective_scan_ref(u, delta, A, B, C, D):
 class DiS(nn.Module):
     """(x_t, t, y) -> what the Diffusion asks for: eps, v or x0; with learn_sigma then c channels for the variance.
 
-    Raises UserError if the patch size does not divide the image, or if drop_path is 1 or more."""
+    Parameters stay float32; for bf16 use autocast. Raises UserError if the patch size does not divide the image, or if
+    drop_path is 1 or more."""
 
     def __init__(self,
                  shape,                     # (c, H, W) of the image or latent
                  width: int,                # d
                  depth: int,                # depth // 2 shallow blocks, 1 in the middle, depth // 2 deep: 24 gives 25
                  patch: int | None = 2,     # p; None: the largest that leaves at least `grid` x `grid` patches
-                 grid: int = 4,
+                 grid: int = 4,             # read only if patch is None
                  num_classes=0,             # 0: no classes
                  expand: int = 2,           # E
                  state: int = 16,           # N
@@ -205,6 +206,7 @@ class DiS(nn.Module):
         seeds = torch.randint_like(t, 2**62) if seeds is None else seeds
         number = torch.arange(additions, device=t.device)
         rates = self.drop_path * ((number - 1) / max(self.depth - 1, 1)).clamp(0, 1)            # (additions,)
+        rates[-1] = self.drop_path                                                              # if depth is 1
         draws = uniform(fold(seeds[:, None], number))                                           # (b, additions)
         return ((draws >= rates) / (1 - rates)).T[:, :, None, None]                             # (additions, b, 1, 1)
 

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diffusion import (SCHEDULES, Diffusion, UserError, check_labels, check_shape, fold, for_each, normal, shift_snr,
-                       with_and_without)
+from diffusion import (SCHEDULES, Diffusion, UserError, check_labels, check_sampler, check_shape, fold, for_each,
+                       normal, shift_snr, with_and_without)
 
 try:
     from support.options import checked
@@ -166,6 +166,7 @@ class ExtendedDiffusion:
                       negative=None, clip=True, on_step=None, **cond):
         """Like diffusion.Diffusion.sample, without `start` -> every resolution, [(B, *shape_r)]. One call of the
         network a step denoises all of them, each by its own schedule. on_step gets lists."""
+        check_sampler(sampler)
         if tuple(shape) != self.shapes[-1]:
             raise UserError(f"this diffusion makes {self.shapes[-1]}, not {tuple(shape)}: ask for that shape")
         if cfg_scale != 1 and not negative and getattr(model, "empty_prompt", False):

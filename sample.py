@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from diffusion import UserError, spaced_timesteps
 from support import checkpoint, denoise, latents
-from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, told_plainly
+from support.cli import QUIET, Parser, choose_labels, number, read_prompts, run, several, told_plainly
 from support.fid import fid_samples
 from support.parallel import Team, pick_device, set_precision
 from support.pictures import (decoder, grid_image, make_folder, refuse_old, save_each, save_gif, save_image,
@@ -249,7 +249,10 @@ def main(argv=None, encode=None):
     """encode: what turns prompts into tensors, if the caller has it already."""
     args = parse(argv)
     check_flags(args)
-    team = Team(torch.device("cpu")) if args.num_fid_samples else None     # first: then one that fails ends the others
+    refuse((argv is None and several() and not args.num_fid_samples,
+            "torchrun is for --num-fid-samples: start python sample.py without it"))
+    # First, so that one that fails ends the others. At the end it waits for the slowest: a batch may take hours
+    team = Team(torch.device("cpu"), hours=200) if args.num_fid_samples else None
     path = checkpoint.newest_run(args.results_dir) if args.ckpt == "latest" else checkpoint.in_folder(args.ckpt)
     device, weights = pick_device(args.device), "model" if args.weights == "raw" else "ema"
     set_precision(args.precision, device)
@@ -265,8 +268,13 @@ def main(argv=None, encode=None):
             model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
         return model, diffusion, trained
 
+    sums = args.num_fid_samples and checkpoint.sums(path)
     model, diffusion, trained = load(path)
-    for folder in filter(None, (args.out.resolve().parent, args.save_images)):
+    refuse((sums and sums != checkpoint.sums(path),
+            f"train.py wrote a new {path} just now: name a file of its checkpoints folder by --ckpt"))
+    many = Path(args.save_images or "fid-samples").resolve()
+    for folder in (many.parent, many) if args.num_fid_samples else filter(None, (args.out.resolve().parent,
+                                                                                 args.save_images)):
         make_folder(folder)
     if args.save_images and not args.num_fid_samples:
         refuse_old(args.save_images)
@@ -287,12 +295,14 @@ def main(argv=None, encode=None):
         dtype = torch.bfloat16 if args.text_precision == "bf16" else torch.float32
         where = pick_device(args.text_device or args.device)
         encode = text_encoder(args.text_encoder or trained["text_encoder"], where, dtype)
+        refuse((encode.dim != text, f"{encode.name} gives {encode.dim} and the text encoder of the training {text}: "
+                                    f"pass {trained['text_encoder']}"))
     if text:
         encode.empty = getattr(model, "empty_prompt", False)
     if text and (said := cut(encode, [*prompts, *filter(None, [args.negative_prompt])], "prompts")) and not QUIET:
         print(said)
     args.vae = full_name(args.vae) if args.vae else space and space["vae"]
-    vae = latents.VAE(args.vae, device) if space and args.vae != "none" else None
+    vae = latents.VAE(args.vae, device, shape[0]) if space and args.vae != "none" else None
     options = dict(sampler=args.sampler, steps=args.steps, eta=args.eta, clip=args.clip, cfg_scale=args.cfg_scale)
     away = negative(model, encode, args.negative_prompt, device) if text else {}
     if ours and hasattr(encode, "only") and len(prompts) <= 1000:
@@ -310,7 +320,7 @@ def main(argv=None, encode=None):
                         decode=decoder(space, vae), **options, **away, **more)
 
     if args.num_fid_samples:
-        settings = {"ckpt": str(path), "sums": checkpoint.sums(path), "weights": weights, "seed": args.seed,
+        settings = {"ckpt": str(path), "sums": sums, "weights": weights, "seed": args.seed,
                     "batch_size": args.batch_size, "precision": args.precision, **options,
                     **({"prompts": prompts} if text else {}),
                     **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
@@ -323,7 +333,8 @@ def main(argv=None, encode=None):
                                trained["data"], *["--frames", "1"] * (trained["data"] == "moving"),
                                *(["--data-dir", trained["data_dir"]] if trained.get("data_dir") else [])])
 
-    kinds = len(prompts) or (K if args.class_labels == "all" and K <= 20 else 0)
+    listed = K if args.class_labels == "all" else args.class_labels.count(",") + 1
+    kinds = len(prompts) or (listed if args.class_labels != "random" and listed <= 20 else 0)
     each = 1 if len(prompts) > 20 else 2 if video else 8 if text else 10
     N = args.num_samples or each * kinds or 16
     cond, film = condition(torch.arange(N), args.class_labels), [] if args.gif else None
@@ -332,7 +343,7 @@ def main(argv=None, encode=None):
     if text:                                                            # a prompt a row
         rows, names = min(N, len(prompts)), prompts[:N]
     elif K and args.class_labels != "random":                           # a class a row
-        rows = min(N, K if args.class_labels == "all" else args.class_labels.count(",") + 1)
+        rows = min(N, listed)
         names = [trained["class_names"][y] for y in cond["y"][:rows].tolist()]
     out, gif = save_image(grid_image(images, rows, names), args.out), args.out.with_suffix(".gif")
     print(f"{N} {'videos' if video else 'images'} from {path} -> {out}")

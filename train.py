@@ -241,6 +241,8 @@ def main(argv=None, drawing=()):
 
     # Data. It decides the model's shape, num_classes, text and more: these are written into args.
     paper = checkpoint.load_paper(args.model)
+    if args.preset not in paper.CONFIGS:
+        raise UserError(f"unknown preset {args.preset!r}: {args.model} has {', '.join(paper.CONFIGS)}")
     dataset, encode = inputs.for_training(args, paper, device)
 
     # Model. All processes build it from the same seed, so they begin alike. On the device "meta" it has shapes, but no
@@ -262,7 +264,7 @@ def main(argv=None, drawing=()):
         parallel.recompute(model)
     if encode and encode.empty:
         encode.nothing = [v.to(device) for v in encode([""])]               # once: each step would wait for it
-    vae = latents.VAE(args.vae, device) if args.vae and team.rank == 0 else None
+    vae = latents.VAE(args.vae, device, dataset.shape[0]) if args.vae and team.rank == 0 else None
 
     # Resume. The state of a run is its weights, its optimizer and its step; its arguments are saved with them.
     saved, path = checkpoint.resume(args, folder, team)

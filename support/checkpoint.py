@@ -241,8 +241,8 @@ def folder_of(args):
 def differences(args, saved, keys):
     """How the arguments differ from a checkpoint's, such as ["--lr 0.001 (was 0.002)"]. keys: those to compare."""
     flags = {"text": "--cond: text", "shape": "--image-size: shape", "num_examples": "--data: examples",
-             "space": "--latents: from", "class_names": "--data: classes", "identity": "--data: names, sizes or "
-             "classes of the files, digest", "options": "--set"}
+             "space": "--latents: from", "class_names": "--data: classes", "identity": "--data: names, sizes, "
+             "classes or captions of the files, digest", "options": "--set"}
     now, saved = vars(args), {**saved, "options": options_of(saved, args)}
 
     def only(k, a, b):                          # of classes and options those that changed: there may be 1,000
@@ -277,6 +277,8 @@ def resume(args, folder, team):
                         f"files): copy one folder to all of them, or pass one that they share")
 
     def look():
+        if args.init_inner and args.resume == "none":
+            read(in_folder(args.init_inner))    # before the earlier run is renamed
         path = origin(args, folder, team.say)
         make_folder(folder)
         return path
@@ -468,8 +470,9 @@ def make_folder(folder):
     hold(folder)
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write into {folder}: pass another --results-dir")
-    for part in [*folder.rglob("*.tmp"), *folder.rglob(".[0-9]*.png")]:
-        part.unlink()
+    for inside in folder, folder / "samples", folder / "checkpoints":       # not deeper: another run may be in there
+        for part in [*inside.glob("*.tmp"), *inside.glob(".[0-9]*.png")]:
+            part.unlink()
 
 
 def save(folder, args, step, state):

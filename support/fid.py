@@ -43,7 +43,7 @@ def fid_samples(team, folder, N, batch_size, settings, draw, real):
         if any(folder.glob("*.png")) and not (about.exists() and about.read_text() == text):
             raise UserError(f"{folder} holds images that were made with other settings: choose another "
                             f"--save-images")
-        if (folder / f"{N:06d}.png").exists():
+        if any(p.stem.isdigit() and int(p.stem) >= N for p in folder.glob("*.png")):
             raise UserError(f"{folder} holds more than {N} images: ask for as many, or choose another "
                             f"--save-images")
         checkpoint.replace(about, lambda f: f.write(text.encode()))

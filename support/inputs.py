@@ -1,5 +1,6 @@
 """What train.py needs of its data: the data set that the flags name, its captions as tensors, and its batches."""
 import inspect
+import json
 import signal
 import sys
 
@@ -46,6 +47,8 @@ def for_training(args, paper, device):
     args.shape, args.num_classes, args.num_examples = list(dataset.shape), classes, len(dataset)
     args.class_names, args.space = list(dataset.class_names) if classes else [], dataset.latents
     args.identity = dataset.identity
+    if encode and dataset.files:                # captions of your own, which you may edit
+        args.identity = datasets.digest(json.dumps([args.identity, *dataset.captions]).encode())[:16]
     args.text, args.prompts = encode.dim if encode else 0, some_captions(dataset, args.seed) if encode else []
     dataset.condition = condition(args, dataset, encode)
     if encode and args.text == "bytes":

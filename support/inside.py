@@ -174,7 +174,7 @@ def dis(figure, model, diffusion, args, x0, cond):
 
     a, b, c = lower.subfigures(1, 3, width_ratios=(1, 0.9, 1.25))
     x_t, t = (of[:1] for of in looks[1])
-    place = grid[0] // 2 * grid[1] - grid[1] // 2 - 1                                  # in the middle of the picture
+    place = grid[0] // 2 * grid[1] - grid[1] // 2 - 1                                  # near the middle of the picture
     seen = torch.stack([reach(model, x_t, t, place, only, **{name: y[:1] for name, y in cond.items()})
                         for only in (*WAYS, None)])                                    # (3, blocks, rows, columns)
     seen = seen / seen.flatten(2)[:, :, place, None, None]

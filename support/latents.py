@@ -42,14 +42,14 @@ AGAIN = "delete it and run the same python -m support.prepare encode again"
 
 class VAE:
     """A diffusers AutoencoderKL, frozen, in float32. name: its name on Hugging Face, or a folder. Raises UserError if
-    diffusers is missing or the VAE cannot be loaded.
+    diffusers is missing, the VAE cannot be loaded, or its latents do not have `channels`.
 
     scale, shift    as its config has them
     C, colours      channels of a latent, of a picture
     factor          so many pixels, along each side, become one element of a latent
     """
 
-    def __init__(self, name, device="cpu"):
+    def __init__(self, name, device="cpu", channels=None):
         if QUIET:                                           # one of torchrun's processes shows the download
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
@@ -65,6 +65,9 @@ class VAE:
         self.name, self.device = name, torch.device(device)
         self.scale, self.shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
         self.C, self.colours = config.latent_channels, config.in_channels
+        if channels not in (None, self.C):
+            raise UserError(f"{name} decodes {self.C} channels, and these latents have {channels}: pass the VAE that "
+                            f"encoded them")
         self.factor = 2 ** (len(config.block_out_channels) - 1)
 
     @torch.no_grad()

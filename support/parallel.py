@@ -141,16 +141,17 @@ def all_cores():
 
 class Team:
     """All processes of this run; this one is number `rank` of `world`. The first, rank 0, prints and writes files for
-    all. Without torchrun there is one process, and it agrees with itself."""
+    all. Without torchrun there is one process, and it agrees with itself. hours: how long a process waits for another
+    one that is busy; one that has ended is noticed at once."""
 
-    def __init__(self, device):
+    def __init__(self, device, hours=0.5):
         self.device = device
         self.rank, self.world = processes()
         if self.world > 1:
             # Small agreements go through gloo, on GPUs too: to read a number from NCCL is to wait for the GPU.
             try:
                 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                        timeout=datetime.timedelta(minutes=30))
+                                        timeout=datetime.timedelta(hours=hours))
             except ValueError as e:             # one of torchrun's variables is missing
                 raise UserError(f"{e}: start several processes by torchrun") from None
 

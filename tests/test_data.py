@@ -890,7 +890,7 @@ def swap(a, b):
     a.with_name("swapped").rename(b)
 
 
-OTHER = "--data: names, sizes or classes of the files, digest"
+OTHER = "--data: names, sizes, classes or captions of the files, digest"
 CHANGES = {
     "same": (lambda f: None, None),
     "moved": (lambda f: shutil.move(f, f.parent / "elsewhere" / f.name), None),
@@ -919,6 +919,22 @@ def test_a_run_goes_on_with_its_own_files_only(tmp_path, change):
         args.identity = "0"
         assert checkpoint.origin(args, folder, print)
     checkpoint.let_go()
+
+
+def test_a_run_with_captions_goes_on_with_its_own_captions_only(tmp_path):
+    def identity(*flags):
+        args, paper = arguments(tmp_path / "pets", "--image-size", "16")[0], checkpoint.load_paper("mdm")
+        args.cond, args.model, args.num_classes = flags[0], "mdm", -1
+        return inputs.for_training(args, paper, "cpu") and args.identity
+
+    pets(tmp_path / "pets")
+    table, lines = tmp_path / "pets" / "metadata.csv", [f"{('cat', 'dog')[i % 2]}/{i}.png,a pet" for i in range(4)]
+    found = {cond: [] for cond in ("text", "class")}
+    for last in "a pet", "a dog":
+        table.write_text("\n".join(["file_name,text", *lines[:3], lines[3].replace("a pet", last)]))
+        for cond in found:
+            found[cond].append(identity(cond))
+    assert found["text"][0] != found["text"][1] and found["class"][0] == found["class"][1]
 
 
 def test_names_are_kept_as_they_were_and_digested_as_ever(tmp_path):

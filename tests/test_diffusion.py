@@ -221,6 +221,8 @@ def test_8_bit_values_six_sigma_away(x, side):
 def test_crossed_limits_of_the_weight_are_refused():
     with pytest.raises(UserError, match="Exchange them"):
         Diffusion(linear_alpha_bar(100), min_snr=1, max_snr=5)
+    with pytest.raises(UserError, match="None for no limit"):
+        Diffusion(linear_alpha_bar(100), min_snr=0)
 
 
 @pytest.mark.parametrize("least, most", [(None, 5), (0.3, 5), (1, None)])
@@ -358,8 +360,17 @@ def test_guidance_leaves_out_the_noisiest_steps():
         shown[t[0].item()] = len(x)
         return x
     d = Diffusion(linear_alpha_bar(1000), cfg_below=0.6)
-    d.sample(model, (1, 4, 4), torch.arange(3), steps="ddim5", y=torch.zeros(3).long(), cfg_scale=2)
-    assert shown == {800: 3, 600: 3, 400: 6, 200: 6, 0: 6}
+    for process in d, d.respaced("ddim5"):
+        process.sample(model, (1, 4, 4), torch.arange(3), steps="5", y=torch.zeros(3).long(), cfg_scale=2)
+        some = {250: 6, 500: 6, 749: 3, 999: 3} if process is d else {200: 6, 400: 6, 600: 3, 800: 3}
+        assert shown.pop(0) == 6 and {t: n for t, n in shown.items()} == some
+        shown.clear()
+
+
+def test_a_sampler_that_does_not_exist_is_refused():
+    for name in "DDPM", "ddim50":
+        with pytest.raises(UserError, match="choose ddim or ddpm"):
+            Diffusion(cosine_alpha_bar(10)).sample(lambda x, t: x, (1, 2, 2), torch.arange(1), sampler=name)
 
 
 def test_one_number_is_the_class_of_all_images():

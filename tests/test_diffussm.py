@@ -607,7 +607,7 @@ def test_recomputing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("call, fix", [
-    (dict(ratio=3), "ratio 3 does not divide the 64 tokens .* try ratio=2 or ratio=4"),
+    (dict(ratio=3), "ratio 3 must divide the 64 tokens .* try ratio=2 or ratio=4"),
     (dict(shape=(1, 9, 7), ratio=2), "try ratio=1"), (dict(width=6, ratio=8), "try ratio=2 or ratio=4"),
     (dict(patch=3), "try 6x6 or 9x9"), (dict(state=7), "try 8"), (dict(init="hippo"), "lin or inv or legs"),
     (dict(discretization="euler"), "zoh or bilinear"), (dict(colour=3), "unknown option"),

@@ -70,6 +70,9 @@ def world(tmp_path_factory):
     for name, flags in (("words", []), ("clips", ["--preset", "tiny-video", "--data", "moving"]),
                         ("deaf", ["--cond-dropout", "0"])):
         train.main([*MDM, "--cond", "text", "--results-dir", "other", "--name", name, *flags])
+    words = torch.load("other/words/latest.pt", weights_only=True)["args"]
+    reader, _ = train.checkpoint.load_paper("mdm").build("tiny", tuple(words["shape"]), text=24, **words["set"])
+    changed("t5.pt", ema=reader.state_dict(), args={**words, "text": 24, "text_encoder": "some/t5"})
     torch.save({"weights": torch.ones(2)}, "alien.pt")
     torch.save({"version": 1, "model": Code(), "ema": {}, "args": {}}, "code.pt")
     Path("plain.pt").write_bytes(pickle.dumps(Code()))
@@ -102,6 +105,7 @@ def world(tmp_path_factory):
     Path("gap/metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n2.png,c\n7.png,d\n")
     Path("paper.py").write_text("WIDTH = 3\n")
     Path("typo.py").write_text("CONFIGS = dict(tiny={})\nTRAINING = dict(tiny=dict(max_step=3))\ndef build(): pass\n")
+    Path("tiny.py").write_text("CONFIGS = dict(tiny={})\ndef build(): pass\n")
     Path("mirror").mkdir()
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         Path("mirror", name).write_bytes(b"not what was asked for")
@@ -184,6 +188,9 @@ WRONG = [
      "NEW(?!.*--resume)"),
     (TRAIN, new("--smoke", "--resume", "results/run"), "drop them"),
     (TRAIN, new("--model", "typo.py"), "'max_step', which is no flag"),
+    (TRAIN, new("--model", "tiny.py", "--preset", "mini"), "unknown preset 'mini': tiny.py has tiny"),
+    (TRAIN, [*MDM, "--results-dir", "other", "--name", "words", "--resume", "none", "--init-inner", "gone.pt"],
+     "no checkpoint"),                                  # and the run keeps its name
     (SAMPLE, ["results/run"], "did you mean --ckpt results/run[?]"),
     (SAMPLE, ["--results-dir", "nothing"], "train.py"),
     (SAMPLE, ["--ckpt", "missing.pt"], "no checkpoint"),
@@ -219,6 +226,7 @@ WRONG = [
     (SAMPLE, ["--ckpt", "other/words", "--levels", "--gif"], "drop them"),
     (SAMPLE, ["--ckpt", "other/words", "--num-fid-samples", "2"], "add --prompt @captions.txt"),
     (SAMPLE, ["--ckpt", "other/words", "--text-encoder", "t5"], "drop --text-encoder"),
+    (SAMPLE, ["--ckpt", "t5.pt", "--text-encoder", "bytes"], "bytes gives bytes and .* training 24: pass some/t5"),
     (SAMPLE, ["--ckpt", "other/words", "--prompt", "@empty.pt"], "no prompts in @empty.pt"),
     (TRAIN, new("--hold-out", "heart"), "a class has no examples"),
     (TRAIN, [*MDM, "--data", "moving", "--preset", "tiny-video", "--cond", "text", "--hflip"], "drop it"),

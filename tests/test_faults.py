@@ -102,11 +102,14 @@ def test_what_a_kill_left_half_written_is_swept_out(good, tmp_path):
     folder = copy_of(good, tmp_path)
     for name in ("latest.pt.tmp", "log.csv.tmp", "checkpoints/0000010.pt.tmp", "samples/.77.step_10.png"):
         (folder / name).write_bytes(b"half")
+    other = folder / "of another run" / "latest.pt.tmp"         # which may be writing it just now
+    other.parent.mkdir()
+    other.write_bytes(b"half")
     with open(folder / "log.csv", "a") as f:
         f.write("9,72,0.1")                                     # half a line
     (folder / "latest.pt").unlink()                             # killed between the two names
     assert run(tmp_path, "--max-steps", 9, "--log-every", 1)["step"] == 9
-    assert not parts(folder) and sorted(losses(tmp_path)) == list(range(1, 10))
+    assert parts(folder) == [other] and sorted(losses(tmp_path)) == list(range(1, 10))
 
 
 # --- the disk ---

@@ -93,6 +93,9 @@ def test_vae(name):
     vae = latents.VAE(name)
     assert (vae.name, vae.scale, vae.shift, vae.C, vae.colours, vae.factor) == (name, SCALE, SHIFT, 4, 3, 2)
     assert not vae.model.training and not any(p.requires_grad for p in vae.model.parameters())
+    assert latents.VAE(name, channels=4).C == 4
+    with pytest.raises(UserError, match="decodes 4 channels, and these latents have 16"):
+        latents.VAE(name, channels=16)
     x = some().prepare(some()[[0, 1]]["x"], None)
     with torch.autocast("cpu", torch.bfloat16):
         mean, std = vae.encode(x)

@@ -350,6 +350,10 @@ def test_fid_samples_are_the_same_bytes_whatever_the_number_of_processes(tmp_pat
     sample.main([*map(str, flags), "--save-images", str(tmp_path / "three")])
     assert npz.read_bytes() == three
     assert names[2].stat().st_mtime_ns == kept and not list((tmp_path / "three").glob(".*"))
+    (tmp_path / "three" / "000005.png").unlink()                 # 6 would be too many for 5
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(tmp_path / "run"), "--num-fid-samples", "5", "--steps", "2", "--batch-size", "2",
+                     "--save-images", str(tmp_path / "three")])
     [(seeds, cond)] = given                                      # classes are drawn, not in turn
     assert seeds.tolist() == [2, 3] and torch.equal(cond["y"], fold(seeds, 8) % 8) and cond["y"].tolist() != [2, 3]
 
