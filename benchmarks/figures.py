@@ -24,7 +24,9 @@ COLOURS = ["#1f6fb4", "#d9701c", "#2f8f4e", "#b03060", "#6b5b95"]
 
 
 def spread(values, form):
-    """The mean; if there are several values, also the lowest and the highest."""
+    """The mean; if there are several values, also the lowest and the highest. No value yet: an empty cell."""
+    if not values:
+        return ""
     mean = form(statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} ({form(min(values))} to {form(max(values))})"
 
@@ -58,7 +60,7 @@ def table(rows, photographs=False):
         lines.append([arm, len(scales[1]), f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M",
                       f"{r['images'] / r['minutes'] / 60:.3g}", f"{r['images']:,.0f}",
                       *(spread([r[c] for r in scales[1]], FORMS[c]) for c in columns),
-                      *(spread([r[c] for r in scales[cfg]], FORMS[c]) for cfg in guidance for c in columns[:2])])
+                      *(spread([r[c] for r in scales.get(cfg, [])], FORMS[c]) for cfg in guidance for c in columns[:2])])
     distance = f"distance / {n:,.0f} real"
     return markdown(["", "runs", "parameters", "multiply-adds", "images/s", "images seen", "recognised", distance,
                      *columns[2:], *(f"guidance {cfg:g}: {c}" for cfg in guidance for c in ("recognised", distance))],

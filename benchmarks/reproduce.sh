@@ -47,8 +47,10 @@ for model in dis diffussm mdm cunet; do
     cp results/evidence/mnist-minutes-$arm-0/log.csv assets/$model-mnist.csv
     step draw-$model python sample.py --ckpt assets/$model-mnist.pt --out assets/$model-mnist.png
 done
-step draw-dis-cifar10 python sample.py --ckpt results/evidence/cifar10-minutes-dis-0 --num-samples 60 \
-    --out assets/cifar10-dis.png
+for arm in dis diffussm mdm cu-net u-net; do
+    step draw-cifar10-$arm python sample.py --ckpt results/evidence/cifar10-minutes-$arm-0 --num-samples 60 \
+        --out assets/cifar10-hour-$arm.png
+done
 step draw-fours python sample.py --ckpt assets/mdm-mnist.pt --class-labels 4 --num-samples 8 --seed 7 --cfg-scale 3 \
     --gif --out results/mdm-fours.png
 cp results/mdm-fours.gif assets/mdm-fours.gif

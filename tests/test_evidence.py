@@ -233,6 +233,8 @@ def test_tables_have_means_and_ranges_at_the_last_place():
         "| a | 2 | 1,000 | 2M | 10 | 1,200 | 50.0% (50.0% to 50.0%) | 5 (4 to 6) | 0.00 (0.00 to 0.00) | "
         "1.00 (1.00 to 1.00) |")
     assert figures.table(rows, photographs=True).splitlines()[2].endswith("| 5 (4 to 6) |")
+    half = rows + [dict(rows[-1], arm="b", cfg=cfg) for cfg in (1, 2)]       # of `a` guidance 2 is not judged yet
+    assert figures.table(half, photographs=True).splitlines()[2].endswith("| 5 (4 to 6) |  |  |")
 
 
 def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, capsys):
