@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("counted_once")         # conftest.py
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
+import figures  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WEIGHTS = sorted(p.stem for p in (ROOT / "assets").glob("*-mnist.pt"))
