@@ -39,7 +39,7 @@ step mypaper-sample python sample.py --model examples/mypaper.py --ckpt $runs/my
 step judge python benchmarks/judge.py --data mnist --data-dir "$data"
 step speed python benchmarks/evidence.py --speed --missing --data-dir "$data"   # known speeds stay, and so do the steps
 python benchmarks/evidence.py --seeds 0 --data-dir "$data"
-python benchmarks/evidence.py dis-patches mdm --seeds 1 --data-dir "$data"
+python benchmarks/evidence.py minutes dis-patches mdm --seeds 1 --data-dir "$data"
 python benchmarks/evidence.py minutes --data cifar10 --seeds 0 --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
