@@ -18,7 +18,9 @@ seed + i and on its label or prompt: it is the same, up to rounding, at any batc
 In a notebook: `from support.checkpoint import load_paper, load_run; model, diffusion, args = load_run(PATH)`.
 """
 import argparse
+import contextlib
 import sys
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
@@ -268,9 +270,10 @@ def main(argv=None, encode=None):
             model = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
         return model, diffusion, trained
 
-    sums = args.num_fid_samples and checkpoint.sums(path)
+    with contextlib.suppress(OSError, zipfile.BadZipFile):              # `load` says it better
+        sums = checkpoint.sums(path)
     model, diffusion, trained = load(path)
-    refuse((sums and sums != checkpoint.sums(path),
+    refuse((args.num_fid_samples and sums != checkpoint.sums(path),
             f"train.py wrote a new {path} just now: name a file of its checkpoints folder by --ckpt"))
     many = Path(args.save_images or "fid-samples").resolve()
     for folder in (many.parent, many) if args.num_fid_samples else filter(None, (args.out.resolve().parent,

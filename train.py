@@ -252,13 +252,18 @@ def main(argv=None, drawing=()):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                        **({"text": args.text} if encode else {}), **args.set)
     args.options = {**paper.CONFIGS[args.preset], **args.set}               # a run keeps them if its preset changes
+    if odd := [key for key, value in args.options.items() if not checkpoint.plain(value)]:
+        raise UserError(f"the option {odd[0]} of {args.model} must be a number, a word, a list or a dict of such: no "
+                        f"checkpoint could keep it (of NumPy's numbers make Python's, by float)")
     if encode:
         encode.empty = getattr(model, "empty_prompt", False)
     folder = checkpoint.folder_of(args)
     team.say(plan(args, folder, team, dataset, model, diffusion, world, micro))
-    if planned:
+    if args.dry_run:
         batch = cost.blank_batch(diffusion, dataset.shape, micro, args.num_classes, args.text)
-        return team.say(cost.report(cost.table(model, diffusion, batch, world, args.bf16)))
+        team.say(cost.report(cost.table(model, diffusion, batch, world, args.bf16)))
+    if planned:
+        return
     ema = copy.deepcopy(model).eval().requires_grad_(False)                 # the average of the weights, for sampling
     if args.grad_checkpointing:
         parallel.recompute(model)

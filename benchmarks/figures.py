@@ -60,7 +60,8 @@ def table(rows, photographs=False):
         lines.append([arm, len(scales[1]), f"{r['parameters']:,.0f}", f"{r['macs'] / 1e6:.0f}M",
                       f"{r['images'] / r['minutes'] / 60:.3g}", f"{r['images']:,.0f}",
                       *(spread([r[c] for r in scales[1]], FORMS[c]) for c in columns),
-                      *(spread([r[c] for r in scales.get(cfg, [])], FORMS[c]) for cfg in guidance for c in columns[:2])])
+                      *(spread([r[c] for r in scales.get(cfg, [])], FORMS[c])
+                        for cfg in guidance for c in columns[:2])])
     distance = f"distance / {n:,.0f} real"
     return markdown(["", "runs", "parameters", "multiply-adds", "images/s", "images seen", "recognised", distance,
                      *columns[2:], *(f"guidance {cfg:g}: {c}" for cfg in guidance for c in ("recognised", distance))],

@@ -11,6 +11,7 @@ precision or torch.compile changes that: a run made in one of these ways can con
     python -m support.checkpoint results/dis-mnist dis-mnist.pt      to share: an eighth of the size
 """
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -89,7 +90,9 @@ def read(path, checked=False):
                         f"that train.py wrote") from None
     except PermissionError:
         raise
-    except Exception:                                   # damage makes the unpickler stumble in many ways
+    except Exception as e:                              # damage makes the unpickler stumble in many ways
+        if "unable to mmap" in str(e) or getattr(e, "errno", None) in (errno.EIO, errno.ENOMEM):    # but a good file?
+            raise OSError(f"cannot read {path} ({str(e).splitlines()[0]})") from None
         raise UserError(f"{path} is damaged or cut short: use an earlier file of its checkpoints folder") from None
     if not isinstance(checkpoint, dict) or not {"version", "model", "ema", "args"} <= set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project: use one that train.py wrote")
@@ -212,6 +215,12 @@ def before(saved):
     """What the arguments of a run tell of its options: all that there were, or, of an older run, those that its preset
     would not give today."""
     return {**BEFORE.get((saved["model"], saved["preset"]), {}), **(saved.get("options") or saved["set"])}
+
+
+def plain(value):
+    """Is it something that a checkpoint can hold and `read` gives back?"""
+    inside = [*value, *value.values()] if type(value) is dict else value if type(value) in (list, tuple) else ()
+    return type(value) in (type(None), bool, int, float, str, list, tuple, dict) and all(map(plain, inside))
 
 
 def options_of(saved, args):
@@ -442,6 +451,7 @@ def replace(path, write):
     An OSError leaves the old one, and no other file."""
     path = Path(path)
     part = path.with_name(f"{path.name}.tmp")
+    part.unlink(missing_ok=True)                # it may be a second name of another file, see `save`
     try:
         with open(part, "wb") as f:
             write(f)

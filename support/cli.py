@@ -34,6 +34,8 @@ SAID = {                                        # what libraries say, and what w
         "smaller --lr, or --set solver=rk4",
     r"No working C\+\+ compiler|Failed to find C compiler":
         "torch.compile needs a C++ compiler, and finds none: install one, such as g++, or drop --compile",
+    "DefaultCPUAllocator|MPS backend out of memory":
+        "the memory is full: pass --grad-accum 2 or more or --grad-checkpointing, or sample.py a smaller --batch-size",
     "Expected to have finished reduction in the prior":
         "a parameter of this model has no part in its loss, and several processes wait for the gradient of each: use "
         "it, or set requires_grad = False, or train with one process"}

@@ -268,7 +268,7 @@ def begin_csv(path, fields, step):
     """Write log.csv without the lines after `step`, since those steps will be taken again."""
     rows = []
     if path.exists() and step:
-        with open(path, newline="") as f:       # a kill may have left half a line at its end
-            rows = [r for r in csv.reader(f) if len(r) == len(fields) and r[0].isdigit() and int(r[0]) <= step]
-    text = "".join(",".join(row) + "\r\n" for row in [fields, *rows])
-    replace(path, lambda f: f.write(text.encode()))
+        lines = [line.split(",") for line in path.read_text("latin1").splitlines()]
+        rows = [r for r in lines if len(r) == len(fields) and r[0].isdecimal() and int(r[0]) <= step]   # a kill or a
+    text = "".join(",".join(row) + "\r\n" for row in [fields, *rows])       # power cut may have left half a line
+    replace(path, lambda f: f.write(text.encode("latin1")))

@@ -44,7 +44,10 @@ def pick_device(name):
                                              and int(index) < torch.cuda.device_count()):
         raise UserError(f"device {name!r} is not available here: choose {' or '.join(d for d in found if found[d])}")
     if kind == "cuda" and several():
-        index = os.environ["LOCAL_RANK"]
+        index = os.environ.get("LOCAL_RANK", "")
+        if not index.isdigit():
+            raise UserError("LOCAL_RANK does not tell the number of this process's GPU: start several processes by "
+                            "torchrun, which sets it")
         if int(index) >= torch.cuda.device_count():
             fail(f"process {index} has no GPU, because this machine has {torch.cuda.device_count()}: pass "
                  f"torchrun --nproc_per_node={torch.cuda.device_count()}", every_process=True)
@@ -88,7 +91,7 @@ def share_cores(args):
     several processes, all parameters must have a part in the loss, and yours may not. A T5 is too large to load
     twice. And a debugger, profiler or notebook that runs train.py would be started again with it."""
     before = sys.orig_argv[1:-len(sys.argv)]
-    plain = sys.orig_argv[-len(sys.argv):] == sys.argv and all(a.startswith("-") and a != "-m" for a in before)
+    plain = sys.orig_argv[-len(sys.argv):] == sys.argv and all(a.startswith("-") and "m" not in a for a in before)
     if (not plain or processes()[1] > 1 or threads.SET or sys.platform != "linux" or args.shard
             or args.model.endswith(".py") or args.text_encoder != "bytes" or pick_device(args.device).type != "cpu"):
         return

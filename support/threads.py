@@ -23,9 +23,11 @@ from pathlib import Path
 def cpu_groups(root="/"):
     """-> the folders of the cgroups that limit this process's CPU time: its own, and those around it. root: for
     tests."""
+    def text(name):
+        return Path(root, name).read_text("utf8", "replace")    # a mount may have any bytes in its name
     try:
-        groups = [line.split(":", 2) for line in Path(root, "proc/self/cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in Path(root, "proc/self/mountinfo").read_text().splitlines()]
+        groups = [line.split(":", 2) for line in text("proc/self/cgroup").splitlines()]
+        mounts = [line.split() for line in text("proc/self/mountinfo").splitlines()]
     except OSError:                                             # not Linux
         return
     for mount in mounts:
@@ -76,7 +78,8 @@ def choose(env, root="/"):
         env.setdefault("OMP_NUM_THREADS", str(most))
 
 
-SET = "OMP_NUM_THREADS" in os.environ           # by the user, or for one of several processes
+# by the user, or for one of several processes
+SET = not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}.isdisjoint(os.environ)
 choose(os.environ)
 
 

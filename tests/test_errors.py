@@ -106,6 +106,13 @@ def world(tmp_path_factory):
     Path("paper.py").write_text("WIDTH = 3\n")
     Path("typo.py").write_text("CONFIGS = dict(tiny={})\nTRAINING = dict(tiny=dict(max_step=3))\ndef build(): pass\n")
     Path("tiny.py").write_text("CONFIGS = dict(tiny={})\ndef build(): pass\n")
+    Path("odd.py").write_text("""
+import numpy, torch
+from diffusion import Diffusion, cosine_alpha_bar
+CONFIGS = {"tiny": {"gain": numpy.float64(2)}}
+def build(preset, shape, num_classes=0, **options):
+    return torch.nn.Linear(1, 1), Diffusion(cosine_alpha_bar(10))
+""")
     Path("mirror").mkdir()
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         Path("mirror", name).write_bytes(b"not what was asked for")
@@ -188,6 +195,9 @@ WRONG = [
      "NEW(?!.*--resume)"),
     (TRAIN, new("--smoke", "--resume", "results/run"), "drop them"),
     (TRAIN, new("--model", "typo.py"), "'max_step', which is no flag"),
+    (TRAIN, [*new("--model", "odd.py"), "--set"], "option gain of odd.py must be a number"),
+    (SAMPLE, ["--ckpt", "half.pt", "--num-fid-samples", "2"], "damaged or cut short"),
+    (SAMPLE, ["--ckpt", "missing.pt", "--num-fid-samples", "2"], "no checkpoint at missing.pt"),
     (TRAIN, new("--model", "tiny.py", "--preset", "mini"), "unknown preset 'mini': tiny.py has tiny"),
     (TRAIN, [*MDM, "--results-dir", "other", "--name", "words", "--resume", "none", "--init-inner", "gone.pt"],
      "no checkpoint"),                                  # and the run keeps its name

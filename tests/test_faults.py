@@ -107,6 +107,8 @@ def test_what_a_kill_left_half_written_is_swept_out(good, tmp_path):
     other.write_bytes(b"half")
     with open(folder / "log.csv", "a") as f:
         f.write("9,72,0.1")                                     # half a line
+    with open(folder / "log.csv", "ab") as f:
+        f.write(b"\0\xb5")                                      # and what a power cut leaves
     (folder / "latest.pt").unlink()                             # killed between the two names
     assert run(tmp_path, "--max-steps", 9, "--log-every", 1)["step"] == 9
     assert parts(folder) == [other] and sorted(losses(tmp_path)) == list(range(1, 10))
@@ -141,6 +143,30 @@ def test_a_checkpoint_that_the_disk_kept_badly_replaces_nothing(tmp_path, monkey
         checkpoint.save(tmp_path, args, 2, state)
     assert checkpoint.read(tmp_path / "latest.pt")["step"] == 1
     assert (tmp_path / "checkpoints" / "0000001.pt").exists()
+
+
+def test_a_new_name_that_fails_once_costs_no_checkpoint(tmp_path, monkeypatch):
+    """As on Windows while somebody reads latest.pt: the second try must not write through the second name."""
+    put, failed = checkpoint.put, []
+
+    def fails_once(part, path):
+        if path.name == "latest.pt" and not failed:
+            failed.append(path)
+            raise PermissionError
+        put(part, path)
+    monkeypatch.setattr(checkpoint, "put", fails_once)
+    args = SimpleNamespace(global_batch_size=1, keep_ckpts=1)
+    checkpoint.save(tmp_path, args, 1, {"model": {"w": torch.ones(2000)}, "ema": {}, "opt": {}})
+    for name in "latest.pt", "checkpoints/0000001.pt":
+        assert failed and checkpoint.read(tmp_path / name)["model"]["w"].sum() == 2000
+
+
+def test_no_room_in_memory_is_not_called_damage(good, monkeypatch):
+    def load(*args, **kwargs):
+        raise RuntimeError("unable to mmap 14 bytes: Cannot allocate memory (12)")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        checkpoint.read(good / "latest.pt")
 
 
 def test_a_deleted_folder_is_made_again_and_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):

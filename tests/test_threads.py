@@ -197,6 +197,7 @@ def helpers(process):
     ([], {}, 1, 1, 1), ([], {"WORLD_SIZE": "2", "RANK": "1"}, 2, 1, 2), ([], {"SET": True}, 2, 1, 2),
     (["--shard"], {}, 2, 1, 2), (["--model", "examples/mypaper.py"], {}, 2, 1, 2),
     (["--text-encoder", "google/flan-t5-xl"], {}, 2, 1, 2), ([], {"BY": "-m pdb"}, 2, 1, 2),
+    ([], {"BY": "-mpdb"}, 2, 1, 2),
     (["--max-steps", "5"], {"BY": "bin/coverage run"}, 2, 1, 2)])
 def test_how_many_processes(flags, env, cores, world, each, monkeypatch):
     started, now = [], [cores]

@@ -704,6 +704,8 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     train.main(["--dry-run", "1", "--data", str(tmp_path)])
     assert "expect      blotches of colour if these are photographs" in capsys.readouterr().out
+    train.main(["--dry-run"])
+    assert "GiB" not in capsys.readouterr().out
 
 
 def test_the_recipes_start(tmp_path, monkeypatch, capsys):
