@@ -88,8 +88,8 @@ def plain(u, delta, A, B, C, D):
 # the end included: (b, chunks + 1, N, e). From these, backward computes the states inside a chunk again.
 
 CHUNK = {"cpu": (16, 64), "cuda": (8, 8)}       # T: at least, at most
-# How many numbers a block's work array (b, T, N, e) may have. On a CPU it should have 2 MB, to stay in the cache. On
-# a GPU it should be large, since each operation on it is a launch.
+# How many numbers a block's work array (b, T, N, e) may have. On a CPU it should have 2 MB for each thread, to stay in
+# the caches of the cores. On a GPU it should be large, since each operation on it is a launch.
 ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
@@ -106,8 +106,8 @@ def chunk(rows, u, A):
 
 def block_size(u, A):
     """-> (rows, T) of a block."""
-    T = chunk(len(u), u, A)
-    return min(len(u), max(1, tuned(ELEMENTS, u) // (T * A.numel()))), T
+    T, threads = chunk(len(u), u, A), torch.get_num_threads() if u.is_cpu else 1
+    return min(len(u), max(1, tuned(ELEMENTS, u) * threads // (T * A.numel()))), T
 
 
 def blocks(u, A):
