@@ -206,7 +206,6 @@ class DiS(nn.Module):
         seeds = torch.randint_like(t, 2**62) if seeds is None else seeds
         number = torch.arange(additions, device=t.device)
         rates = self.drop_path * ((number - 1) / max(self.depth - 1, 1)).clamp(0, 1)            # (additions,)
-        rates[-1] = self.drop_path                                                              # if depth is 1
         draws = uniform(fold(seeds[:, None], number))                                           # (b, additions)
         return ((draws >= rates) / (1 - rates)).T[:, :, None, None]                             # (additions, b, 1, 1)
 
