@@ -76,7 +76,8 @@ def test_the_table_is_what_was_measured():
         line = [arm, f"{mean('parameters'):,.0f}", f"{mean('macs') / 1e6:.0f}M",
                 f"{mean('images') / mean('minutes') / 60:.0f}", f"{mean('images'):,.0f}",
                 *(figures.spread([r[key] for r in of[cfg]], f) if key == "x_real" else f(mean(key, cfg))
-                  for cfg, keys in ((1, ("recognised", "x_real", "precision", "recall")), (1.25, ("recognised", "x_real")))
+                  for cfg, keys in ((1, ("recognised", "x_real", "precision", "recall")),
+                                    (1.25, ("recognised", "x_real")))
                   for key, f in zip(keys, ("{:.1%}".format, "{:.1f}".format, "{:.2f}".format, "{:.2f}".format)))]
         assert f"| {' | '.join(line)} |" in text, line
 
