@@ -31,7 +31,12 @@ def spread(values, form):
     return mean if len(values) == 1 else f"{mean} ({form(min(values))} to {form(max(values))})"
 
 
-FORMS = {"recognised": "{:.1%}".format, "x_real": "{:.3g}".format, "precision": "{:.2f}".format,
+def number(x):
+    """Three digits, and 10,529 instead of 1.05e+04."""
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+FORMS = {"recognised": "{:.1%}".format, "distance": number, "x_real": number, "precision": "{:.2f}".format,
          "recall": "{:.2f}".format}
 
 
@@ -49,9 +54,9 @@ def groups(rows, key):
 
 def table(rows, photographs=False):
     """What each arm costs, and what the judge says of it at the end. A distance is divided by that of n real images,
-    and the head names n: distances with different n cannot be compared. The judge of photographs cannot tell precision
-    and recall."""
-    columns = ["recognised", "x_real"] + ["precision", "recall"] * (not photographs)
+    and the head names n: distances with different n cannot be compared. The judge of photographs cannot tell
+    precision."""
+    columns = ["recognised", "x_real"] + ["precision"] * (not photographs) + ["recall"]
     (n,), lines = {row["n"] for row in rows}, []
     guidance = [cfg for cfg in groups(rows, "cfg") if cfg != 1]
     for arm, of in groups(rows, "arm").items():
@@ -102,9 +107,7 @@ def judge_section(rows):
     return (f"The classifier recognises {accuracy['recognised']:.2%} of the test images. Each case below has "
             f"{cases[0]['n']:,.0f} images:\n\n" + markdown(
                 ["", "recognised", "distance", "distance / that of real images", "precision", "recall"],
-                [[r["arm"], FORMS["recognised"](r["recognised"]), f"{r['distance']:,.3g}" if r["distance"] < 1000 else
-                  f"{r['distance']:,.0f}", *(FORMS[k](r[k]) for k in ("x_real", "precision", "recall"))]
-                 for r in cases]))
+                [[r["arm"], *(form(r[k]) for k, form in FORMS.items())] for r in cases]))
 
 
 def section(path):
@@ -130,7 +133,7 @@ def section(path):
              f"samples, DDIM {study.steps}. {means}:", "\n".join(typed),
              table(rows, data == "cifar10")]
     if study.noise:
-        errors = [[arm, *(spread([r[f"error_{ratio}"] for r in groups(of, "cfg")[1]], "{:.3g}".format)
+        errors = [[arm, *(spread([r[f"error_{ratio}"] for r in groups(of, "cfg")[1]], number)
                           for ratio in study.noise)] for arm, of in groups(rows, "arm").items()]
         parts.append(markdown(["squared error of x_0 at sigma / alpha =", *study.noise], errors))
     if len(study.places) > 1:

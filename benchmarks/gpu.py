@@ -58,7 +58,7 @@ def timed(of, under, row):
 @part(40, "Machine")
 def machine(args):
     gpu = torch.cuda.get_device_properties(0) if args.cuda else None
-    here = {package.name.replace("-", "_"): package.version for package in metadata.distributions()}
+    here = {str(package.name).replace("-", "_"): package.version for package in metadata.distributions()}
     yield lambda: {"GPU": f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" if gpu else "none: this is a rehearsal",
                    "GPUs": torch.cuda.device_count(), "CPUs": os.cpu_count(), "CUDA": torch.version.cuda,
                    "driver": gpu and subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv")[15:],
@@ -120,7 +120,7 @@ def speed(which, switch, args, **how):
     return cell(f"{' '.join(which[:2])}, {which[3]} images", switch, found["images/s"], found["GB"], **found)
 
 
-@part(75, "A training step: images/s / GB at the peak")
+@part(75, "A training step, without clipping and EMA: images/s / GB at the peak")
 def step(args):
     for which in (S2, ("dis", "DiS-B/2", *LATENTS), SSM, ("mdm", "cc12m-64", (3, 64, 64), 16, 1000),
                   ("cunet", "cunet", (3, 64, 64), 32)):

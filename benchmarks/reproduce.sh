@@ -37,7 +37,9 @@ step mypaper-sample python sample.py --model examples/mypaper.py --ckpt $runs/my
 
 # the judge, equal time, and a claim of each paper
 step judge python benchmarks/judge.py --data mnist --data-dir "$data"
-step speed python benchmarks/evidence.py --speed --missing --data-dir "$data"   # known speeds stay, and so do the steps
+# Speeds that are known stay, and so do the steps.
+step speed python benchmarks/evidence.py --speed --missing --data-dir "$data"
+step speed-cifar10 python benchmarks/evidence.py minutes --speed --missing --data cifar10 --data-dir "$data"
 python benchmarks/evidence.py --seeds 0 --data-dir "$data"
 python benchmarks/evidence.py minutes dis-patches mdm --seeds 1 --data-dir "$data"
 python benchmarks/evidence.py minutes --data cifar10 --seeds 0 --data-dir "$data"

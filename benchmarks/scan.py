@@ -63,7 +63,7 @@ def forms(device):
     try:
         scan.mamba_ssm_scan(*inputs(1, 2, 4, 2, device))
         found["mamba_ssm"] = scan.mamba_ssm_scan
-    except (ImportError, RuntimeError, NotImplementedError):      # it is for CUDA only
+    except Exception:       # not here; or its compiled code does not fit: it may then fail in any way
         pass
     return found
 

@@ -232,9 +232,10 @@ def test_tables_have_means_and_ranges_at_the_last_place():
     assert figures.table(rows).splitlines()[2] == (
         "| a | 2 | 1,000 | 2M | 10 | 1,200 | 50.0% (50.0% to 50.0%) | 5 (4 to 6) | 0.00 (0.00 to 0.00) | "
         "1.00 (1.00 to 1.00) |")
-    assert figures.table(rows, photographs=True).splitlines()[2].endswith("| 5 (4 to 6) |")
+    assert figures.table(rows, photographs=True).splitlines()[2].endswith("| 5 (4 to 6) | 1.00 (1.00 to 1.00) |")
     half = rows + [dict(rows[-1], arm="b", cfg=cfg) for cfg in (1, 2)]       # of `a` guidance 2 is not judged yet
-    assert figures.table(half, photographs=True).splitlines()[2].endswith("| 5 (4 to 6) |  |  |")
+    assert figures.table(half, photographs=True).splitlines()[2].endswith(" (1.00 to 1.00) |  |  |")
+    assert [figures.number(x) for x in (10529, 1.3845, 0.0012345)] == ["10,529", "1.38", "0.00123"]
 
 
 def test_each_run_is_a_process_and_failures_are_told(tmp_path, monkeypatch, capsys):
