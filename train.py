@@ -355,7 +355,7 @@ def main(argv=None, drawing=()):
 
     # The end. `net` (DDP) and `loss` (its graph) use the process group, so free them first. Otherwise the group's
     # destructor keeps Python's lock while it waits for threads that may want the lock. We saw that hang.
-    log.close()
+    log.bar.close()
     net = loss = model = ema = optimizer = log = None                       # sampling needs their memory, too
     team.leave()
     checkpoint.let_go()

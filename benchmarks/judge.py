@@ -20,11 +20,9 @@ The classifiers of MNIST, shapes and CIFAR-10 are in assets/, in half precision;
 Training one again on another machine changes distances by about 10%, by rounding alone (measured for MNIST). That of
 CIFAR-10 recognises 89.0% of the test images; its precision is no measure: it calls pure noise precise (0.88).
 """
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import support  # noqa: F401 (before torch)
+from timing import ROOT         # first: it finds support/, which comes before torch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +34,7 @@ from support import checkpoint, cli, datasets
 from support.pictures import to_pil
 
 NEIGHBOUR = 3                           # "among these images": within the distance of an image's 3rd neighbour
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = ROOT / "assets"
 
 
 def conv(C, width):
@@ -233,7 +231,11 @@ def main(argv=None):
         files = sorted(Path(folder).glob("*.png"))
         if not files:
             raise UserError(f"no .png in {folder}: pass what `sample.py --save-images` wrote")
-        images = stacked(map(Image.open, files))
+        try:
+            images = stacked(map(Image.open, files))
+        except ValueError:
+            raise UserError(f"{folder} has images of several shapes: pass what one `sample.py --save-images` "
+                            f"wrote") from None
         if tuple(images.shape[1:]) != judge.shape or not NEIGHBOUR < len(images) <= len(judge.fresh):
             raise UserError(f"{folder} has {len(images)} images of {tuple(images.shape[1:])}: the judge of {args.data} "
                             f"needs {NEIGHBOUR + 1} to {len(judge.fresh)} of {judge.shape}")

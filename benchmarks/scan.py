@@ -51,20 +51,16 @@ def forms(device):
     if device.type == "cuda":
         found["chunked, PyTorch"] = plain
     found["ours"] = scan.selective_scan
-    try:
+    with contextlib.suppress(ImportError):
         from mambapy.pscan import pscan
 
         def mambapy(u, delta, A, B, C, D):
             h = pscan((delta[..., None] * A).exp(), (delta * u)[..., None] * B[:, :, None])     # (b, L, e, N)
             return (h @ C[..., None])[..., 0] + D * u
         found["mambapy pscan"] = mambapy
-    except ImportError:
-        pass
-    try:
+    with contextlib.suppress(Exception):    # not here; or its compiled code does not fit: it may then fail in any way
         scan.mamba_ssm_scan(*inputs(1, 2, 4, 2, device))
         found["mamba_ssm"] = scan.mamba_ssm_scan
-    except Exception:       # not here; or its compiled code does not fit: it may then fail in any way
-        pass
     return found
 
 

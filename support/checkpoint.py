@@ -20,11 +20,11 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
+from concurrent import futures
 from pathlib import Path
 
 import torch
@@ -137,6 +137,12 @@ def newest_good(folder, say=print):
     if problems:
         raise UserError(f"{problems[0]}, or begin a new run with --resume none")
     return None, None
+
+
+def apart(path, out):
+    """Raises UserError if the new file `out` would replace the file `path` from which it is made."""
+    if Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
+        raise UserError(f"{out} is the checkpoint itself, and would be replaced: name another file to write")
 
 
 def share(path, out):
@@ -513,22 +519,7 @@ def save(folder, args, step, state):
 
 # Training goes on while the first process writes: for a large model that takes minutes.
 
-WRITING = []                                    # the thread that does so, if any
-
-
-class Writing(threading.Thread):
-    """`save`, with these arguments. A process that ends at once does not wait for it."""
-
-    def __init__(self, *args):
-        super().__init__(daemon=True)
-        self.args, self.error = args, None
-
-    def run(self):
-        try:
-            save(*self.args)
-        except Exception as e:
-            self.error = e
-        self.args = None                        # free the copy of the state
+WRITER, WRITING = futures.ThreadPoolExecutor(1), []             # a thread; the Future of what it writes, if anything
 
 
 def save_aside(team, folder, args, step, wait=False, **parts):
@@ -538,8 +529,7 @@ def save_aside(team, folder, args, step, wait=False, **parts):
     state = whole({k: v.state_dict() for k, v in parts.items()})
 
     def begin():
-        WRITING.append(Writing(folder, args, step, state))
-        WRITING[0].start()
+        WRITING.append(WRITER.submit(save, folder, args, step, state))
         if wait:
             finish()
     team.first(begin)
@@ -547,18 +537,16 @@ def save_aside(team, folder, args, step, wait=False, **parts):
 
 def failed():
     """Is a checkpoint lost? Then there is no reason to train on."""
-    return any(thread.error for thread in WRITING)
+    return any(file.done() and file.exception() for file in WRITING)
 
 
 def finish():
     """Wait until what `save_aside` began is saved. Raises what `save` raised."""
     while WRITING:
-        WRITING[0].join(3)
-        if WRITING[0].is_alive():
+        if futures.wait(WRITING, 3).not_done:
             print("saving      a checkpoint is still being written: wait for it", flush=True)
-            WRITING[0].join()
-        if error := WRITING.pop().error:
-            raise error
+            futures.wait(WRITING)
+        WRITING.pop().result()
 
 
 @contextlib.contextmanager
@@ -593,6 +581,7 @@ def main(argv=None):
     p.add_argument("run", help="a run's folder, or one of its checkpoints")
     p.add_argument("out", help="the file to write")
     args = p.parse_args(argv)
+    apart(in_folder(args.run), args.out)
     size = share(in_folder(args.run), args.out)
     print(f"{size / 1e6:.1f} MB -> {args.out}: {command('sample.py', '--ckpt', args.out)}")
 

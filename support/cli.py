@@ -29,9 +29,6 @@ QUIET = (os.environ.get("RANK") or "0") != "0"  # only the first of torchrun's p
 # What gloo and NCCL say when they no longer hear from a process.
 LOST = "connection (was )?(closed|reset|refused)|timed ?out|broken pipe|remote process|socket.*closed"
 SAID = {                                        # what libraries say, and what we say instead
-    "underflow in dt":
-        "the adaptive solver found no step small enough, perhaps because the weights have become too large: try a "
-        "smaller --lr, or --set solver=rk4",
     r"No working C\+\+ compiler|Failed to find C compiler":
         "torch.compile needs a C++ compiler, and finds none: install one, such as g++, or drop --compile",
     "DefaultCPUAllocator|MPS backend out of memory":

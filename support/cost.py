@@ -112,15 +112,12 @@ def operators(model):
             if isinstance(op, CustomOpDef)}
 
 
-def stand_ins(model, cuda):
-    """A context in which fake tensors "on the CPU" take the memory that real ones take on CUDA (if `cuda`)."""
+def stand_ins(model):
+    """A context in which fake tensors "on the CPU" take the memory that real ones take on CUDA."""
     stack = ExitStack()
 
     def replace(where, name, value):
         stack.enter_context(mock.patch.object(where, name, value, create=True))
-
-    if not cuda:
-        return stack
 
     for file in engines(model):
         for numbers in vars(file).values():                 # block sizes: {"cpu": .., "cuda": ..}
@@ -218,7 +215,7 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
     weights = [*twin.parameters(), *twin.buffers()]
     known = [*weights, *(p.grad for p in weights if p.grad is not None), *batch.values()]
     try:
-        with stand_ins(model, cuda), Tracker(known, cuda, operators(model)) as tracker:
+        with stand_ins(model) if cuda else nullcontext(), Tracker(known, cuda, operators(model)) as tracker:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = diffusion.loss(twin, **batch)["loss"].mean()
             loss.backward()
@@ -228,23 +225,22 @@ def activations(model, diffusion, batch, bf16, checkpointing=False, device="cuda
     return tracker.peak
 
 
-def table(model, diffusion, batch, world, bf16, units=None):
+def table(model, diffusion, batch, world, bf16):
     """What one of `world` GPUs must hold, in bytes -> a dict for each way to train: name, weights, gradients,
     optimizer (AdamW), ema, activations, total.
 
     DDP             every GPU holds everything; with gradient_as_bucket_view, so gradients exist once
-    sharded         (fully_shard) every GPU holds 1/world of all that. The modules in `units` are gathered one after
-                    the other: while one computes, the next one arrives and the last one leaves. All other weights
-                    are whole from the forward pass to the end of the backward pass
+    sharded         (fully_shard) every GPU holds 1/world of all that. The modules of type model.unit are gathered one
+                    after the other: while one computes, the next one arrives and the last one leaves. All other
+                    weights are whole from the forward pass to the end of the backward pass
     checkpointing   both ways again, with recomputation, if the model has a `unit`
 
-    Everything is float32, except what bf16 autocast makes. units: None means the modules of type model.unit.
+    Everything is float32, except what bf16 autocast makes.
     """
     def size(parameters):
         return 4 * sum(p.numel() for p in parameters)
 
-    if units is None:
-        units = [m for m in model.modules() if isinstance(m, getattr(model, "unit", ()))]
+    units = [m for m in model.modules() if isinstance(m, getattr(model, "unit", ()))]
     everything = size(model.parameters())
     trained = size(p for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.itemsize for b in model.buffers())
@@ -253,14 +249,14 @@ def table(model, diffusion, batch, world, bf16, units=None):
     memo = {"": activations(model, diffusion, batch, bf16)}                 # the same with and without shards
     if hasattr(model, "unit"):
         memo[", checkpointing"] = activations(model, diffusion, batch, bf16, checkpointing=True)
-    rows = []
-    for name, n, weights, gradients in (("DDP", 1, 0, 0), (
-            "sharded", world, root + sum(gathered[:3]), root + sum(gathered[:2])))[:1 + (world > 1)]:
+    rows, ways = [], [("DDP" if world > 1 else "one GPU", 1, 0, 0)]
+    if world > 1:
+        ways.append(("sharded", world, root + sum(gathered[:3]), root + sum(gathered[:2])))
+    for name, n, weights, gradients in ways:
         for end, kept in memo.items():
             row = dict(weights=everything / n + buffers + weights, gradients=trained / n + gradients,
                        optimizer=2 * trained / n, ema=everything / n + buffers, activations=kept)
-            rows.append({"name": (name if world > 1 else "one GPU") + end, **row,
-                         "total": sum(row.values())})
+            rows.append({"name": name + end, **row, "total": sum(row.values())})
     return rows
 
 

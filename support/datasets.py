@@ -183,8 +183,7 @@ def hold_out(dataset, phrases):
         raise UserError(f"{dataset.name} has no captions to hold out: use shapes, moving or a folder with a "
                         f"metadata.csv or metadata.jsonl")
     keep = np.ones(len(dataset), bool)
-    def composed(words):                        # a letter with an accent may be one character or two
-        return unicodedata.normalize("NFC", words)
+    composed = functools.partial(unicodedata.normalize, "NFC")      # a letter with an accent may be two characters
     for phrase in phrases:
         words = r"\s+".join(map(re.escape, composed(phrase).split())) or "(?!)"     # (?!) matches nothing
         found = re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE).search    # dark-red is one word
@@ -226,10 +225,9 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
         return cifar10(root, size, split) if name == "cifar10" else digits(name, root, size, split)
     folder = expanded(name)
     if not folder.is_dir():
-        names = ["shapes", "moving", "mnist", "fashion", "cifar10"]
-        close = difflib.get_close_matches(str(name).lower(), names, n=1)
+        close = difflib.get_close_matches(str(name).lower(), NAMES, n=1)
         guess = f", did you mean {close[0]}" if close else ""
-        raise UserError(f"no data set or folder {str(name)!r}{guess}: choose {', '.join(names)}, "
+        raise UserError(f"no data set or folder {str(name)!r}{guess}: choose {', '.join(NAMES)}, "
                         f"or a path to a folder of images")
     if split == "test":
         raise UserError(f"folder {name} has no test split: pass the folder of your test images")
@@ -298,6 +296,7 @@ CLASSES = {
     "mnist": "0 1 2 3 4 5 6 7 8 9".split(),
     "fashion": "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split(),
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
+NAMES = "shapes", "moving", *CLASSES
 MIRRORS = {
     "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
     "fashion": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -538,11 +537,8 @@ class Names:
     to look at a str is to write to its page, which the worker then copies."""
 
     def __init__(self, names):
-        self.bytes, ends = bytearray(), array("q", [0])
-        for name in names:
-            self.bytes += os.fsencode(name)
-            ends.append(len(self.bytes))
-        self.ends = np.array(ends)                                                  # (N + 1,)
+        names = [os.fsencode(name) for name in names]
+        self.bytes, self.ends = b"".join(names), np.cumsum([0, *map(len, names)])   # (N + 1,)
 
     def __len__(self):
         return len(self.ends) - 1
@@ -550,7 +546,7 @@ class Names:
     def __getitem__(self, i):
         if not 0 <= i < len(self):                          # ends a `for`, too
             raise IndexError(i)
-        return os.fsdecode(bytes(self.bytes[self.ends[i]:self.ends[i + 1]]))
+        return os.fsdecode(self.bytes[self.ends[i]:self.ends[i + 1]])
 
 
 def list_images(folder):
@@ -637,11 +633,10 @@ def csv_lines(f, table):
             raise UserError(f"{table} lacks columns or has them twice: its first line must be file_name,text")
         line = rows.line_num + 1
         for row in rows:
-            row = row if any(map(str.strip, row)) else []
-            if row and len(row) != len(header):
-                raise UserError(f"{table}, line {line} has {len(row)} columns instead of {len(header)}: put a text "
-                                f"with commas into double quotes")
-            if row:                                         # else the line is blank
+            if any(map(str.strip, row)):                    # else the line is blank
+                if len(row) != len(header):
+                    raise UserError(f"{table}, line {line} has {len(row)} columns instead of {len(header)}: put a text "
+                                    f"with commas into double quotes")
                 yield line, row[header.index("file_name")], [row[header.index("text")]]
             line = rows.line_num + 1                        # a text in quotes may have several lines
     except csv.Error as e:
@@ -657,12 +652,11 @@ def json_lines(f, table):
             row = json.loads(content)
             file, captions = row["file_name"], row["text"]
             captions = [captions] if isinstance(captions, str) else captions
-            understood = captions and isinstance(captions, list) and all(isinstance(c, str) for c in [file, *captions])
+            if not (captions and isinstance(captions, list) and all(isinstance(c, str) for c in [file, *captions])):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
-            understood = False
-        if not understood:
             raise UserError(f'{table}, line {line} is not understood: write {{"file_name": "1.png", "text": "a cat"}}, '
-                            f'or as text a list, ["a cat", "a pet"]')
+                            f'or as text a list, ["a cat", "a pet"]') from None
         yield line, file, captions
 
 

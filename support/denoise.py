@@ -153,10 +153,10 @@ def best_steps(scores, seconds, name):
     """The scores and seconds of `denoise` -> the best number of reverse steps of each image (N,); and means over the
     images: (score, steps, seconds) with each image at its own best, and with all at the step that is best for all."""
     curves = torch.stack([scores[name, k] for k in seconds])                             # (S, N)
-    best = (lambda x: x.argmin(0)) if name == "lpips" else (lambda x: x.argmax(0))
-    each, took = best(curves), torch.tensor(list(seconds.values()))                      # (N,), (S,)
+    best = torch.argmin if name == "lpips" else torch.argmax
+    each, took = best(curves, 0), torch.tensor(list(seconds.values()))                   # (N,), (S,)
     means = [[curves.gather(0, at[None]).mean().item(), at.double().mean().item() + 1, took[at].mean().item()]
-             for at in (each, best(curves.mean(1)).expand_as(each))]
+             for at in (each, best(curves.mean(1), 0).expand_as(each))]
     return each + 1, *means
 
 
@@ -191,7 +191,7 @@ def to_denoise(args, trained):
         raise UserError(f"SSIM's window is 11x11 and this model's images are {shape[1]}x{shape[2]}: "
                         f"train one with --image-size 16")
     if args.denoise == "test":
-        if name not in ("shapes", "moving", *datasets.CLASSES):
+        if name not in datasets.NAMES:
             raise UserError(f"this run was trained on the folder {name}, which has no test images: "
                             f"pass a picture to --denoise")
         images = datasets.load(name, args.data_dir or trained["data_dir"], shape[1:], "test",

@@ -34,7 +34,7 @@ def pictures(model, diffusion, args, n=32, data_dir=None):
     """-> x0 (n, C, H, W) in [-1, 1], and {"y": labels (n,)} or {}: test images, or samples of the network itself."""
     classes, shape = args["num_classes"], tuple(args["shape"])
     if data_dir:
-        if args["data"] in ("shapes", "moving", *datasets.CLASSES):
+        if args["data"] in datasets.NAMES:
             dataset = datasets.load(args["data"], data_dir, shape[1:], "test", frames=args.get("frames"))
         else:
             dataset = datasets.load(data_dir, image_size=shape[1:])
@@ -42,6 +42,8 @@ def pictures(model, diffusion, args, n=32, data_dir=None):
                 raise UserError(f"{data_dir} has images {dataset.shape} of classes {dataset.class_names}, but the "
                                 f"network knows {shape} and {args['class_names']}: pass a folder like the one it was "
                                 f"trained on")
+        if len(dataset) < 5:
+            raise UserError(f"{data_dir} has {len(dataset)} images: pass a folder of 5 or more")
         batch = dataset[list(range(min(n, len(dataset))))]
         return batch["x"] / 127.5 - 1, {"y": batch["y"]} if classes else {}
     cond = {"y": torch.arange(n) % classes} if classes else {}
@@ -54,14 +56,12 @@ def noised(diffusion, x0, t):
     return diffusion.q_sample(x0, t, normal(fold(torch.arange(len(x0)), t), x0.shape[1:])), t
 
 
-@contextlib.contextmanager
 def hooked(*handles):
     """Hooks for the time of a `with`."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    stack = contextlib.ExitStack()
+    for handle in handles:
+        stack.enter_context(handle)             # at the end it removes its hook
+    return stack
 
 
 @contextlib.contextmanager
@@ -161,12 +161,12 @@ def dis(figure, model, diffusion, args, x0, cond):
     scans = {f"{'last' if i else 'first'} block,\nfrom the {'right' if way else 'left'}": (i, way)
              for i in (0, -1) for way in (0, 1)}
     left, right = upper.subfigures(1, 2, width_ratios=(1.18, 1))
+    means = [each[:, i, way, 0].mean(2) for i, way in scans.values()]                  # [(levels, J)], logarithms
+    widest = [each[:, i, way, 0, :, channel[i, way]] for i, way in scans.values()]
     for part, title, rows, maps in (
-            (left, "1a. Step size Delta at each patch, mean of all channels", ["x_t", *scans], each.mean(5)),
-            (right, "1b. The same of the channel where it varies most", [""] * 5, None)):
-        maps = [(each[:, i, way, :, :, channel[i, way]] if maps is None else maps[:, i, way])[:, 0].exp()
-                for i, way in scans.values()]                                          # [(levels, J)]
-        tiles(part, title, [[x_t[0] for x_t, _ in looks], *(line.unflatten(1, grid) for line in maps)], rows, top,
+            (left, "1a. Step size Delta at each patch, mean of all channels", ["x_t", *scans], means),
+            (right, "1b. The same of the channel where it varies most", [""] * 5, widest)):
+        tiles(part, title, [[x_t[0] for x_t, _ in looks], *(line.exp().unflatten(1, grid) for line in maps)], rows, top,
               "step size / its mean over the picture", [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], cmap="RdBu_r", norm="log")
     said |= {"step sizes, a row for each t: largest / smallest in a picture, of a channel and of the mean of all; "
              "share of the variance that is not alike in all pictures": table,
@@ -259,8 +259,8 @@ def solver_errors(model, diffusion, x0, x_t, t, **cond):
     exact, found = guess(with_solver(model, "rk4", FINE)), {}
     for solver, settings in SOLVERS.items():
         nets = [with_solver(model, solver, **{"tolerance" if n < 1 else "steps": n}) for n in settings]
-        found[solver] = torch.tensor([[(x - exact).square().mean().sqrt(), (x - x0).square().mean(), net.nfe]
-                                      for net in nets for x in [guess(net)]])[:, [2, 0, 1]]
+        found[solver] = torch.tensor([[net.nfe, (x - exact).square().mean().sqrt(), (x - x0).square().mean()]
+                                      for net in nets for x in [guess(net)]])
     return found, (exact - x0).square().mean().item()
 
 
@@ -632,6 +632,8 @@ def main(argv=None):
     if type(model).__name__ not in DRAW or len(trained["shape"]) != 3 or trained.get("space"):
         raise UserError(f"{args.ckpt} is a {type(model).__name__} for {'latents ' * bool(trained.get('space'))}"
                         f"{trained['shape']}: pass a {', '.join(DRAW)} for pictures")
+    if not args.out.endswith((".png", ".jpg", ".pdf", ".svg", ".webp")):
+        raise UserError(f"--out {args.out} must be a file that ends in .png, .jpg, .pdf, .svg or .webp")
     if not pyplot:
         raise UserError("drawing needs matplotlib: pip install matplotlib")
     draw, height = DRAW[type(model).__name__]

@@ -18,7 +18,6 @@ A file appears only when it is whole. Its number decides which examples it holds
 rounding. So you may stop at any time: the same command goes on, on any number of processes. You need diffusers to
 encode and decode, not to train.
 """
-import hashlib
 import io
 import json
 import math
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from diffusion import UserError
 from support.cli import QUIET, processes
-from support.datasets import Dataset, expanded
+from support.datasets import Dataset, digest, expanded
 from support.text import full_name, pretrained
 
 CHUNK = 1024                                                # examples a file: 16 MiB of 4x32x32 latents
@@ -91,10 +90,6 @@ def chunk_path(folder, k):
     return Path(folder) / f"{k:05d}.npy"
 
 
-def digest(labels):
-    return None if labels is None else hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
-
-
 def put(path, content):
     """Write an array or a str to a file beside `path`, then rename it. (A memory map would crash on a full disk.)
     Raises UserError if there is no room, or if another process writes the same."""
@@ -132,7 +127,8 @@ def begin(dataset, folder, vae, hflip=False):
     about = {"vae": vae.name, "scale": vae.scale, "shift": vae.shift, "data": full_name(dataset.name),
              "images": len(dataset), "copies": 2 if hflip else 1, "shape": [vae.C, H // f, W // f],
              "image_shape": [vae.colours, H, W], "class_names": dataset.class_names,
-             "labels": digest(labels), "files": dataset.files, "chunk": CHUNK}
+             "labels": None if labels is None else digest(labels.astype("<i8").tobytes()),
+             "files": dataset.files, "chunk": CHUNK}
     folder, (rank, world) = Path(folder), processes()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,11 +271,10 @@ def load(folder):
     if about["class_names"]:
         try:
             labels = np.load(folder / "labels.npy", allow_pickle=False)             # (N,)
-            damaged = digest(labels) != about["labels"]
+            if digest(labels.astype("<i8").tobytes()) != about["labels"]:
+                raise ValueError
         except (OSError, ValueError, EOFError):
-            damaged = True
-        if damaged:
-            raise UserError(f"{folder}/labels.npy is missing or damaged: {AGAIN}")
+            raise UserError(f"{folder}/labels.npy is missing or damaged: {AGAIN}") from None
         labels = np.tile(labels, about["copies"])                                   # (copies N,)
     return Dataset(str(folder), about["shape"], chunks, chunks.n, labels, about["class_names"],
                    latents={k: about[k] for k in ("data", "vae", "scale", "shift", "image_shape")},

@@ -113,13 +113,12 @@ class Log:
 
     def __init__(self, args, folder, team, model, T, start, expect=()):
         self.args, self.folder, self.team, self.model, self.T = args, folder, team, model, T
-        self.expect, self.doubted = expect, False
+        self.expect, self.doubted, self.warned = expect, False, False
         self.bar = Bar(total=args.max_steps, initial=start, disable=team.rank > 0)
         if team.rank == 0:
-            fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BANDS)), "grad_norm", "lr",
-                      "images_per_s", "memory_mb"] + ["nfe"] * hasattr(model, "nfe")
-            self.fields, self.warned = fields, False
-            begin_csv(folder / "log.csv", fields, start)
+            self.fields = ["step", "images", "loss", *(f"loss_t{b}" for b in range(BANDS)), "grad_norm", "lr",
+                           "images_per_s", "memory_mb", *["nfe"] * hasattr(model, "nfe")]
+            begin_csv(folder / "log.csv", self.fields, start)
         self.begin(start)
 
     def begin(self, step):
@@ -218,9 +217,6 @@ class Log:
             path = link(path)
         first = 100 == step <= self.args.sample_every
         self.bar.write(f"step {step}: {path}{' (the first: blocks of colour, or fog, are normal here)' * first}")
-
-    def close(self):
-        self.bar.close()
 
 
 # --- the end of a run ---------------------------------------------------------------------------

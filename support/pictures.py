@@ -1,4 +1,5 @@
 """From tensors to pictures, grids and films, and from those to files."""
+import contextlib
 import functools
 import math
 import os
@@ -181,10 +182,8 @@ MOST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535}      # pix
 
 def make_folder(folder):
     """Make it if it is not there. Raises UserError if we cannot write into it."""
-    try:
+    with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
-    except OSError:
-        pass
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write into {folder}: choose another --out or --save-images")
 

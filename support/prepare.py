@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from diffusion import UserError
-from support import checkpoint, latents
+from support import latents
 from support.cli import QUIET, Parser, fail, number, run, told_plainly
 from support.datasets import expanded, flat, list_images, load, read_captions
 from support.parallel import pick_device
+from support.pictures import save_image, to_pil
 from support.text import TOKENS, cut, full_name, text_encoder, text_files
 
 
@@ -65,8 +65,7 @@ def write_images(dataset, folder):
         raise UserError(f"{folder} is not empty: delete it, or choose another folder")
     for i in tqdm(range(len(dataset)), desc="images", unit="image"):
         x = dataset[[i]]["x"][0].permute(1, 2, 0).numpy()                           # (H, W, C)
-        picture = Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
-        checkpoint.replace(folder / f"{i:06d}.png", lambda f: picture.save(f, "PNG"))
+        save_image(to_pil(x), folder / f"{i:06d}.png")
     return len(dataset)
 
 

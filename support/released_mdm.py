@@ -54,12 +54,7 @@ def their_name(name, network):
 class Inert:
     """Stands for any object in the file that is not a tensor, a number, a string, a list or a dict: it takes whatever
     it is told, and does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
 def read(path):
@@ -141,6 +136,7 @@ def main(argv=None):
     p.add_argument("--text-encoder", metavar="NAME", default=T5, help="the T5 that sample.py loads: this one, or a "
                                                                       "folder that holds it")
     args = p.parse_args(argv)
+    checkpoint.apart(args.released, args.out)
     preset = write(args.released, args.out, args.half, full_name(args.text_encoder))
     draw = command("sample.py", "--ckpt", args.out, "--prompt", "a red fox in the snow", "--steps", "ddim250",
                    "--cfg-scale", "7.5")

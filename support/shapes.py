@@ -86,13 +86,9 @@ def still(size, split):
     i, kind, captions, place, radius, ink = attributes(split, SIZES, min(size))
     margin = radius[:, None] + 0.5                          # half a pixel for the smooth edge
     centre = margin + place * (np.array(size) - 2 * margin)                         # (N, 2)
-    images = functools.partial(draw_still, kind, centre, radius, ink, *size)
+    images = functools.partial(draw, kind, centre, np.zeros((len(i), 2)), radius, ink, 1, *size)
     return dict(name="shapes", shape=(3, *size), images=images, length=len(i), labels=kind,
                 class_names=list(SHAPES), captions=captions)
-
-
-def draw_still(kind, centre, radius, ink, H, W, rows):
-    return draw_shapes(kind[rows], centre[rows], radius[rows], ink[rows], H, W)     # (B, 3, H, W)
 
 
 def moving(size, split, frames):
@@ -105,12 +101,12 @@ def moving(size, split, frames):
     way = np.array(list(DIRECTIONS.values()))[direction] * np.minimum(0.4 * np.array(size), room)
     start = radius[:, None] + 0.5 + place * (room - abs(way)) - np.minimum(way, 0)  # (N, 2), as way
     shape = (3, frames, *size) if frames > 1 else (3, *size)
-    images = functools.partial(draw_moving, kind, start, way, radius, ink, frames, *size)
+    images = functools.partial(draw, kind, start, way, radius, ink, frames, *size)
     return dict(name="moving", shape=shape, images=images, length=len(i), labels=kind,
                 class_names=list(SHAPES), captions=captions)
 
 
-def draw_moving(kind, start, way, radius, ink, T, H, W, rows):
+def draw(kind, start, way, radius, ink, T, H, W, rows):
     share = np.linspace(0, 1, T)[:, None]                   # of the way, (T, 1)
     centre = (start[rows, None] + way[rows, None] * share).reshape(-1, 2)           # (B T, 2)
     kind, radius, ink = (np.repeat(a[rows], T, 0) for a in (kind, radius, ink))

@@ -12,6 +12,7 @@
 `encoder.dim` tells a model what comes in: "bytes", or the width of the T5. `encoder.size(caption)` is the length of a
 caption, of which the encoder reads the first `encoder.L`, counted in `encoder.unit`.
 """
+import contextlib
 import hashlib
 import json
 import logging
@@ -224,11 +225,9 @@ def stored_text(folder, captions, name):
     path, about, captions, expected = text_files(folder, captions, name)
     if not about.is_file():
         return None
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # the file is missing or damaged
         saved = json.loads(about.read_text("utf8"))
         if {**saved, **expected} == saved:
             return StoredText(name, path, captions, saved["lengths"])
-    except (OSError, ValueError, KeyError, TypeError):      # the file is missing or damaged
-        pass
     raise UserError(f"{path} does not fit the captions of {folder}: run python -m support.prepare captions {folder} "
                     f"--text-encoder {name} again")

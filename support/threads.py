@@ -12,6 +12,7 @@ machine, and sleep on a busy one. No number changes by that. `follow` does it on
 Processes wait for one another only once a step: so train.py starts several (`share_cores` in parallel.py). `follow`
 still matters to sample.py, and where a process has several threads.
 """
+import contextlib
 import glob
 import math
 import os
@@ -48,11 +49,9 @@ def quota(root="/"):
 def limit(folder):
     """The quota of one cgroup, in cores: cpu.max of version 2, or two files of version 1."""
     for names in ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             most, period = " ".join((folder / name).read_text() for name in names).split()
             return math.inf if most in ("max", "-1") else int(most) / int(period)
-        except (OSError, ValueError):
-            pass
     return math.inf
 
 
@@ -101,10 +100,8 @@ def waited():
     if this system does not say."""
     total = None
     for name in glob.glob("/proc/self/task/*/schedstat"):
-        try:
+        with contextlib.suppress(OSError):      # a thread that has just ended
             total = (total or 0) + int(Path(name).read_text().split()[1]) * 1e-9
-        except OSError:                         # a thread that has just ended
-            pass
     return total
 
 
@@ -119,10 +116,8 @@ class Crowd:
         import torch                            # loaded long ago; this file itself must not load it
         n, self.end = NUMBER or torch.get_num_threads(), threading.Event()
         missing = len(os.sched_getaffinity(0)) - n + 1                  # threads, to be more than cores
-        self.threads = [threading.Thread(target=self.idle, args=(torch,), daemon=True)
-                        for _ in range(math.ceil(missing / (n - 1)) if n > 1 else 0)]
-        for thread in self.threads:
-            thread.start()
+        for _ in range(math.ceil(missing / (n - 1)) if n > 1 else 0):
+            threading.Thread(target=self.idle, args=(torch,), daemon=True).start()
 
     def idle(self, torch):
         torch.empty(2**16).fill_(0.0)           # two of torch's smallest portions: parallel
@@ -139,12 +134,10 @@ def follow(period=0.5):
         time.sleep(period)
         now = waited()
         share, before = (now - before) / period, now        # of the time, summed over threads; a busy program: about 1
-        if share > 0.2 and not (crowd and size == NUMBER):
-            if crowd:
-                crowd.leave()
+        if crowd and (share < 0.05 or share > 0.2 and size != NUMBER):
+            crowd = crowd.leave()                           # None
+        if share > 0.2 and not crowd:
             crowd, size = Crowd(), NUMBER
-        elif share < 0.05 and crowd:
-            crowd = crowd.leave()
 
 
 def watch():

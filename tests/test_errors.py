@@ -422,7 +422,6 @@ def test_a_picture_too_large_for_its_format_becomes_a_png(tmp_path, capsys, suff
 
 @pytest.mark.parametrize("error, told", [(UserError("x"), True), (FileNotFoundError("x"), True),
                                          (ValueError("x"), False), (ConnectionResetError("x"), False),
-                                         (AssertionError("underflow in dt 0.0"), True),
                                          (RuntimeError("y: No working C++ compiler found in x"), True),
                                          (RuntimeError("Expected to have finished reduction in the prior step"), True)])
 def test_which_errors_are_told_in_a_sentence(error, told):

@@ -108,7 +108,10 @@ def test_the_judge_reads_folders(small, tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[-1].split()[1:]
     assert line[:3] == ["24", f"{r['recognised']:.1%}", f"{r['distance']:.4g}"]
     shutil.copytree(folder, tmp_path / "few", ignore=lambda _, names: sorted(names)[3:])
+    shutil.copytree(tmp_path / "few", tmp_path / "both")
+    shutil.copy(tmp_path / "gray" / "000000.png", tmp_path / "both" / "gray.png")
     for flags, says in (([str(tmp_path / "nowhere")], "no .png"), ([str(tmp_path / "gray")], "(1, 32, 32)"),
+                        ([str(tmp_path / "both")], "several shapes"),
                         ([str(tmp_path / "few")], "needs 4 to "),
                         (["--data", "moving"], "needs pictures with classes")):
         with pytest.raises(SystemExit) as e:

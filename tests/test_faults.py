@@ -212,7 +212,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch):
     begin(2, wait=True)
     assert written == {1: 2, 2: 4}
     begin(3)
-    checkpoint.WRITING[0].join()
+    checkpoint.WRITING[0].exception()                       # waits
     assert checkpoint.failed()
     with pytest.raises(ValueError, match="step 3 could not"):
         begin(4)

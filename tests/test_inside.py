@@ -44,12 +44,15 @@ def load(monkeypatch, *run):
 
 
 def test_pictures_of_your_own(tmp_path):
-    for i, name in enumerate(("cat", "dog", "dog")):
-        (tmp_path / name).mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
     args = {"data": "where/they/were", "shape": [3, 8, 8], "num_classes": 2, "class_names": ["cat", "dog"]}
+    for i, name in enumerate(("cat", "dog", "dog", "dog", "dog")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+        if i == 3:
+            with pytest.raises(UserError, match="has 4 images"):
+                inside.pictures(None, None, args, data_dir=tmp_path)
     x0, cond = inside.pictures(None, None, args, data_dir=tmp_path)
-    assert x0.shape == (3, 3, 8, 8) and cond["y"].tolist() == [0, 1, 1]
+    assert x0.shape == (5, 3, 8, 8) and cond["y"].tolist() == [0, 1, 1, 1, 1]
     with pytest.raises(UserError, match="a folder like the one"):
         inside.pictures(None, None, {**args, "class_names": ["cat", "fox"]}, data_dir=tmp_path)
 
@@ -60,6 +63,9 @@ def test_what_cannot_be_drawn(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         inside.main(["--ckpt", "small.pt"])
     assert "pip install matplotlib" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        inside.main(["--ckpt", "small.pt", "--out", "a.bmp"])
+    assert "must be a file that ends in .png" in capsys.readouterr().err
     model, diffusion, trained = small("dis", **SMALL["dis"])
     for run, needed in (((torch.nn.Linear(1, 1), None, {"shape": [1, 8, 8]}), "is a Linear"),
                         ((model, diffusion, {**trained, "space": {"data": "mnist"}}), "for latents")):

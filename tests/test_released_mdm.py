@@ -141,6 +141,13 @@ class Code:
         return self.function, (words,)
 
 
+def test_the_authors_file_is_not_replaced(tmp_path, capsys):
+    (path := tmp_path / "vis_model.pth").write_bytes(b"theirs")
+    with pytest.raises(SystemExit):
+        released_mdm.main([str(path), str(tmp_path / "." / "vis_model.pth")])
+    assert "would be replaced" in capsys.readouterr().err and path.read_bytes() == b"theirs"
+
+
 def refused(path, capsys, *needed):
     with pytest.raises(SystemExit):
         released_mdm.main([str(path), str(path.with_name("out.pt"))])

@@ -527,7 +527,7 @@ def test_the_time_to_the_end_counts_the_grids(tmp_path, monkeypatch):
                 now[0] += 40
         if step == 65:
             assert record.bar.format_dict["rate"] == pytest.approx(1 / 3)
-    record.close()
+    record.bar.close()
     lines = stderr.getvalue().rstrip("\n").split("\n")
     assert [int(re.search(r"(\d+)/120", line)[1]) for line in lines] == [20, 50, 80, *range(110, 120), 119]
     assert lines[1].endswith(" [01:10, 03:30 left]") and "\r" not in stderr.getvalue()
@@ -728,7 +728,8 @@ def test_the_recipes_start(tmp_path, monkeypatch, capsys):
     latents.put(tmp_path / "latents-256" / "latents.json", json.dumps(
         {"vae": "x", "scale": 0.18215, "shift": 0.0, "data": "imagenet", "images": 3, "copies": 1,
          "chunk": 1024, "shape": [4, 32, 32], "image_shape": [3, 256, 256],
-         "class_names": [str(i) for i in range(1000)], "labels": latents.digest(np.arange(3))}))
+         "class_names": [str(i) for i in range(1000)],
+         "labels": datasets.digest(np.arange(3).astype("<i8").tobytes())}))
     monkeypatch.setattr(cost, "table", lambda *args: [{"name": "nothing", "total": 0}])
     monkeypatch.setattr(cost, "multiply_adds", lambda *args: None)
     for command in commands:
@@ -750,6 +751,10 @@ def test_weights_to_share(tmp_path, capsys):
     torch.save({**saved, "args": {**saved["args"], "vae": str(tmp_path)}}, whole)
     checkpoint.main([str(tmp_path / "run"), str(slim)])
     assert slim.stat().st_size < whole.stat().st_size / 4
+    for itself in whole, tmp_path / "run" / "checkpoints" / "0000003.pt":
+        with pytest.raises(SystemExit):
+            checkpoint.main([str(tmp_path / "run"), str(itself)])
+        assert "would be replaced" in capsys.readouterr().err and checkpoint.read(itself)["opt"]
     assert str(tmp_path) not in repr(checkpoint.read(slim)["args"])
     raw, ema, half = *(checkpoint.read(whole)[w] for w in ("model", "ema")), checkpoint.read(slim)["model"]
     assert same(half, {k: v.half() for k, v in ema.items()}) and not same(raw, ema)
