@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from diffusion import Diffusion, UserError, cosine_alpha_bar
+from support.options import checked
 
 CONFIGS = {"tiny": dict(width=192, depth=6, patch=4)}
 
@@ -30,8 +31,10 @@ class Block(nn.Module):
 
 
 class Mixer(nn.Module):
-    def __init__(self, shape, num_classes, width, depth, patch):
+    def __init__(self, shape, num_classes, width: int, depth: int, patch: int):
         super().__init__()
+        if len(shape) != 3:
+            raise UserError("Mixer draws pictures, not videos: add --frames 1")
         (C, H, W), self.num_classes = shape, num_classes
         if H % patch or W % patch:
             raise UserError(f"image size {H}x{W} is not divisible by patch={patch}: try --set patch=2")
@@ -50,5 +53,5 @@ class Mixer(nn.Module):
 
 
 def build(preset, shape, num_classes=0, **options):     # options: what --set gives
-    model = Mixer(shape, num_classes, **{**CONFIGS[preset], **options})
+    model = Mixer(shape, num_classes, **checked("mypaper", CONFIGS, preset, options, Mixer, {}))
     return model, Diffusion(cosine_alpha_bar(1000), predict="x0")

@@ -287,9 +287,10 @@ def resume(args, folder, team):
     files do not agree."""
     if args.init_inner and args.resume not in ("auto", "none"):
         raise UserError("--resume PATH and --init-inner both begin from weights: drop one")
-    if team.any(team.first(lambda: args.identity) != args.identity):
+    own = args.identity, args.space
+    if team.any(team.first(lambda: own) != own):
         raise UserError(f"{args.latents or args.data} is not the same on all machines (names, sizes or classes of the "
-                        f"files): copy one folder to all of them, or pass one that they share")
+                        f"files, or their VAE): copy one folder to all of them, or pass one that they share")
 
     def look():
         if args.init_inner and args.resume == "none":
@@ -353,6 +354,8 @@ def origin(args, folder, say):
     say_moved(args, saved, path, say)
     if not own and saved.get("identity", args.identity) != args.identity:
         say(f"data        {path} was trained on other files or classes")
+    if not own and saved.get("space", args.space) != args.space:
+        say(f"latents     {path} was trained on others: of another VAE, or other data")
     if own and saved.get("bf16", args.bf16) != args.bf16:
         say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run will differ, by "
             f"rounding, from one that does not change")

@@ -145,7 +145,7 @@ class Dataset:
         if not self.latents:
             return x.float() / 127.5 - 1
         mean, std = x.float().chunk(2, dim=1)                                       # (B, C, h, w) each
-        z = mean + std * normal(fold(seeds, 4), self.shape)     # train.py uses 0 to 3 for its own draws
+        z = mean + std * normal(fold(seeds, 4), self.shape)     # train.py uses 0 to 3 and 6 for its own
         return (z - self.latents["shift"]) * self.latents["scale"]
 
     def subset(self, keep):
@@ -214,6 +214,9 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
     size = None if image_size is None else parse_size(image_size)
     if split not in ("train", "test"):
         raise UserError(f"no split {split!r}: choose train or test")
+    if name in NAMES and not QUIET and Path(name).is_dir() and any(
+            path.lower().endswith(ENDINGS) for path, _ in walk(Path(name))):
+        print(f"note        {name} is the data set of this name: for the folder here pass ./{name}")
     if name == "moving":
         return Dataset(**shapes.moving(size or (32, 32), split, 8 if frames is None else frames))
     if frames is not None:
@@ -224,7 +227,7 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
         root = expanded(data_dir or "~/.cache/four-denoisers")
         return cifar10(root, size, split) if name == "cifar10" else digits(name, root, size, split)
     folder = expanded(name)
-    if not folder.is_dir():
+    if not str(name) or not folder.is_dir():                # Path("") would be the folder that we are in
         close = difflib.get_close_matches(str(name).lower(), NAMES, n=1)
         guess = f", did you mean {close[0]}" if close else ""
         raise UserError(f"no data set or folder {str(name)!r}{guess}: choose {', '.join(NAMES)}, "
@@ -284,7 +287,7 @@ class batch_order:                      # lower case like range, which it resemb
             for e in np.unique(epoch):
                 now = epoch == e
                 indices[now] = permutation(self.seed, int(e), self.n)[place[now]]
-            if self.draws:      # train.py uses 0 to 3 for its own draws, `prepare` 4
+            if self.draws:      # train.py uses 0 to 3 and 6 for its own draws, `prepare` 4
                 draws = fold(self.seed, step + 1, torch.from_numpy(self.slots), 5).numpy()          # (hi - lo,)
                 indices = np.stack([indices, draws])                                # (2, hi - lo)
             yield indices                                                           # (hi - lo,)
@@ -523,7 +526,10 @@ def walk(folder, below="", above=()):
         if e.is_dir():
             yield from walk(folder, f"{below}{e.name}/", (*above, real))
         elif e.name.lower().endswith(ENDINGS + OTHERS):
-            yield below + e.name, e.stat().st_size
+            try:
+                yield below + e.name, e.stat().st_size
+            except OSError as error:                        # a link to nothing
+                raise unreadable([f"{os.path.join(here, e.name)} ({error.strerror})"]) from None
 
 
 def plain(path):
@@ -604,6 +610,10 @@ def read_captions(folder, files):
     there is no such table. Raises UserError if any word of it would be lost."""
     tables = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
     if not tables:
+        lost = sorted(f"{below}/{name}" for below in {posixpath.dirname(f) for f in files} - {""}
+                      for name in ("metadata.csv", "metadata.jsonl") if (folder / below / name).is_file())
+        if lost and not QUIET:
+            print(f"left out    captions in {', '.join(lost)}: put one table into {folder}, with paths from there")
         return None
     if len(tables) > 1:
         raise UserError(f"{folder} has both metadata.csv and metadata.jsonl: keep one")
@@ -654,7 +664,7 @@ def json_lines(f, table):
             captions = [captions] if isinstance(captions, str) else captions
             if not (captions and isinstance(captions, list) and all(isinstance(c, str) for c in [file, *captions])):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{table}, line {line} is not understood: write {{"file_name": "1.png", "text": "a cat"}}, '
                             f'or as text a list, ["a cat", "a pet"]') from None
         yield line, file, captions
@@ -710,6 +720,7 @@ def read_image(path, mode, size=None):
     try:
         with Image.open(path) as image:
             deep = image.mode[0] in "IF"
+            film = getattr(image, "is_animated", False) and image.format != "MPO"   # (a phone's JPEG with its preview)
             image = ImageOps.exif_transpose(image)          # phones store pictures sideways
             if image.has_transparency_data:
                 paper = Image.new("RGBA", image.size, "white")
@@ -718,7 +729,9 @@ def read_image(path, mode, size=None):
     except Exception as e:              # decoders raise all kinds of exceptions for damaged files
         raise unreadable([f"{path} ({e})"]) from None
     if deep:                            # the conversion has clipped it
-        raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
+        raise unreadable([f"{path} (more than 8 bits per channel: save it with 8)"])
+    if film:
+        raise unreadable([f"{path} (a film: only pictures are read, or moving, which we draw)"])
     return to_array(image, size)
 
 

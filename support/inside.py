@@ -9,6 +9,7 @@ that measure need nothing more; drawing needs `pip install matplotlib`.
 import contextlib
 import copy
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from einops import rearrange
 
 from diffusion import UserError, fold, normal
 from support import checkpoint, cli, datasets
-from support.pictures import marks, to_uint8
+from support.pictures import make_folder, marks, to_uint8
 
 try:
     import matplotlib
@@ -38,16 +39,19 @@ def pictures(model, diffusion, args, n=32, data_dir=None):
             dataset = datasets.load(args["data"], data_dir, shape[1:], "test", frames=args.get("frames"))
         else:
             dataset = datasets.load(data_dir, image_size=shape[1:])
-            if (dataset.shape, dataset.class_names) != (shape, args["class_names"]):
+            if dataset.shape != shape or classes and dataset.class_names != args["class_names"]:
                 raise UserError(f"{data_dir} has images {dataset.shape} of classes {dataset.class_names}, but the "
                                 f"network knows {shape} and {args['class_names']}: pass a folder like the one it was "
                                 f"trained on")
         if len(dataset) < 5:
             raise UserError(f"{data_dir} has {len(dataset)} images: pass a folder of 5 or more")
-        batch = dataset[list(range(min(n, len(dataset))))]
+        first = range(min(n, len(dataset)))
+        if args["data"] not in datasets.NAMES:              # its files are sorted by class
+            first = [i * len(dataset) // len(first) for i in first]
+        batch = dataset[list(first)]
         return batch["x"] / 127.5 - 1, {"y": batch["y"]} if classes else {}
     cond = {"y": torch.arange(n) % classes} if classes else {}
-    return diffusion.sample(model, shape, torch.arange(n), steps="25", **cond), cond
+    return diffusion.sample(model, shape, torch.arange(n), steps=str(min(25, diffusion.T)), **cond), cond
 
 
 def noised(diffusion, x0, t):
@@ -151,6 +155,8 @@ def swings(model, looks, cond):
 
 def dis(figure, model, diffusion, args, x0, cond):
     """Draws into a matplotlib figure -> {what: numbers to print}."""
+    if not model.deep:
+        raise UserError("a network of one block has no long skips: pass a deeper one")
     looks, top = [noised(diffusion, x0, t) for t in LEVELS], [f"t = {t}" for t in LEVELS]
     grid, depth, fresh = patches(model), len(dis_blocks(model)), untrained(args)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.45, 1))
@@ -506,6 +512,9 @@ def phase_errors(model, diffusion, x0, t, **cond):
 
 def diffussm(figure, model, diffusion, args, x0, cond):
     """Draws into a matplotlib figure -> {what: numbers to print}."""
+    if model.patch > 1 or model.shape[2] % model.ratio:
+        raise UserError("a fold of this network is not some pixels of one row, as these pictures suppose: pass a run "
+                        "with patch=1 and a width divisible by its ratio")
     M, fresh, ends = model.ratio, untrained(args), {"first block": 0, "last block": -1}
     rows, columns = (side // model.patch for side in model.shape[1:])
     K, before = kernels(model), kernels(fresh)                                         # (blocks, 2D, L)
@@ -632,8 +641,11 @@ def main(argv=None):
     if type(model).__name__ not in DRAW or len(trained["shape"]) != 3 or trained.get("space"):
         raise UserError(f"{args.ckpt} is a {type(model).__name__} for {'latents ' * bool(trained.get('space'))}"
                         f"{trained['shape']}: pass a {', '.join(DRAW)} for pictures")
-    if not args.out.endswith((".png", ".jpg", ".pdf", ".svg", ".webp")):
+    if not args.out.lower().endswith((".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")):
         raise UserError(f"--out {args.out} must be a file that ends in .png, .jpg, .pdf, .svg or .webp")
+    if diffusion.T < 50:
+        raise UserError(f"{args.ckpt} has T={diffusion.T}: pass a run with T of 50 or more")
+    make_folder(Path(args.out).resolve().parent)
     if not pyplot:
         raise UserError("drawing needs matplotlib: pip install matplotlib")
     draw, height = DRAW[type(model).__name__]
@@ -644,6 +656,8 @@ def main(argv=None):
             print(what, *(" ".join(f"{n:9.4g}" for n in line) for line in numbers.tolist()), sep="\n    ")
         figure.savefig(args.out)
         pyplot.close(figure)
+    if trained.get("text"):
+        print("captions    none: here the network draws without a text")
     print(f"picture     {args.out}")
 
 

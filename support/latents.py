@@ -9,7 +9,7 @@
 A VAE's encoder gives a mean and a standard deviation for each element of a latent. Both are stored, so that training
 draws a new latent each time, as DiT (Peebles & Xie 2022, 2212.09748) does by encoding during training:
 
-    latents.json    describes the other files; written first
+    latents.json    describes the other files; written before the latents
     labels.npy      int64 (N,), if there are classes
     00000.npy ...   float16 (n, 2C, h, w): means, then standard deviations, of n = 1024 examples, fewer in the last.
                     Examples 0 to N - 1 are the pictures; with --hflip, N to 2N - 1 are their mirror images
@@ -19,6 +19,7 @@ rounding. So you may stop at any time: the same command goes on, on any number o
 encode and decode, not to train.
 """
 import io
+import itertools
 import json
 import math
 import os
@@ -163,7 +164,10 @@ def encode(dataset, folder, vae, about, batch_size=32):
         for chunk in todo:
             batches = [np.array(chunk[i:i + batch_size]) for i in range(0, len(chunk), batch_size)]
             stored = []
-            for i, batch in zip(batches, pool.map(lambda i: dataset[i % N], batches)):
+            # a few batches ahead: `map` alone would read the whole chunk into memory
+            few = (batches[j:j + 8] for j in range(0, len(batches), 8))
+            read = itertools.chain.from_iterable(pool.map(lambda i: dataset[i % N], some) for some in few)
+            for i, batch in zip(batches, read):
                 x = dataset.prepare(batch["x"].to(vae.device), None)                # (B, 1 or colours, H, W)
                 mirror = torch.from_numpy(i >= N).to(x.device).view(-1, 1, 1, 1)    # (B, 1, 1, 1)
                 x = torch.where(mirror, x.flip(-1), x).expand(-1, vae.colours, -1, -1)

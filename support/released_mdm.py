@@ -53,7 +53,7 @@ def their_name(name, network):
 
 class Inert:
     """Stands for any object in the file that is not a tensor, a number, a string, a list or a dict: it takes whatever
-    it is told, and does nothing."""
+    it is told, and does nothing. (But PyTorch refuses objects that are filled like a list or a dict.)"""
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
@@ -73,8 +73,10 @@ def read(path):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than weights, perhaps code, and was not opened: download it again from "
-                        f"{ADDRESS.format('64, 256 or 1024')}") from None
+        raise UserError(f"{path} holds more than weights, perhaps code, and was not opened: download it from "
+                        f"{ADDRESS.format('64, 256 or 1024')}. If it is from there, and you trust it, keep only the "
+                        f"weights: torch.save({{'state_dict': torch.load(path, weights_only=False)['state_dict']}}, "
+                        f"new_path)") from None
     except PermissionError:
         raise
     except Exception:                                   # damage makes zipfile and the unpickler stumble in many ways

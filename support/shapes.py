@@ -71,7 +71,7 @@ def attributes(split, sizes, shorter_side):
     """What each example shows: index, kind, caption, place in the unit square, radius in pixels, colour. The indices of
     the test split follow those of the training split."""
     i = np.arange(65536) if split == "train" else np.arange(65536, 65536 + 4096)
-    kind, colour, big = i % 8, i // 8 % 6, i // 48 % 2      # all combinations, equally often
+    kind, colour, big = i % 8, i // 8 % 6, i // 48 % 2      # all combinations, about equally often
     kinds, colours, names = list(SHAPES), list(COLOURS), list(sizes)
     captions = [f"a {names[b]} {colours[c]} {kinds[k]}" for k, c, b in zip(kind, colour, big)]
     # the multiples of two irrational numbers, modulo 1, fill a square more evenly than random points
@@ -95,7 +95,7 @@ def moving(size, split, frames):
     """Clips (3, T, H, W) with T = `frames`; pictures, if T is 1. Each shape has a constant speed, and all of it stays
     inside the picture."""
     i, kind, captions, place, radius, ink = attributes(split, MOVING_SIZES, min(size))
-    direction = i // 96 % 4                                 # each combination moves in all directions, equally often
+    direction = i // 96 % 4                                 # each combination moves in all directions
     captions = [f"{c} moving {list(DIRECTIONS)[d]}" for c, d in zip(captions, direction)]
     room = np.array(size) - 2 * radius[:, None] - 1         # for the centre, (N, 2)
     way = np.array(list(DIRECTIONS.values()))[direction] * np.minimum(0.4 * np.array(size), room)

@@ -791,7 +791,12 @@ ERRORS = {
                 ["c.jpg", "replace"]),
     "cut gray": (lambda f: (write_image(f / "a.png", 1, mode="L"), cut(f / "a.png")), {},
                  ["a.png", "replace"]),
-    "deep": (lambda f: two_images(f, colour=1000, mode="I;16"), {}, ["b.png", "save it with 8"]),
+    "deep": (lambda f: [write_image(f / name, 1000, mode="I;16") for name in ("a.png", "b.png")], {},
+             ["2 images cannot be read", "a.png", "b.png", "save it with 8"]),
+    "film": (lambda f: (two_images(f), Image.new("L", (16, 16)).save(
+        f / "c.gif", save_all=True, append_images=[Image.new("L", (16, 16), 255)])), {}, ["c.gif (a film", "moving"]),
+    "no target": (lambda f: (two_images(f), (f / "c.png").symlink_to(f / "nowhere")), {}, ["c.png (No such file"]),
+    "no name": (lambda f: two_images(f), dict(name=""), ["no data set or folder ''"]),
     "sizes": (lambda f: two_images(f, size=(20, 10)), {}, ["b.png", "10x20", "--image-size"]),
     "loose": (lambda f: two_images(f, "cats/b.png"), {}, ["a.png", "into a subfolder"]),
     "columns": (lambda f: table(f, "file,caption\na.png,x\n"), {},
@@ -815,6 +820,7 @@ ERRORS = {
     "empty list": (lambda f: table(f, '{"file_name": "a.png", "text": []}', "jsonl"), {},
                    ["line 1", '"text"']),
     "a number": (lambda f: table(f, '{"file_name": "a.png", "text": [1]}', "jsonl"), {}, ["line 1", '"text"']),
+    "brackets": (lambda f: table(f, "[" * 10**5, "jsonl"), {}, ["line 1", '"text"']),
 }
 
 
@@ -834,6 +840,20 @@ def test_errors_say_what_to_do(case, tmp_path, monkeypatch):
     message = str(e.value)
     assert "\n" not in message and all(word in message for word in needed), message
     assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
+
+
+def test_what_is_left_out_is_told(tmp_path, monkeypatch, capsys):
+    """A table in a subfolder; a folder that is called like a data set of ours, if there are pictures in it."""
+    monkeypatch.chdir(pets(tmp_path))
+    (tmp_path / "cat" / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    assert not load(str(tmp_path), image_size=16).has_captions
+    assert "left out    captions in cat/metadata.csv" in capsys.readouterr().out
+    (tmp_path / "shapes").mkdir()
+    load("shapes")
+    assert not capsys.readouterr().out
+    write_image(tmp_path / "shapes" / "a.png")
+    load("shapes")
+    assert "pass ./shapes" in capsys.readouterr().out and load("./shapes").shape == (3, 16, 16)
 
 
 def test_lazy_folders_name_the_bad_image_when_they_reach_it(tmp_path, monkeypatch):
@@ -957,7 +977,9 @@ def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
         checkpoint.origin(args, folder, print)
     args.name, args.resume, said = "new", str(folder), []       # a new run from these weights may, and is told
     assert checkpoint.origin(args, checkpoint.folder_of(args), said.append)
-    assert "was trained on other files or classes" in said[0]
+    assert "was trained on other files or classes" in said[0] and len(said) == 1
+    args.space = {"vae": "another"}
+    assert checkpoint.origin(args, checkpoint.folder_of(args), said.append) and "of another VAE" in said[-1]
     checkpoint.let_go()
 
 

@@ -498,12 +498,13 @@ def test_one_process_agrees_with_itself():
 def test_machines_that_have_not_the_same_are_told(tmp_path):
     """Each case: what the first machine says, in turn, to this one, which is not the first."""
     (tmp_path / "latest.pt").touch()
-    args = SimpleNamespace(init_inner=None, resume="auto", identity="ours", latents=None, data="pets")
+    args = SimpleNamespace(init_inner=None, resume="auto", identity="ours", space=None, latents=None, data="pets")
     settings = {"ckpt": "latest.pt"}
     ours = json.dumps(settings, indent=1)
     for says, call, needed in (
-            (["theirs"], lambda team: checkpoint.resume(args, tmp_path, team), "pets is not the same on all machines"),
-            (["ours", None], lambda team: checkpoint.resume(args, tmp_path, team), "pass --node-rank=0 there"),
+            *([[first], lambda team: checkpoint.resume(args, tmp_path, team), "pets is not the same on all machines"]
+              for first in (("theirs", None), ("ours", {"vae": "other"}))),
+            ([("ours", None), None], lambda team: checkpoint.resume(args, tmp_path, team), "pass --node-rank=0 there"),
             ([ours[1:]], lambda team: fid_samples(team, tmp_path, 1, 1, settings, None, ""), "another checkpoint"),
             ([ours, ".x", []], lambda team: fid_samples(team, tmp_path, 1, 1, settings, None, ""), "another folder")):
         team = SimpleNamespace(rank=1, world=2, any=bool, first=lambda f, said=iter(says): next(said))

@@ -53,6 +53,8 @@ def test_pictures_of_your_own(tmp_path):
                 inside.pictures(None, None, args, data_dir=tmp_path)
     x0, cond = inside.pictures(None, None, args, data_dir=tmp_path)
     assert x0.shape == (5, 3, 8, 8) and cond["y"].tolist() == [0, 1, 1, 1, 1]
+    few, _ = inside.pictures(None, None, {**args, "num_classes": 0, "class_names": []}, n=2, data_dir=tmp_path)
+    assert torch.equal(few, x0[[0, 2]])                     # not only the first class; and a network may know none
     with pytest.raises(UserError, match="a folder like the one"):
         inside.pictures(None, None, {**args, "class_names": ["cat", "fox"]}, data_dir=tmp_path)
 
@@ -68,11 +70,22 @@ def test_what_cannot_be_drawn(monkeypatch, capsys):
     assert "must be a file that ends in .png" in capsys.readouterr().err
     model, diffusion, trained = small("dis", **SMALL["dis"])
     for run, needed in (((torch.nn.Linear(1, 1), None, {"shape": [1, 8, 8]}), "is a Linear"),
-                        ((model, diffusion, {**trained, "space": {"data": "mnist"}}), "for latents")):
+                        ((model, diffusion, {**trained, "space": {"data": "mnist"}}), "for latents"),
+                        (small("dis", **SMALL["dis"], T=40), "has T=40")):
         load(monkeypatch, *run)
         with pytest.raises(SystemExit):
             inside.main(["--ckpt", "small.pt"])
         assert needed in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run, needed", [(("dis", {**SMALL["dis"], "depth": 1}), "no long skips"),
+                                         (("diffussm", {**SMALL["diffussm"], "patch": 2}), "with patch=1")])
+def test_networks_without_what_is_shown(run, needed, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    load(monkeypatch, *small(run[0], **run[1]))
+    with pytest.raises(SystemExit):
+        inside.main(["--ckpt", "small.pt"])
+    assert needed in capsys.readouterr().err
 
 
 # --- DiS --------------------------------------------------------------------------------------------------------

@@ -124,10 +124,15 @@ def test_commands_of_sample_work(page, tmp_path, monkeypatch):
                 sample.main([*flags, "--steps", "2", "--num-samples", "8", "--out", str(tmp_path / "a.png")])
 
 
-def test_a_paper_of_your_own():
+def test_a_paper_of_your_own(capsys):
     """Trains, goes on, and draws, also without classes."""
     for flags in ([], ["--num-classes", "0"]):
         train.main(["--model", str(ROOT / "examples/mypaper.py"), "--smoke", "--device", "cpu", *flags])
+    for flags, needed in ((["--set", "heads=3"], "mypaper has width, depth, patch"),
+                          (["--set", "patch=0"], "at least 1"), (["--data", "moving"], "add --frames 1")):
+        with pytest.raises(SystemExit):
+            train.main(["--model", str(ROOT / "examples/mypaper.py"), "--smoke", "--device", "cpu", *flags])
+        assert needed in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
