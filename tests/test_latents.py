@@ -360,7 +360,7 @@ def test_the_command(name, tmp_path, monkeypatch, capsys):
     (["shapes", "used", "--hflip"], "other settings .images, copies, labels.: choose"),
     (["pictures", "other"], "other has no latents.json.*choose another folder"),
     (["pictures", "a-file"], "cannot write into a-file .File exists.: choose"),
-    (["deep", "out"], "deep/a/0.png (more than 8 bits")])
+    (["deep", "out"], "deep/a/0.png .more than 8 bits")])
 def test_the_command_says_what_is_wrong(arguments, needed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pretend(monkeypatch)
