@@ -17,8 +17,8 @@ Glossary. B images; C channels of z, and C of v. A level of the U-Net has h x w 
 | `state`          | (x, x')        | (B, 2C, h, w)    | z, then v                                        |
 | `s`, `dt`        | t~             | number, 0 .. 1   | the inner time, and the solver's step in it      |
 | `t`              | t              | (B,)             | the diffusion step                               |
-| `Acceleration` a | f^(a) (Eq. 4)  |                  | x'' = f(x, x', t, t~), Figure 2                  |
-| `Velocity` g     | g (Eq. 4)      |                  | x'(0) = g(x(0)), once, after the stem            |
+| `Acceleration` a | f^(a) (Eq. 4)  |                  | x'' = f(x, x', t, t~), Figure 2; weights theta_f |
+| `Velocity` g     | g (Eq. 4)      |                  | x'(0) = g(x(0)), after the stem; weights theta_g |
 | `DynamicBlock`   |                |                  | solves on [0, 1] ("dynamic blocks", Figure 2)    |
 | `e`              |                | (B, 256)         | embedding of t, plus that of the class           |
 | `scale`, `shift` |                | (B, 2C, 1, 1)    | how e steers the acceleration                    |

@@ -14,7 +14,7 @@ its convolutions. The paper calls this an hourglass.
 | `width`         | D         |                 | channels of the residual stream                                    |
 | `patch`         | P         |                 | side of a patch; 1: none                                           |
 | `ratio`         | M         |                 | of the hourglass: tokens folded into one; 1: none                  |
-|                 | m         |                 | phase: the place of a token among the M that are folded, 0 .. M-1  |
+|                 | m         |                 | phase: a token's place among the M of a fold, 0 .. M-1 (paper: k)  |
 |                 | L, l      |                 | L = rows x columns / P^2 tokens at full length, row by row; l: one |
 |                 | J, j      |                 | J = L / M tokens of the residual stream; j: one                    |
 | `x`             |           | (b, J, D)       | the residual stream. `x_t` is the noised image                     |
@@ -23,7 +23,7 @@ its convolutions. The paper calls this an hourglass.
 | `W_0`, `W_up`   | W_0, W^up | D -> D -> M 2D  | expand each of the J tokens to its M phases                        |
 | `U`             | U_l       | (b, L, 2D)      | input of the SSMs: D channels for each direction                   |
 | `Y`             | Y_l       | (b, L, 2D)      | their output                                                       |
-| `W_down`        | W^down    | (M, 2D, 2D / M) | one matrix per phase; their results, side by side, make one token  |
+| `W_down`        | W^down    | (M, 2D, 2D / M) | a matrix per phase; their results, D_m = 2D / M each, make a token |
 | `I_prime`       | I'_j      | (b, J, 2D)      | what the M phases bring back                                       |
 | `W_1, W_2, W_3` | W_1 ...   |                 | gate (from I), value (from I') and output, `O`                     |
 | `state`         | N         |                 | size of an SSM's state (64), as N / 2 conjugate pairs              |
@@ -353,23 +353,23 @@ def kernel(log_Abar, CB, L):
 
         K_l = 2 Re sum_n (C_n Bbar_n Abar_n^start) Abar_n^offset
 
-    is the product of an (L/stride, N/2) and an (N/2, stride) matrix. It takes N sqrt(L) exponentials per SSM, not
-    N L / 2. Test: tests/test_diffussm.py::test_three_kernels_agree."""
+    is, for each SSM, the product of an (L/stride, N/2) and an (N/2, stride) matrix. It takes N sqrt(L) exponentials,
+    not N L / 2. Test: tests/test_diffussm.py::test_three_kernels_agree."""
     stride = math.isqrt(L - 1) + 1                                                     # sqrt(L), rounded up
     starts = torch.arange(0, L, stride, device=CB.device)                              # (L/stride,)
     offsets = torch.arange(stride, device=CB.device)                                   # (stride,)
-    together = 256 if CB.device.type == "cpu" else len(CB)      # SSMs at a time; their powers fit a CPU's cache
+    together = 256 if CB.device.type == "cpu" else len(CB)      # n SSMs at a time: their powers fit a CPU's cache
     parts = []
     for log_Abar_part, CB_part in zip(log_Abar.split(together), CB.split(together)):
         # With z = 2 CB Abar^start and w = Abar^offset we want
         #     Re(z w) = Re z Re w - Im z Im w,
         # which is the real product of (Re z, Im z) and (Re w, -Im w). The latter is w conjugated. A real product is
         # faster than a complex one. (With TF32, which train.py turns on for GPUs, it reads 10 bits of mantissa.)
-        z = (2 * CB_part)[:, None] * powers(log_Abar_part, starts)                     # (2D, L/stride, N/2)
-        w_conj = powers(log_Abar_part.conj(), offsets)                                 # (2D, stride, N/2)
-        z, w_conj = (torch.view_as_real(v).flatten(2) for v in (z, w_conj))            # (2D, .., N)
-        parts.append((z @ w_conj.mT).flatten(1)[:, :L])                                # (2D, L)
-    return torch.cat(parts)
+        z = (2 * CB_part)[:, None] * powers(log_Abar_part, starts)                     # (n, L/stride, N/2)
+        w_conj = powers(log_Abar_part.conj(), offsets)                                 # (n, stride, N/2)
+        z, w_conj = (torch.view_as_real(v).flatten(2) for v in (z, w_conj))            # (n, .., N)
+        parts.append((z @ w_conj.mT).flatten(1)[:, :L])                                # (n, L)
+    return torch.cat(parts)                                                            # (2D, L)
 
 
 def powers(log_Abar, exponents):

@@ -12,9 +12,10 @@ Glossary. A, B, C, D are Mamba's matrices. Shapes use: b images, c channels of a
 
 | code           | symbol   | shape         | meaning                                                               |
 |----------------|----------|---------------|-----------------------------------------------------------------------|
-| `width`        | d        |               | channels of a token                                                   |
+| `width`        | D        |               | channels of a token; d in shapes, as D is also Mamba's direct path    |
 | `patch`        | p        |               | side of a patch, in pixels                                            |
-|                | J, L     |               | J patches, H W / p^2; L tokens: these and, if time="token", t and y   |
+|                | J        |               | patches: J = H W / p^2                                                |
+|                | L        |               | tokens: patches and, if time="token", t and y. (Blocks in the paper)  |
 | `expand`       | E        |               | a mixer works on e = E d channels (E = 2)                             |
 | `state`        | N        |               | numbers in the state of one channel (16)                              |
 | `rank`         | R        |               | of the projection that makes delta: d / 16, rounded up                |
@@ -250,7 +251,8 @@ class Block(nn.Module):
     """Add, norm, mix: Mamba's order. Two streams run through the blocks. `residual` r is the running sum. `hidden` m
     is what the previous block's mixer made, and this block adds it:
 
-        m' = W [m; m_shallow] + b        in the deep half; elsewhere m' = m       (long skip, departure 2)
+        m' = W [m; m_shallow] + b        in the deep half; elsewhere m' = m       (long skip, departure 2; the paper
+                                         names m_shallow first, which only reorders W)
         r  = r + m'                      in the first block r = m'
         m  = BiMamba(RMSNorm(r))
     """
@@ -362,8 +364,7 @@ CONFIGS["tiny"] = dict(width=160, depth=6, patch=None, conv=None, expand=1, stat
                        t_normal=[0.4, 1.3], cfg_below=0.9)
 # For an hour of one core: a digit is a grid of 7 x 7 patches. 0.9 million parameters; the other papers have one, too.
 CONFIGS["mini"] = CONFIGS["tiny"] | dict(width=128, grid=7, min_snr=5, max_snr=0.3, cfg_below=0.8)
-# How train.py trains a preset, unless its flags say otherwise. Large batches are cheap for so small a network: a step
-# of 64 images takes 1.5 times as long as one of 32.
+# How train.py trains a preset, unless its flags say otherwise. Large batches are cheap for so small a network.
 TRAINING = {"tiny": dict(global_batch_size=64, lr=4e-3, max_steps=3200)}
 
 

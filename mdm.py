@@ -24,7 +24,10 @@ a word. D: width of a token. E: width of `e`. Axes in einops: b, c, f (frames), 
 | `noise`          | eps^1 .. eps^R    | (B, numbers)        | of all resolutions, one after the other; see `unpack`  |
 | `weights`        | omega^r N_r / N_R | R numbers           | of the mean squared errors; see (1) below              |
 | `h`              |                   | (B frames, C, H, W) | features of a network                                  |
-| `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class; together `words`  |
+| `tokens`, `mask` |                   | (B, L, D), (B, L)   | a caption, or one token for a class: `words`. A mask   |
+|                  |                   |                     | of None: all count                                     |
+| `sizes[r]`       | N_r               | R numbers           | how many numbers resolution r has                      |
+| `outs`           | x_theta^r         | like `z`            | the network's outputs: x, v or eps, see `predict`      |
 | `e`, `pooled`    |                   | (B, E)              | embedding of t and more; its part that is from `words` |
 
 Where this file departs from the paper or the authors' code: docs/mdm.md has all twelve points, and a map of the
@@ -129,8 +132,8 @@ class ExtendedDiffusion:
 
     def mixed_errors(self, model, x0, t, noise, places=None, **cond):
         """Like `errors`, but only the part mixed[r] of the rows has resolution r -> [(B,)], 0 in the others. A row's
-        place in the whole batch decides. So the result does not depend on the number of processes, the CPU need not ask
-        the GPU how many rows there are, and each step has as many. places (B,) long, on the CPU; None: 0 .. B - 1."""
+        place in the whole batch decides: so it is the same on any number of processes, each step has as many, and
+        nobody waits for the GPU to count. places (B,) long, on the CPU; None: 0 .. B - 1."""
         places = torch.arange(len(t), device="cpu") if places is None else places
         u = places * ((math.sqrt(5) - 1) / 2) % 1           # the golden ratio spreads them evenly over 0 .. 1, (B,)
         order = u.argsort()                                 # rows with the finest resolution first, (B,)
