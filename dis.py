@@ -47,9 +47,6 @@ could read only the paper's abstract, summaries of it, and the authors' code ("t
  9. skip="add" and time="adaln" are ablations of the paper. The code lacks them, so their details are ours.
 10. `pos_init`, `label_std`, `patch=None` and `conv=None` are ours. The defaults are the code's values.
 11. Two norms stand before the last layer, as in the code. The paper, as far as we read it, has one.
-
-In a notebook Python's own `dis` is loaded already. There write
-`from support.checkpoint import load_paper; DiS = load_paper("dis").DiS`.
 """
 if __spec__ and __spec__.name == "dis":     # somebody asked for Python's own `dis`, as `import torch` does
     from support.namesake import *          # noqa: F403 (Python's own takes the place of this file)

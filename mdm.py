@@ -201,8 +201,7 @@ class ExtendedDiffusion:
 def guided(model, scale, negative=None):
     """Like diffusion.guided, at every resolution."""
     def call(z, t, **cond):
-        outs = model([torch.cat([z_r, z_r]) for z_r in z], torch.cat([t, t]),
-                     **with_and_without(cond, negative))
+        outs = model([torch.cat([z_r, z_r]) for z_r in z], torch.cat([t, t]), **with_and_without(cond, negative))
         pairs = [out.float().chunk(2) for out in outs]                                # [2 x (B, *shape_r)]
         return [without + scale * (with_c - without) for with_c, without in pairs]    # [(B, *shape_r)]
     return call
@@ -494,24 +493,22 @@ class Condition(nn.Module):
         self.pool = nn.Linear(D, E, bias=False)
 
     def forward(self, t, y, text, mask):
-        if self.num_classes or text is None:
-            mask = torch.ones_like(t, dtype=torch.bool)[:, None]                      # (B, 1)
-        elif mask is None:
-            mask = torch.ones_like(text[:, :, 0], dtype=torch.bool)                   # (B, L)
         if self.num_classes:
             y = torch.full_like(t, -1) if y is None else y
             tokens = self.source(torch.where(y < 0, self.num_classes, y))[:, None]    # (B, 1, D)
-        elif self.null is None:
-            if text is None:
-                raise UserError("this model always reads text: pass the embedding of the empty prompt for none")
+        elif text is not None:
             tokens = self.source(text)                                                # (B, L, D)
-        elif text is None:
+        elif self.null is not None:
             tokens = self.null.expand(len(t), 1, -1)                                  # (B, 1, D)
         else:
+            raise UserError("this model always reads text: pass the embedding of the empty prompt for none")
+        if text is None or mask is None:
+            mask = torch.ones_like(tokens[:, :, 0], dtype=torch.bool)                 # (B, L), or (B, 1)
+        if text is not None and self.null is not None:
             # A row without a valid token gets the token "no text" everywhere, and the first one is made valid: there is
             # no attention to no token, and the mean over no token, below, would be 0/0.
             none = ~mask.any(dim=1, keepdim=True)                                     # (B, 1)
-            tokens = torch.where(none[..., None], self.null, self.source(text))       # (B, L, D)
+            tokens = torch.where(none[..., None], self.null, tokens)                  # (B, L, D)
             mask = torch.cat([mask[:, :1] | none, mask[:, 1:]], dim=1)                # (B, L)
         for layer in self.layers:
             tokens = layer(tokens, mask)

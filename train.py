@@ -8,28 +8,13 @@
 
 The same command, run again, continues from results/<model>-<data>/latest.pt. On a CPU a stop changes no bit of the run.
 
-A model of your own is a file with CONFIGS and build, such as examples/mypaper.py: --model path/to/file.py. It may have
-TRAINING, too: its presets' own defaults for the flags here, as in dis.py. The model that `build` returns may have some
-of these attributes, but needs none:
-
-    unit             a class, usually that of the blocks. --grad-checkpointing computes each module of this class again
-                     in backward; --shard gathers one of them at a time (and, as --dry-run, calls `build` for shapes
-                     only: it must not look at the numbers of a tensor)
-    nfe              a number, written in one more column of log.csv. In cunet.py: how often its network was evaluated
-    frozen()         a context for sampling: in it no weight changes, so diffussm.py computes its kernels only once
-    seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
-                     depends on neither processes nor micro-batches. In dis.py: which images skip a block (drop_path)
-    empty_prompt     true if the model reads a T5's empty prompt where no text is meant. In mdm.py: presets cc12m-..
-    nest             its networks, from the inside out: --init-inner fills the inner ones. mdm.py has it
-
---weight-decay knows a model's matrices by their names: weight.. or W.. (support/optimizer.py).
+A model of your own: --model path/to/file.py, see examples/mypaper.py.
 """
 import argparse
 import copy
 import math
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))    # finds our files even under PYTHONSAFEPATH
@@ -40,7 +25,7 @@ import torch
 import sample
 from diffusion import UserError, fold, normal, uniform
 from support import checkpoint, cost, inputs, latents, parallel
-from support.cli import Parser, number, option, processes, run, several, told_plainly
+from support.cli import Parser, number, option, processes, run, smoke, told_plainly
 from support.datasets import batch_order
 from support.log import Log, expected, further, plan, summarise
 from support.optimizer import AdamW
@@ -196,18 +181,6 @@ def final_samples(folder, args, *flags, encode=None):
                  *["--model", args.model] * args.model.endswith(".py")], encode)
 
 
-def smoke(argv, args):
-    """A little of everything, in a temporary folder."""
-    if args.dry_run is not None or several() or args.resume not in ("auto", "none"):
-        raise UserError("--smoke does not work with --dry-run, torchrun or --resume PATH: drop them")
-    with tempfile.TemporaryDirectory() as folder:
-        for steps in "1", "3":
-            main([*(a for a in argv if a != "--smoke"), "--results-dir", folder, "--name", "smoke", "--resume", "auto",
-                  "--sample-every", "1", "--log-every", "1", "--ckpt-every", "1", "--max-steps", steps],
-                 ["--steps", "1", "--num-samples", "4"])
-    print("smoke: steps, save, resume, a grid and sampling all worked")
-
-
 # --- training, from top to bottom ---------------------------------------------------------------------------
 
 @told_plainly()
@@ -218,7 +191,7 @@ def main(argv=None, drawing=()):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.smoke:
-        return smoke(argv, args)
+        return smoke(main, argv, args)
 
     # Processes. torchrun starts one for each GPU and tells it its rank. On a CPU we do that: one for each core. Each
     # takes an equal part of every batch and splits it into --grad-accum micro-batches.
@@ -226,13 +199,7 @@ def main(argv=None, drawing=()):
     if typed and not planned:
         parallel.share_cores(args)
     world = args.dry_run or processes()[1]                                  # a dry run plans for any number
-    parts = world * args.grad_accum
-    micro, rest = divmod(args.global_batch_size, parts)
-    if rest:
-        raise UserError(f"--global-batch-size {args.global_batch_size} cannot be split over {world} processes x "
-                        f"--grad-accum {args.grad_accum}: try {max(1, micro) * parts}")
-    if args.shard and world == 1:
-        raise UserError("--shard splits a model over processes, but only one runs: start more by torchrun, or drop it")
+    micro = parallel.micro_batch(args, world)                               # images of a micro-batch
     device = parallel.pick_device(args.device)
     team = parallel.Team(device)
     args.bf16 = parallel.set_precision(args.precision, device)
@@ -251,10 +218,7 @@ def main(argv=None, drawing=()):
     with torch.device("meta" if planned or args.shard and team.rank > 0 else "cpu"):
         model, diffusion = paper.build(args.preset, dataset.shape, args.num_classes,
                                        **({"text": args.text} if encode else {}), **args.set)
-    args.options = {**paper.CONFIGS[args.preset], **args.set}               # a run keeps them if its preset changes
-    if odd := [key for key, value in args.options.items() if not checkpoint.plain(value)]:
-        raise UserError(f"the option {odd[0]} of {args.model} must be a number, a word, a list or a dict of such: no "
-                        f"checkpoint could keep it (of NumPy's numbers make Python's, by float)")
+    args.options = checkpoint.all_options(args, paper)                      # a run keeps them if its preset changes
     if encode:
         encode.empty = getattr(model, "empty_prompt", False)
     folder = checkpoint.folder_of(args)

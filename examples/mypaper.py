@@ -3,6 +3,21 @@ MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) denoises images.
 
     python train.py --model examples/mypaper.py
     python sample.py --model examples/mypaper.py
+
+It may also have TRAINING: its presets' own defaults for the flags of train.py, as in dis.py. And the model that `build`
+returns may have some of these attributes:
+
+    unit             a class, usually that of the blocks. --grad-checkpointing computes each module of this class again
+                     in backward; --shard gathers one of them at a time (and, as --dry-run, calls `build` for shapes
+                     only: it must not look at the numbers of a tensor)
+    nfe              a number, written in one more column of log.csv. In cunet.py: how often its network was evaluated
+    frozen()         a context for sampling: in it no weight changes, so diffussm.py computes its kernels only once
+    seeded           true if, in training, it also takes seeds= (B,), one for each image. What a model draws from these
+                     depends on neither processes nor micro-batches. In dis.py: which images skip a block (drop_path)
+    empty_prompt     true if the model reads a T5's empty prompt where no text is meant. In mdm.py: presets cc12m-..
+    nest             its networks, from the inside out: --init-inner fills the inner ones. mdm.py has it
+
+--weight-decay knows a model's matrices by their names: weight.. or W.. (support/optimizer.py).
 """
 import torch
 from einops import rearrange

@@ -229,6 +229,15 @@ def plain(value):
     return type(value) in (type(None), bool, int, float, str, list, tuple, dict) and all(map(plain, inside))
 
 
+def all_options(args, paper):
+    """The options of a new run: the preset's, and in place of some of them those of --set. Raises UserError."""
+    options = {**paper.CONFIGS[args.preset], **args.set}
+    if odd := [key for key, value in options.items() if not plain(value)]:
+        raise UserError(f"the option {odd[0]} of {args.model} must be a number, a word, a list or a dict of such: no "
+                        f"checkpoint could keep it (of NumPy's numbers make Python's, by float)")
+    return options
+
+
 def options_of(saved, args):
     """All options of a run, which now continues with args."""
     return {**{k: v for k, v in args.options.items() if k not in args.set}, **before(saved)}

@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -161,6 +162,18 @@ def run(main):
     raise SystemExit(code)
 
 
+def smoke(main, argv, args):
+    """train.py --smoke: a little of everything, in a temporary folder. main: of train.py."""
+    if args.dry_run is not None or several() or args.resume not in ("auto", "none"):
+        raise UserError("--smoke does not work with --dry-run, torchrun or --resume PATH: drop them")
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in "1", "3":
+            main([*(a for a in argv if a != "--smoke"), "--results-dir", folder, "--name", "smoke", "--resume", "auto",
+                  "--sample-every", "1", "--log-every", "1", "--ckpt-every", "1", "--max-steps", steps],
+                 ["--steps", "1", "--num-samples", "4"])
+    print("smoke: steps, save, resume, a grid and sampling all worked")
+
+
 # --- flags ----------------------------------------------------------------------------------------------------
 
 # Flags of other programs: what ours are called, in train.py or sample.py. Names that look like ours need no line here.
@@ -252,6 +265,82 @@ def option(text):
     except TypeError:
         raise argparse.ArgumentTypeError(f"{text}: write a number, a word, or a list such as {key}=[1,2]") from None
     return key, found
+
+
+# --- which flags of sample.py go together ---------------------------------------------------------------------
+
+def refuse(*cases):
+    """cases: (is it wrong?, the message with the fix). Raises UserError for the first case that is wrong."""
+    for wrong, sentence in cases:
+        if wrong:
+            raise UserError(sentence)
+
+
+def check_flags(args):
+    """Refuse flags that do not go together, whatever the model."""
+    refuse(
+        (args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir(),
+         f"--out {args.out} must be a file that ends in .png, .jpg or .webp"),
+        (args.eta and args.sampler == "ddpm", "--eta is DDIM's: drop it, or pass --sampler ddim"),
+        (args.num_fid_samples and (args.gif or args.num_samples or args.class_labels != "all"),
+         "--num-fid-samples draws random classes into a folder: drop --gif, --num-samples and --class-labels"),
+        (args.denoise not in (None, "test") and not Path(args.denoise).exists(),
+         f"no picture {args.denoise}: --denoise takes the path of one, or test"),
+        (args.denoise not in (None, "test") and args.out.exists() and args.out.samefile(args.denoise),
+         f"--out {args.out} is the picture itself, and would replace it: name another"),
+        (bool(args.denoise) != bool(args.from_step),
+         "--denoise and --from-step go together: --denoise photo.png --from-step 150"),
+        (args.denoise and (args.gif or args.save_images or args.num_fid_samples
+                           or args.cfg_scale not in (None, 1) or args.cfg_below is not None
+                           or args.class_labels == "random"),
+         "--denoise does not work with --gif, --save-images, --num-fid-samples, --cfg-scale, --cfg-below or "
+         "--class-labels random: drop them"),
+        (args.against and not args.denoise, "--against is for --denoise: drop it, or add --denoise test"),
+        (args.data_dir and args.denoise != "test", "--data-dir is where --denoise test looks: drop it"),
+        (args.num_samples and args.denoise not in (None, "test"),
+         "--num-samples counts test images: drop it, or pass --denoise test"))
+
+
+def check_model(args, model, diffusion, trained):
+    """Refuse what this model cannot do. trained: the arguments of its training."""
+    text, space, classes = trained.get("text"), trained.get("space"), trained["num_classes"]
+    video, reads = len(trained["shape"]) == 4, getattr(model, "empty_prompt", False)
+    guides = reads or (classes or text) and trained["cond_dropout"] > 0
+    refuse(
+        (args.prompt and not text, "this model reads no text: drop --prompt, or train with --model mdm --cond text"),
+        (text and args.class_labels != "all", "this model reads text: pass --prompt instead of --class-labels"),
+        ((args.text_encoder or args.text_device or args.text_precision == "bf16") and (not text or text == "bytes"),
+         "this model reads no T5: drop --text-encoder, --text-device and --text-precision"),
+        (args.negative_prompt is not None and not text, "this model reads no text: drop --negative-prompt"),
+        (args.denoise and reads, "this model always reads a prompt, and --denoise passes none: name another"),
+        (args.levels and not hasattr(diffusion, "sample_levels"),
+         "--levels shows the resolutions of an mdm, and this model has one: drop it"),
+        (args.levels and (args.gif or args.num_fid_samples or space),
+         "--levels does not work with --gif, --num-fid-samples or latents: drop them"),
+        (args.vae and not space, "this model was trained on pictures, not on latents: drop --vae"),
+        (args.denoise and space, "--denoise takes pictures, but this model was trained on latents: name another"),
+        (video and (args.gif or args.num_fid_samples),
+         "the .gif of a video is always written, and there is no FID of videos: drop --gif and --num-fid-samples"),
+        (args.num_fid_samples and text and not args.prompt,
+         "this model reads text: add --prompt @captions.txt, a caption a line"),
+        (args.cfg_scale not in (None, 1) and not (classes or text),
+         "guidance needs classes or captions, and this model has none: drop --cfg-scale"),
+        (args.cfg_scale not in (None, 1) and not guides,
+         "this model never saw images without their class or caption, so it cannot be guided: drop --cfg-scale"))
+    if args.denoise:
+        return
+    args.steps = args.steps or str(min(50, diffusion.T))
+    diffusion.respaced(args.steps)                          # refuses a bad --steps before any work
+    if args.cfg_scale is None:
+        args.cfg_scale = 2.0 if guides else 1.0
+    refuse((args.negative_prompt is not None and not guides,
+            "this model never saw images without their caption, so it cannot be guided: drop --negative-prompt"),
+           (args.negative_prompt is not None and args.cfg_scale == 1,
+            "a negative prompt needs guidance: pass --cfg-scale 3, or drop --negative-prompt"),
+           (args.cfg_below is not None and (args.cfg_scale == 1 or not hasattr(diffusion, "cfg_below")),
+            "--cfg-below limits guidance, and there is none, or this model has its own: drop it"))
+    if args.cfg_below is not None:
+        diffusion.cfg_below = args.cfg_below
 
 
 # --- which images ---------------------------------------------------------------------------------------------

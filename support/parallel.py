@@ -68,6 +68,18 @@ def set_precision(name, device):
     return name == "bf16"
 
 
+def micro_batch(args, world):
+    """How many images each of `world` processes computes at once. Raises UserError."""
+    parts = world * args.grad_accum
+    micro, rest = divmod(args.global_batch_size, parts)
+    if rest:
+        raise UserError(f"--global-batch-size {args.global_batch_size} cannot be split over {world} processes x "
+                        f"--grad-accum {args.grad_accum}: try {max(1, micro) * parts}")
+    if args.shard and world == 1:
+        raise UserError("--shard splits a model over processes, but only one runs: start more by torchrun, or drop it")
+    return micro
+
+
 def memory_mb(device):
     """The peak so far in MiB: of the GPU if there is one, else of the process."""
     if device.type == "cuda":
