@@ -36,37 +36,6 @@ class UserError(ValueError):
     """Something that the user can put right. The message is one sentence that says how."""
 
 
-def check_shape(x_t, shape):
-    """Raises UserError if x_t (B, ..) does not hold images of `shape`. Without this check a model of 28x28 images takes
-    one of 14x56, which has as many patches."""
-    if tuple(x_t.shape[1:]) != tuple(shape):
-        want, got = ("x".join(map(str, size)) for size in (shape, x_t.shape[1:]))
-        raise UserError(f"this model was built for images of {want}, and got {got}: build another, or resize the "
-                        f"images")
-
-
-def check_labels(y, num_classes):
-    """Raises UserError if a label of y (B,) is no class. Without this check, label 10 of 10 classes means "no class".
-    Only a plain tensor on the CPU is looked at. To look at one on a GPU, the CPU would have to wait for it."""
-    if (not torch.compiler.is_compiling() and type(y) is torch.Tensor and y.device.type == "cpu"
-            and not torch._C._are_functorch_transforms_active()):
-        for wrong in y[(y < -1) | (y >= num_classes)].tolist():
-            known = f"classes 0 to {num_classes - 1}, and -1 for none" if num_classes else "no classes: drop the labels"
-            raise UserError(f"label {wrong}, but this model has {known}")
-
-
-def for_each(seeds, cond):
-    """What `sample` gets as y=, text=, text_mask= -> a row for each of the seeds (N,); y=4: class 4 for all. Raises
-    UserError."""
-    rows = {name: torch.as_tensor(c, device=seeds.device) for name, c in cond.items() if c is not None}
-    for name, c in rows.items():
-        if name == "y" and c.is_floating_point():
-            raise UserError(f"y={cond[name]}: a class is a whole number, such as y=4")
-        if c.ndim and len(c) != len(seeds):
-            raise UserError(f"{name} has {len(c)} rows, for {len(seeds)} samples: give each one")
-    return {name: c if c.ndim else c.expand(len(seeds)) for name, c in rows.items()}
-
-
 # --- schedules -------------------------------------------------------------------------------------------------------
 # A schedule is a function of T, the number of steps. It returns alpha_bar, (T,), on the CPU and in float64:
 # 1 - alpha_bar is 1e-4 at t = 0, and float32 would keep only three digits of that.
@@ -326,11 +295,6 @@ class Diffusion:
         return x
 
 
-def check_sampler(name):
-    if name not in ("ddim", "ddpm"):
-        raise UserError(f"unknown sampler {name!r}: choose ddim or ddpm")
-
-
 def over(values, x):
     """(B,) -> (B, 1, 1, 1), with as many axes as x, to broadcast over x."""
     return values.view(-1, *[1] * (x.ndim - 1))
@@ -347,7 +311,6 @@ def discretized_log_likelihood(x, mean, log_scale):
     d, half = x - mean, 1 / 255
     inside = beyond(d.abs() - half) - beyond(d.abs() + half)
     p = torch.where(x < -0.999, beyond(-d - half), torch.where(x > 0.999, beyond(d - half), inside))
-
     return p.clamp(min=1e-12).log()
 
 
@@ -460,3 +423,41 @@ def normal(seeds, shape):
     angle = low * (2 * math.pi * 2**-32)
     z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return z[:, :n].reshape(len(seeds), *shape)                                             # (B, *shape)
+
+
+# --- what callers can get wrong --------------------------------------------------------------------------------------
+
+def check_shape(x_t, shape):
+    """Raises UserError if x_t (B, ..) does not hold images of `shape`. Without this check a model of 28x28 images takes
+    one of 14x56, which has as many patches."""
+    if tuple(x_t.shape[1:]) != tuple(shape):
+        want, got = ("x".join(map(str, size)) for size in (shape, x_t.shape[1:]))
+        raise UserError(f"this model was built for images of {want}, and got {got}: build another, or resize the "
+                        f"images")
+
+
+def check_labels(y, num_classes):
+    """Raises UserError if a label of y (B,) is no class. Without this check, label 10 of 10 classes means "no class".
+    Only a plain tensor on the CPU is looked at. To look at one on a GPU, the CPU would have to wait for it."""
+    if (not torch.compiler.is_compiling() and type(y) is torch.Tensor and y.device.type == "cpu"
+            and not torch._C._are_functorch_transforms_active()):
+        for wrong in y[(y < -1) | (y >= num_classes)].tolist():
+            known = f"classes 0 to {num_classes - 1}, and -1 for none" if num_classes else "no classes: drop the labels"
+            raise UserError(f"label {wrong}, but this model has {known}")
+
+
+def for_each(seeds, cond):
+    """What `sample` gets as y=, text=, text_mask= -> a row for each of the seeds (N,); y=4: class 4 for all. Raises
+    UserError."""
+    rows = {name: torch.as_tensor(c, device=seeds.device) for name, c in cond.items() if c is not None}
+    for name, c in rows.items():
+        if name == "y" and c.is_floating_point():
+            raise UserError(f"y={cond[name]}: a class is a whole number, such as y=4")
+        if c.ndim and len(c) != len(seeds):
+            raise UserError(f"{name} has {len(c)} rows, for {len(seeds)} samples: give each one")
+    return {name: c if c.ndim else c.expand(len(seeds)) for name, c in rows.items()}
+
+
+def check_sampler(name):
+    if name not in ("ddim", "ddpm"):
+        raise UserError(f"unknown sampler {name!r}: choose ddim or ddpm")
