@@ -42,6 +42,7 @@ step speed python benchmarks/evidence.py --speed --missing --data-dir "$data"
 step speed-cifar10 python benchmarks/evidence.py minutes --speed --missing --data cifar10 --data-dir "$data"
 python benchmarks/evidence.py --seeds 0 --data-dir "$data"
 python benchmarks/evidence.py minutes dis-patches mdm --seeds 1 --data-dir "$data"
+python benchmarks/evidence.py minutes --seeds 2 --data-dir "$data"
 python benchmarks/evidence.py minutes --data cifar10 --seeds 0 --data-dir "$data"
 for model in dis diffussm mdm cunet; do
     arm=$model; [ $model = cunet ] && arm=cu-net
