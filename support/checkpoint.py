@@ -296,7 +296,7 @@ def resume(args, folder, team):
     files do not agree."""
     if args.init_inner and args.resume not in ("auto", "none"):
         raise UserError("--resume PATH and --init-inner both begin from weights: drop one")
-    own = args.identity, args.space
+    own = args.identity, args.space and {k: v for k, v in args.space.items() if k != "data"}    # which is a path
     if team.any(team.first(lambda: own) != own):
         raise UserError(f"{args.latents or args.data} is not the same on all machines (names, sizes or classes of the "
                         f"files, or their VAE): copy one folder to all of them, or pass one that they share")
@@ -363,8 +363,8 @@ def origin(args, folder, say):
     say_moved(args, saved, path, say)
     if not own and saved.get("identity", args.identity) != args.identity:
         say(f"data        {path} was trained on other files or classes")
-    if not own and saved.get("space", args.space) != args.space:
-        say(f"latents     {path} was trained on others: of another VAE, or other data")
+    if not own and any((saved.get("space") or {}).get(k, v) != v for k, v in (args.space or {}).items() if k != "data"):
+        say(f"latents     {path} was trained on those of another VAE, or another size")
     if own and saved.get("bf16", args.bf16) != args.bf16:
         say(f"precision   was {'bf16' if saved['bf16'] else 'float32'} and changes: the run will differ, by "
             f"rounding, from one that does not change")

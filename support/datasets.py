@@ -12,6 +12,7 @@
 The table of captions is metadata.csv, with the columns file_name,text, or metadata.jsonl, with lines such as
 {"file_name": "1.png", "text": "a cat"}. An image may have several captions: several lines, or a list as "text". Each
 step then draws one of them. Hidden files and folders of runs are no part of the data.
+Films (gif, webp or png with several pictures) are refused.
 
 `load` returns a Dataset. Index it with a list and you get a whole batch. So a worker process prepares batches, and
 nothing is left to collate:
@@ -214,9 +215,10 @@ def load(name, data_dir=None, image_size=None, split="train", text_encoder=None,
     size = None if image_size is None else parse_size(image_size)
     if split not in ("train", "test"):
         raise UserError(f"no split {split!r}: choose train or test")
-    if name in NAMES and not QUIET and Path(name).is_dir() and any(
-            path.lower().endswith(ENDINGS) for path, _ in walk(Path(name))):
-        print(f"note        {name} is the data set of this name: for the folder here pass ./{name}")
+    if name in NAMES and not QUIET and Path(name).is_dir():
+        with contextlib.suppress(UserError, OSError):       # that folder is not what we read
+            if any(path.lower().endswith(ENDINGS) for path, _ in walk(Path(name))):
+                print(f"note        {name} is the data set of this name: for the folder here pass ./{name}")
     if name == "moving":
         return Dataset(**shapes.moving(size or (32, 32), split, 8 if frames is None else frames))
     if frames is not None:
@@ -613,7 +615,8 @@ def read_captions(folder, files):
         lost = sorted(f"{below}/{name}" for below in {posixpath.dirname(f) for f in files} - {""}
                       for name in ("metadata.csv", "metadata.jsonl") if (folder / below / name).is_file())
         if lost and not QUIET:
-            print(f"left out    captions in {', '.join(lost)}: put one table into {folder}, with paths from there")
+            some = ", ".join(lost[:5]) + ", ..." * (len(lost) > 5)
+            print(f"left out    captions in {some}: put one table into {folder}, with paths from there")
         return None
     if len(tables) > 1:
         raise UserError(f"{folder} has both metadata.csv and metadata.jsonl: keep one")

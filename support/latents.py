@@ -164,10 +164,12 @@ def encode(dataset, folder, vae, about, batch_size=32):
         for chunk in todo:
             batches = [np.array(chunk[i:i + batch_size]) for i in range(0, len(chunk), batch_size)]
             stored = []
-            # a few batches ahead: `map` alone would read the whole chunk into memory
-            few = (batches[j:j + 8] for j in range(0, len(batches), 8))
-            read = itertools.chain.from_iterable(pool.map(lambda i: dataset[i % N], some) for some in few)
-            for i, batch in zip(batches, read):
+            # eight batches ahead: `map` would read the whole chunk into memory
+            ahead = [pool.submit(lambda i: dataset[i % N], i) for i in batches[:8]]
+            for i, later in itertools.zip_longest(batches, batches[8:]):
+                batch = ahead.pop(0).result()
+                if later is not None:
+                    ahead.append(pool.submit(lambda i: dataset[i % N], later))
                 x = dataset.prepare(batch["x"].to(vae.device), None)                # (B, 1 or colours, H, W)
                 mirror = torch.from_numpy(i >= N).to(x.device).view(-1, 1, 1, 1)    # (B, 1, 1, 1)
                 x = torch.where(mirror, x.flip(-1), x).expand(-1, vae.colours, -1, -1)

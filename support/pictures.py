@@ -185,7 +185,7 @@ def make_folder(folder):
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write into {folder}: choose another --out or --save-images")
+        raise UserError(f"cannot write into {folder}: choose another folder")
 
 
 def refuse_old(folder):

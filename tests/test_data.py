@@ -854,6 +854,9 @@ def test_what_is_left_out_is_told(tmp_path, monkeypatch, capsys):
     write_image(tmp_path / "shapes" / "a.png")
     load("shapes")
     assert "pass ./shapes" in capsys.readouterr().out and load("./shapes").shape == (3, 16, 16)
+    (tmp_path / "shapes" / "a.png").rename(tmp_path / "a.png")
+    (tmp_path / "shapes" / "b.png").symlink_to("nowhere")
+    assert len(load("shapes")) == 65536
 
 
 def test_lazy_folders_name_the_bad_image_when_they_reach_it(tmp_path, monkeypatch):
@@ -978,8 +981,12 @@ def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
     args.name, args.resume, said = "new", str(folder), []       # a new run from these weights may, and is told
     assert checkpoint.origin(args, checkpoint.folder_of(args), said.append)
     assert "was trained on other files or classes" in said[0] and len(said) == 1
-    args.space = {"vae": "another"}
-    assert checkpoint.origin(args, checkpoint.folder_of(args), said.append) and "of another VAE" in said[-1]
+    for space, told in (({"vae": "one", "data": "b"}, False), ({"vae": "other", "data": "a"}, True)):
+        saved, args.space = torch.load(folder / "latest.pt"), space
+        saved["args"]["space"] = {"vae": "one", "data": "a"}
+        torch.save(saved, folder / "latest.pt")
+        assert checkpoint.origin(args, checkpoint.folder_of(args), said.append)
+        assert ("of another VAE" in said[-1]) == told
     checkpoint.let_go()
 
 
