@@ -645,9 +645,9 @@ def main(argv=None):
         raise UserError(f"--out {args.out} must be a file that ends in .png, .jpg, .pdf, .svg or .webp")
     if diffusion.T < 50:
         raise UserError(f"{args.ckpt} has T={diffusion.T}: pass a run with T of 50 or more")
-    make_folder(Path(args.out).resolve().parent)
     if not pyplot:
         raise UserError("drawing needs matplotlib: pip install matplotlib")
+    make_folder(Path(args.out).resolve().parent)
     draw, height = DRAW[type(model).__name__]
     x0, cond = pictures(model, diffusion, trained, data_dir=args.data_dir)
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "svg.fonttype": "none"}):
