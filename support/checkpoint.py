@@ -314,6 +314,7 @@ def resume(args, folder, team):
                             f"--name NEW")
         return None, None
     checkpoint = received(path, folder, team)
+    args.images_before = checkpoint["images"] - checkpoint["step"] * args.global_batch_size
     if folder in path.parents:                  # the run goes on: it keeps the record of how it began
         args.init_inner = checkpoint["args"].get("init_inner")
         if args.resume == "auto" and checkpoint["args"]["resume"] != "none":
@@ -503,13 +504,19 @@ def make_folder(folder):
             part.unlink()
 
 
+def images(args, step):
+    """How many were seen up to this step. A run that began from a checkpoint (--resume PATH) may have another batch size
+    than that one had: args.images_before is the difference."""
+    return getattr(args, "images_before", 0) + step * args.global_batch_size
+
+
 def save(folder, args, step, state):
     """Write checkpoints/<step>.pt and make latest.pt a name for it. state: {"model", "ema", "opt"}. When the new file
     has been read back and is good, delete the older ones; args.keep_ckpts files stay. The OSError it may raise tells
     the fix."""
     path = folder / "checkpoints" / f"{step:07d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)              # somebody may have deleted the folder
-    content = {"version": VERSION, **state, "step": step, "images": step * args.global_batch_size, "args": vars(args)}
+    content = {"version": VERSION, **state, "step": step, "images": images(args, step), "args": vars(args)}
     try:
         replace(path, lambda f: torch.save(content, f))
         check(path)

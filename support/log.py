@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffusion import UserError
 from support import cost, datasets, parallel
-from support.checkpoint import FREE_TO_CHANGE, replace
+from support.checkpoint import FREE_TO_CHANGE, images, replace
 from support.cli import HELPERS, command
 from support.pictures import save_image, summary
 
@@ -164,17 +164,17 @@ class Log:
                 raise UserError(f"the loss or its gradient is not finite at step {i}: "
                                 f"{f'{latest} is from an earlier step; ' if latest.exists() else ''}try a new run with "
                                 f"--lr {self.args.lr / 2:g}{' or --precision fp32' if self.args.bf16 else ''}")
-        images = self.args.global_batch_size
-        loss, rate = sum(losses) / len(losses), (step - self.since) * images / (time.perf_counter() - self.began)
+        speed = (step - self.since) * self.args.global_batch_size / (time.perf_counter() - self.began)
+        loss = sum(losses) / len(losses)
         if self.team.rank == 0:
-            row = [step, step * images, f"{loss:.6g}", *(f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)),
-                   f"{sum(norms) / len(norms):.4g}", f"{lr:.4g}", f"{rate:.4g}",
+            row = [step, images(self.args, step), f"{loss:.6g}", *(f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)),
+                   f"{sum(norms) / len(norms):.4g}", f"{lr:.4g}", f"{speed:.4g}",
                    f"{parallel.memory_mb(self.team.device):.0f}"]
             if hasattr(self.model, "nfe"):
                 row.append(f"{self.model.nfe:.4g}")
             self.line(row)
             usual = self.usual(step, lr)
-            self.bar.set_postfix_str(f"loss {loss:.4f}{f' (expect {usual:.2g})' if usual else ''}, {rate:.0f} images/s",
+            self.bar.set_postfix_str(f"loss {loss:.4f}{f' (expect {usual:.2g})' if usual else ''}, {speed:.0f} images/s",
                                      refresh=sys.stderr.isatty())
             if usual and loss > 2 * usual and step % self.args.ckpt_every == 0 and not self.doubted:
                 self.bar.write(f"step {step}: the loss is {loss:.2g}, but the same command gave us {usual:.2g} here. "

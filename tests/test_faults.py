@@ -465,12 +465,14 @@ def test_a_checkpoint_cannot_choose_which_file_runs(good, tmp_path, monkeypatch)
             checkpoint.load_run("given.pt")
 
 
-def test_a_new_run_from_a_checkpoint_takes_the_command_lines_decays(good, tmp_path):
-    later = run(tmp_path, "--max-steps", 9, "--resume", good / "run", "--beta2", 0.5, "--weight-decay", 0.25)
+def test_a_new_run_from_a_checkpoint_takes_the_command_lines_decays_and_batch(good, tmp_path):
+    decays = ["--beta2", 0.5, "--weight-decay", 0.25, "--global-batch-size", 4]
+    later = run(tmp_path, "--max-steps", 9, "--resume", good / "run", *decays)
     assert later["opt"]["param_groups"][0]["betas"][1] == 0.5 and later["args"]["weight_decay"] == 0.25
-    decays = ["--beta2", 0.5, "--weight-decay", 0.25]
     run(tmp_path, "--max-steps", 10, *decays)                                   # auto; then the first again
-    run(tmp_path, "--max-steps", 11, "--resume", good / "run", *decays)
+    last = run(tmp_path, "--max-steps", 11, "--resume", good / "run", *decays, "--log-every", 1)
+    assert last["images"] == 8 * 8 + 3 * 4
+    assert [row.split(",")[1] for row in (tmp_path / "run" / "log.csv").read_text().split()[1:]] == ["68", "72", "76"]
 
 
 # --- agreement ---

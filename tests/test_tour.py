@@ -33,6 +33,7 @@ def test_what_is_committed():
         for what in ("draws", "inside"):
             assert "image/png" in cells[f"{paper}-{what}"]["outputs"][-1]["data"], (paper, what)
     said = "".join("".join(cell["source"]) + text(cell) for cell in tour["cells"])
+    assert "threads.watch()" in said                        # otherwise a cell may take minutes beside a busy program
     assert not re.search(r"/(home|root|tmp|Users|usr|opt|mnt)/|[A-Z]:\\|site-packages", said)
     for link in re.findall(r"\]\(([^)#]+)", said):
         assert link.startswith("http") or (TOUR.parent / link).exists(), link
